@@ -1,0 +1,164 @@
+package cordon
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/cordonhq/cordon"
+
+// allowed is the import map: which of our packages each of our packages may
+// import. A new arrow is a deliberate edit here. Packages under cmd and test see
+// everything; api/gen and errs are importable by all.
+var allowed = map[string][]string{
+	"internal/errs":                {},
+	"internal/policy":              {},
+	"internal/auth":                {},
+	"internal/sandbox":             {"internal/policy"},
+	"internal/flowlog":             {"internal/policy"},
+	"internal/egress":              {"internal/policy", "internal/flowlog"},
+	"internal/resolver":            {"internal/policy", "internal/flowlog"},
+	"internal/network":             {"internal/sandbox", "internal/policy", "internal/flowlog"},
+	"internal/runtime/gvisor":      {"internal/sandbox"},
+	"internal/runtime/runtimetest": {"internal/sandbox"},
+	"internal/image":               {"internal/sandbox"},
+	"internal/store":               {"internal/sandbox", "internal/auth"},
+	"internal/agent":               {},
+	"internal/agent/agentctl":      {"internal/sandbox"},
+	"internal/ingress":             {"internal/auth"},
+	"internal/api":                 {"internal/sandbox", "internal/policy", "internal/flowlog", "internal/auth"},
+	"internal/lab":                 {},
+	"internal/conformance":         {"internal/lab", "client"},
+	"client":                       {},
+}
+
+// TestImportsPointInward walks every package and checks its imports against the map.
+func TestImportsPointInward(t *testing.T) {
+	for dir, files := range packages(t) {
+		if strings.HasPrefix(dir, "cmd/") || strings.HasPrefix(dir, "test/") || strings.HasPrefix(dir, "api/gen") {
+			continue
+		}
+		may, known := lookup(dir)
+		if !known {
+			t.Errorf("package %s is not in the import map of arch_test.go", dir)
+			continue
+		}
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue // tests may build what they need
+			}
+			for _, imported := range ours(t, file) {
+				if imported == "internal/errs" || strings.HasPrefix(imported, "api/gen") || strings.HasPrefix(imported, dir+"/") {
+					continue
+				}
+				if !slices.Contains(may, imported) && !within(dir, imported) {
+					t.Errorf("%s imports %s: not in the import map of arch_test.go", file, imported)
+				}
+			}
+		}
+	}
+}
+
+// TestPackagesSayWhatTheyHide demands a package comment with the word "hides"
+// in every internal package.
+func TestPackagesSayWhatTheyHide(t *testing.T) {
+	for dir, files := range packages(t) {
+		if !strings.HasPrefix(dir, "internal/") {
+			continue
+		}
+		said, code := false, false
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			code = true
+			f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.PackageClauseOnly|parser.ParseComments)
+			if err != nil {
+				t.Fatal(err)
+			}
+			said = said || f.Doc != nil && strings.Contains(strings.ToLower(f.Doc.Text()), "hide")
+		}
+		if code && !said {
+			t.Errorf("package %s: its comment must say what it hides", dir)
+		}
+	}
+}
+
+// lookup finds dir in the map, or the nearest parent package there: a package's
+// own subpackages follow its rules.
+func lookup(dir string) ([]string, bool) {
+	for d := dir; d != "."; d = filepath.Dir(d) {
+		if may, ok := allowed[d]; ok {
+			return may, true
+		}
+	}
+	return nil, false
+}
+
+// within reports whether both belong to one top package of the map, e.g.
+// internal/lab and internal/lab/recorder.
+func within(dir, imported string) bool {
+	for d := dir; d != "."; d = filepath.Dir(d) {
+		if _, ok := allowed[d]; ok {
+			return imported == d || strings.HasPrefix(imported, d+"/")
+		}
+	}
+	return false
+}
+
+// ours returns the imports of file that belong to this module, without its prefix.
+func ours(t *testing.T, file string) []string {
+	t.Helper()
+	f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, imp := range f.Imports {
+		path, err := strconv.Unquote(imp.Path.Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rest, ok := strings.CutPrefix(path, module+"/"); ok {
+			out = append(out, rest)
+		}
+	}
+	return out
+}
+
+// packages maps each directory with Go files to those files.
+func packages(t *testing.T) map[string][]string {
+	t.Helper()
+	out := map[string][]string{}
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			name := d.Name()
+			if path != "." && (strings.HasPrefix(name, ".") || name == "node_modules" || name == "tools" || name == "bin" || name == "testdata") {
+				return filepath.SkipDir
+			}
+			return nil
+		}
+		if strings.HasSuffix(path, ".go") && filepath.Dir(path) != "." {
+			out[filepath.Dir(path)] = append(out[filepath.Dir(path)], path)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(out) == 0 {
+		wd, _ := os.Getwd()
+		t.Fatalf("no packages found below %s", wd)
+	}
+	return out
+}

@@ -1,0 +1,92 @@
+// Package flowlog hides how verdicts are kept and handed out: a bounded ring per
+// sandbox, followers, and counters. Recording never blocks and never fails;
+// under pressure entries are lost and counted.
+package flowlog
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Event is one verdict about one flow or DNS query.
+type Event struct {
+	Seq        uint64         `json:"seq"` // assigned by Record, increasing over the whole log
+	Time       time.Time      `json:"time"`
+	Sandbox    string         `json:"sandbox"`
+	Generation uint64         `json:"generation"`
+	Layer      Layer          `json:"layer"`
+	Verdict    Verdict        `json:"verdict"`
+	Rule       policy.Rule    `json:"rule"`
+	Reason     policy.Reason  `json:"reason"`
+	Proto      string         `json:"proto"` // "tcp", "udp", "icmp", "dns", "http", "tls"
+	Src        netip.AddrPort `json:"src"`
+	Dst        netip.AddrPort `json:"dst"`      // what the sandbox addressed
+	Upstream   netip.AddrPort `json:"upstream"` // what the proxy dialled, if it did
+	Name       string         `json:"name,omitempty"`
+	Detail     string         `json:"detail,omitempty"` // one line for a person: "GET /x", "A", "server_name missing"
+	BytesOut   int64          `json:"bytesOut"`         // sandbox to upstream
+	BytesIn    int64          `json:"bytesIn"`
+	Duration   time.Duration  `json:"durationNs"`
+}
+
+// Layer says who decided.
+type Layer string
+
+// The layers.
+const (
+	LayerKernel   Layer = "kernel"
+	LayerProxy    Layer = "proxy"
+	LayerResolver Layer = "resolver"
+)
+
+// Verdict is the outcome as it is logged.
+type Verdict string
+
+// The verdicts. Observed: allowed only because the sandbox's mode is observe.
+// Closed ends an allowed flow and carries its bytes and duration. Failed: allowed,
+// but the upstream could not be reached.
+const (
+	Allowed  Verdict = "allow"
+	Denied   Verdict = "deny"
+	Observed Verdict = "observe"
+	Closed   Verdict = "close"
+	Failed   Verdict = "fail"
+)
+
+// Filter selects events; the zero value selects all.
+type Filter struct {
+	Sandbox string
+	Verdict Verdict
+	Since   uint64 // only events with Seq > Since
+	Limit   int    // newest Limit events; 0 means 1000
+}
+
+// Recorder is what egress, resolver and network are handed.
+type Recorder interface {
+	// Record keeps e. It never blocks.
+	Record(e Event)
+}
+
+// Log is the bounded record of verdicts.
+type Log struct {
+	// to be designed
+}
+
+var _ Recorder = (*Log)(nil)
+
+// Record implements Recorder.
+func (l *Log) Record(e Event) { panic("not written") }
+
+// Events returns the kept events that match f, oldest first.
+func (l *Log) Events(f Filter) []Event { panic("not written") }
+
+// Follow sends the events that match f, first the kept ones, then new ones as
+// they come, until ctx ends; then the channel is closed. A follower that does not
+// keep up loses events, and sees how many in the next event's Detail.
+func (l *Log) Follow(ctx context.Context, f Filter) <-chan Event { panic("not written") }
+
+// Forget drops what is kept of a sandbox.
+func (l *Log) Forget(sandbox string) { panic("not written") }

@@ -1,0 +1,206 @@
+package sandbox
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Runtime starts and stops isolated workloads. Every runtime passes the contract
+// in internal/runtime/runtimetest.
+type Runtime interface {
+	// Name identifies the runtime and its version; snapshots of one version are
+	// refused by another. Example: "gvisor/v0.0.0-20260905035102-160fafc42237".
+	Name() string
+	// Create prepares a sandbox without running its first instruction.
+	Create(ctx context.Context, s RuntimeSpec) error
+	// Start runs a created sandbox's agent.
+	Start(ctx context.Context, id ID) error
+	// Pause and Resume stop and continue all processes in place, in memory.
+	Pause(ctx context.Context, id ID) error
+	Resume(ctx context.Context, id ID) error
+	// Checkpoint writes memory, processes and the writable layer to dir. When
+	// leaveRunning is false the sandbox is stopped afterwards and only Destroy may follow.
+	Checkpoint(ctx context.Context, id ID, dir string, leaveRunning bool) error
+	// Restore is Create and Start from a checkpoint's dir.
+	Restore(ctx context.Context, s RuntimeSpec, dir string) error
+	// ExportUpper writes the files changed over the image as a tar stream.
+	ExportUpper(ctx context.Context, id ID, w io.Writer) error
+	// Wait blocks until the sandbox has exited and returns nil, or until ctx ends.
+	Wait(ctx context.Context, id ID) error
+	// Stats reads the resources in use.
+	Stats(ctx context.Context, id ID) (Stats, error)
+	// Destroy kills the sandbox and frees all it held. It is idempotent:
+	// destroying an absent sandbox is not an error.
+	Destroy(ctx context.Context, id ID) error
+	// List returns the sandboxes that exist, also those of an earlier server process.
+	List(ctx context.Context) ([]ID, error)
+}
+
+// RuntimeSpec is what a runtime needs to make a sandbox.
+type RuntimeSpec struct {
+	ID        ID
+	Rootfs    string // read-only directory shared by all sandboxes of the image
+	NetNS     string // path of the network namespace, already configured
+	Hostname  string
+	Resources Resources
+	// Args is the agent's command line; Args[0] is a path inside the sandbox.
+	Args []string
+	Env  []string // "K=V", for the agent
+	// Binds are read-only files and directories of the host shown inside the
+	// sandbox. Nothing else of the host is visible.
+	Binds []Bind
+}
+
+// Bind shows a host path inside a sandbox, read-only; writes inside go to the
+// sandbox's private layer.
+type Bind struct {
+	Host  string // absolute path on the host
+	Guest string // absolute path in the sandbox
+}
+
+// Resources are a sandbox's limits.
+type Resources struct {
+	CPUs      int   `json:"cpus"`     // whole CPUs, by cgroup quota
+	MemoryMB  int64 `json:"memoryMB"` // MiB; the runtime adds its own headroom
+	DiskMB    int64 `json:"diskMB"`   // MiB of writable layer
+	Processes int64 `json:"processes"`
+}
+
+// Stats are the resources a sandbox uses.
+type Stats struct {
+	CPUTime     time.Duration // user and system, since start
+	MemoryBytes int64
+	DiskBytes   int64 // of the writable layer
+}
+
+// Network gives each sandbox its own network namespace and enforces its policy.
+// A slot without an applied policy passes no packet, except answers to
+// connections the host itself opens to the sandbox.
+type Network interface {
+	// Acquire takes a ready slot for id: a namespace with addresses and routes,
+	// no policy.
+	Acquire(ctx context.Context, id ID) (Lease, error)
+	// Rename hands a slot acquired under one ID to another: how a spare becomes a sandbox.
+	Rename(ctx context.Context, l Lease, to ID) (Lease, error)
+	// Rearm puts addresses and routes back into the slot's namespace, which the
+	// runtime takes away at each start; call it before a restore.
+	Rearm(ctx context.Context, l Lease) error
+	// Apply puts a policy in force atomically and cuts live flows it refuses.
+	// When it returns an error the former policy is still in force.
+	Apply(ctx context.Context, l Lease, p *policy.Compiled) error
+	// Release withdraws the policy at once, cuts all flows and frees the slot.
+	// It is idempotent.
+	Release(ctx context.Context, l Lease) error
+	// Reconcile is called once at start with the leases that are still in use and
+	// their policies: it keeps or restores exactly those and removes every other
+	// slot of an earlier server process. No traffic passes meanwhile that the
+	// policies refuse, and allowed flows of kept leases are not cut.
+	Reconcile(ctx context.Context, inUse map[ID]Held) error
+}
+
+// Held is a lease with the policy it is under; Policy is nil for a spare.
+type Held struct {
+	Lease  Lease
+	Policy *policy.Compiled
+}
+
+// Lease is a slot in use. It is durable: a restarted server adopts it.
+type Lease struct {
+	Sandbox ID           `json:"sandbox"`
+	Slot    int          `json:"slot"`
+	NetNS   string       `json:"netns"` // path of the namespace
+	Link    string       `json:"link"`  // host side of the veth
+	MAC     string       `json:"mac"`   // of the sandbox's side
+	Addr4   netip.Prefix `json:"addr4"` // the sandbox's address in its link's network
+	Gate4   netip.Addr   `json:"gate4"` // the host's side
+	Addr6   netip.Prefix `json:"addr6"` // zero where the host has no IPv6
+	Gate6   netip.Addr   `json:"gate6"`
+}
+
+// Images finds the root file systems that sandboxes start from.
+type Images interface {
+	// Resolve returns the image behind a template's name or ID. A template that
+	// exists but is not built yet is built first, which may take a minute.
+	// An unknown template is errs.NotFound.
+	Resolve(ctx context.Context, template string) (Image, error)
+}
+
+// Image is a template ready to run.
+type Image struct {
+	TemplateID string            // canonical ID
+	Name       string            // the name users know: "base"
+	Digest     string            // of the contents: "sha256:…"; the fingerprint for host templates
+	Rootfs     string            // read-only directory
+	Binds      []Bind            // read-only binds the image itself needs (the host template's /usr)
+	Env        map[string]string // default environment of commands
+	User       string            // default user, "user"
+	Workdir    string            // default working directory
+	Resources  Resources         // defaults; zero fields mean the server's defaults
+}
+
+// Store keeps records durably. A record written is on disk when the call returns.
+type Store interface {
+	// Sandboxes returns every record, newest revision.
+	Sandboxes(ctx context.Context) ([]Record, error)
+	// PutSandbox writes r if the stored revision is still r.Revision (0: must not
+	// exist) and returns the new revision; otherwise errs.Conflict.
+	PutSandbox(ctx context.Context, r Record) (revision uint64, err error)
+	// DeleteSandbox removes a record; removing an absent one is not an error.
+	DeleteSandbox(ctx context.Context, id ID) error
+	// AppendEvent adds a lifecycle event to the durable, bounded stream.
+	AppendEvent(ctx context.Context, e Event) error
+	// Events returns the kept lifecycle events, oldest first.
+	Events(ctx context.Context) ([]Event, error)
+}
+
+// Agents speaks to the agent inside a sandbox.
+type Agents interface {
+	// WaitReady returns when the agent answers, or the context's error.
+	WaitReady(ctx context.Context, a AgentAddr) error
+	// Init hands the agent its sandbox's identity. It may be called again, also
+	// after a restore: it then replaces what it set before.
+	Init(ctx context.Context, a AgentAddr, in AgentInit) error
+	// DialPort opens a connection to a TCP port on the sandbox's own loopback,
+	// where services bound to 127.0.0.1 or ::1 listen.
+	DialPort(ctx context.Context, a AgentAddr, port uint16) (net.Conn, error)
+	// Metrics reads resource use as seen inside.
+	Metrics(ctx context.Context, a AgentAddr) (Metrics, error)
+}
+
+// AgentPort is the TCP port of the agent inside each sandbox.
+const AgentPort = 49983
+
+// AgentAddr is how the host reaches one agent.
+type AgentAddr struct {
+	Addr  netip.AddrPort
+	Token string // control token; the agent knows its SHA-256 only
+}
+
+// AgentInit is what a sandbox's agent is told when the sandbox is claimed.
+type AgentInit struct {
+	SandboxID      ID
+	TemplateID     string
+	Hostname       string
+	EnvVars        map[string]string // of every command
+	AccessToken    string            // what clients must show; empty means none
+	DefaultUser    string
+	DefaultWorkdir string
+	Time           time.Time // the host's clock
+}
+
+// Metrics is one sample of a sandbox's resources, as seen inside.
+type Metrics struct {
+	Time       time.Time
+	CPUCount   int
+	CPUUsedPct float64
+	MemUsed    int64 // bytes
+	MemTotal   int64
+	MemCache   int64
+	DiskUsed   int64
+	DiskTotal  int64
+}

@@ -1,0 +1,108 @@
+// Package sandbox hides a sandbox's life: what states it may be in, what must
+// happen in which order when it changes, and what is undone when a step fails.
+// It owns the interfaces that runtimes, networks, images and stores implement.
+package sandbox
+
+import (
+	"crypto/rand"
+	"regexp"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// ID names a sandbox: "i" and 20 characters of [a-z0-9]. Its length is fixed
+// because runsc resolves prefixes, and it has no "-" because host names are split there.
+type ID string
+
+const idAlphabet = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+var idForm = regexp.MustCompile(`^i[0-9a-z]{20}$`)
+
+// NewID returns a random ID (about 103 bits).
+func NewID() ID {
+	b := make([]byte, 21)
+	b[0] = 'i'
+	var buf [32]byte
+	for i := 1; i < len(b); {
+		rand.Read(buf[:])
+		for _, r := range buf {
+			if r >= 252 || i == len(b) { // 252 = 7*36: no bias
+				continue
+			}
+			b[i] = idAlphabet[r%36]
+			i++
+		}
+	}
+	return ID(b)
+}
+
+// Valid reports whether id has the form of an ID.
+func (id ID) Valid() bool { return idForm.MatchString(string(id)) }
+
+// State is where a sandbox is in its life.
+type State string
+
+// The states a record can be stored in.
+const (
+	Starting State = "starting" // being created: a server that finds it after a crash destroys it
+	Running  State = "running"
+	Pausing  State = "pausing"
+	Paused   State = "paused"
+	Resuming State = "resuming"
+	Killing  State = "killing"
+)
+
+// OnTimeout says what happens when a sandbox's time is over.
+type OnTimeout string
+
+// The actions.
+const (
+	KillOnTimeout  OnTimeout = "kill"
+	PauseOnTimeout OnTimeout = "pause"
+)
+
+// Record is everything that is durable about a sandbox. Whatever is needed to
+// re-adopt it is stored before create returns.
+type Record struct {
+	Revision uint64 `json:"-"` // of the store; 0 for a record never stored
+
+	ID         ID                `json:"id"`
+	Owner      string            `json:"owner"` // ID of the key that created it
+	TemplateID string            `json:"templateID"`
+	Template   string            `json:"template"` // the name asked for
+	ImageRef   string            `json:"imageRef"` // Image.Digest it runs from
+	Runtime    string            `json:"runtime"`  // Runtime.Name it runs on
+	State      State             `json:"state"`
+	Metadata   map[string]string `json:"metadata,omitempty"`
+	EnvVars    map[string]string `json:"envVars,omitempty"`
+	Created    time.Time         `json:"created"`
+	Started    time.Time         `json:"started"`
+	Expires    time.Time         `json:"expires"`
+	OnTimeout  OnTimeout         `json:"onTimeout"`
+	AutoResume bool              `json:"autoResume"`
+	Resources  Resources         `json:"resources"`
+
+	Egress             policy.Input `json:"egress"`
+	Generation         uint64       `json:"generation"` // of Egress
+	AllowPublicTraffic *bool        `json:"allowPublicTraffic,omitempty"`
+	MaskRequestHost    string       `json:"maskRequestHost,omitempty"`
+	TrafficToken       string       `json:"trafficToken,omitempty"` // issued when public traffic is off
+	AccessToken        string       `json:"accessToken,omitempty"`  // of the agent; empty when not secured
+	ControlToken       string       `json:"controlToken"`           // host to agent
+	Lease              Lease        `json:"lease"`
+}
+
+// Public reports whether the sandbox's ports answer without a traffic token.
+func (r *Record) Public() bool { return r.AllowPublicTraffic == nil || *r.AllowPublicTraffic }
+
+// Event is one step in a sandbox's life, for /sandboxes/events.
+type Event struct {
+	ID       string    `json:"id"`
+	Time     time.Time `json:"time"`
+	Sandbox  ID        `json:"sandbox"`
+	Template string    `json:"template"`
+	Name     string    `json:"name"` // "create", "kill", "pause", "resume", "expire", "network", "oom"
+	State    State     `json:"state"`
+	Detail   string    `json:"detail,omitempty"`
+}
