@@ -1,0 +1,172 @@
+package sandbox
+
+import (
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// DefaultTimeout is how long a sandbox lives when its creator named no time.
+const DefaultTimeout = 300 * time.Second
+
+// CreateRequest is what a user asks a new sandbox to be.
+type CreateRequest struct {
+	Owner              string // ID of the key that asks
+	Template           string // name or ID; empty means the server's default
+	Timeout            time.Duration
+	Metadata           map[string]string
+	EnvVars            map[string]string
+	Egress             policy.Input
+	AllowPublicTraffic *bool  // nil means true
+	MaskRequestHost    string // already checked with ValidMaskHost
+	OnTimeout          OnTimeout
+	AutoResume         bool
+	Secure             bool // whether the agent demands an access token
+}
+
+// ListRequest selects sandboxes. The zero value selects all, newest start first.
+type ListRequest struct {
+	Owner        string            // empty: of every owner
+	Metadata     map[string]string // all pairs must be present
+	States       []State           // empty: running and paused
+	Template     string            // name or ID
+	StartedAfter time.Time
+	Ascending    bool
+	Limit        int    // 0: the Manager's own page size
+	Cursor       string // from the page before; empty for the first
+}
+
+// EventsRequest selects lifecycle events.
+type EventsRequest struct {
+	Owner     string // empty: of every owner
+	Sandbox   ID
+	Template  string
+	Names     []string // Event.Name; empty: all
+	States    []State
+	From, To  time.Time // zero: unbounded
+	Ascending bool
+	Offset    int
+	Limit     int // 0: the Manager's own page size
+}
+
+// Quota is what an owner may use and what is in use. A zero limit means none.
+type Quota struct {
+	MaxSandboxes int
+	MaxCPUs      int
+	MaxMemoryMB  int64
+	MaxLifetime  time.Duration
+	PerSandbox   Resources // the largest one sandbox may be
+
+	Sandboxes int
+	CPUs      int
+	MemoryMB  int64
+}
+
+// Snapshot is a stored sandbox that others can be started from.
+type Snapshot struct {
+	ID      string // a template ID
+	Names   []string
+	Sandbox ID // where it was taken from
+	Owner   string
+	Created time.Time
+}
+
+// SnapshotsRequest selects snapshots, newest first.
+type SnapshotsRequest struct {
+	Owner   string
+	Sandbox ID
+	Name    string
+	Limit   int
+	Cursor  string
+}
+
+// ForkRequest asks for copies of a running sandbox.
+type ForkRequest struct {
+	Count   int
+	Timeout time.Duration // 0: DefaultTimeout
+	// Strict means all or none: when one copy cannot be started, the others are
+	// destroyed and the call fails.
+	Strict bool
+}
+
+// Forked is one copy, or why there is none.
+type Forked struct {
+	Record Record
+	Err    error
+}
+
+// ResetRequest asks for a sandbox to start over from its template under its own ID.
+type ResetRequest struct {
+	Timeout            time.Duration // 0: DefaultTimeout
+	Resume             bool          // start a paused sandbox; otherwise paused is errs.Conflict
+	AllowPublicTraffic *bool         // nil: unchanged
+}
+
+// Template is what the service can start sandboxes from.
+type Template struct {
+	ID        string
+	Names     []string
+	Resources Resources
+	Created   time.Time
+	Ready     bool // its image is built
+}
+
+// ValidMaskHost checks the host name that sandboxed services are to see in
+// place of their public one: an ASCII host name or IP address with an optional
+// port, where "${PORT}" stands for the real port. Empty is valid and means none.
+func ValidMaskHost(mask string) error {
+	if mask == "" {
+		return nil
+	}
+	// What is checked is what would be sent, so "${PORT}" may stand anywhere.
+	host := strings.ReplaceAll(mask, "${PORT}", "80")
+	name := host
+	if h, port, err := net.SplitHostPort(host); err == nil {
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil || n == 0 {
+			return errInvalidMask(mask)
+		}
+		name = h
+		if strings.HasPrefix(host, "[") {
+			return maskLiteral(mask, name)
+		}
+	} else if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
+		return maskLiteral(mask, host[1:len(host)-1])
+	}
+	if len(mask) > 253 || !hostForm(name) {
+		return errInvalidMask(mask)
+	}
+	return nil
+}
+
+func maskLiteral(mask, inner string) error {
+	if a, err := netip.ParseAddr(inner); err != nil || !a.Is6() || a.Zone() != "" {
+		return errInvalidMask(mask)
+	}
+	return nil
+}
+
+// hostForm reports whether name is dot-separated labels of letters, digits,
+// "-" and "_" (seen in container networks), 63 octets each.
+func hostForm(name string) bool {
+	for label := range strings.SplitSeq(strings.TrimSuffix(name, "."), ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		for _, c := range []byte(label) {
+			if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func errInvalidMask(mask string) error {
+	return errs.New(errs.Invalid, "mask request host is not valid: %s", mask)
+}
