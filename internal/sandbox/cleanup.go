@@ -1,0 +1,36 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Cleanup is the list of things to undo, pushed as soon as something is
+// acquired and run in reverse. The zero value is empty and ready to use.
+type Cleanup struct {
+	steps []step
+}
+
+type step struct {
+	name string
+	undo func(context.Context) error
+}
+
+// Add pushes an undo; name says what is undone, for the error.
+func (c *Cleanup) Add(name string, undo func(context.Context) error) {
+	c.steps = append(c.steps, step{name, undo})
+}
+
+// Run undoes everything, last first, and goes on after an error: what can be
+// freed is freed. It empties the list.
+func (c *Cleanup) Run(ctx context.Context) error {
+	var errs []error
+	for i := len(c.steps) - 1; i >= 0; i-- {
+		if err := c.steps[i].undo(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("undo %s: %w", c.steps[i].name, err))
+		}
+	}
+	c.steps = nil
+	return errors.Join(errs...)
+}

@@ -1,0 +1,179 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Kill ends a sandbox and frees all it held. A second kill is errs.NotFound.
+func (m *Manager) Kill(ctx context.Context, owner string, id ID) error {
+	if _, err := m.owned(owner, id); err != nil {
+		return err
+	}
+	return m.remove(ctx, id, Event{Name: "kill"})
+}
+
+// remove takes a sandbox out of the world: first its record, so that a crash in
+// the middle leaves an orphan the next start destroys and never a record without
+// a sandbox; then its network, so that nothing more leaves it; then its processes.
+func (m *Manager) remove(ctx context.Context, id ID, why Event) error {
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.op.Unlock()
+	// A client that goes away must not leave half a sandbox.
+	ctx = context.WithoutCancel(ctx)
+	v := e.view.Load()
+	if err := m.cfg.Store.DeleteSandbox(ctx, id); err != nil {
+		return fmt.Errorf("delete record: %w", err)
+	}
+	m.forget(id)
+	closeOnce(v.done)
+	err = m.free(ctx, v)
+	m.event(ctx, &v.rec, why)
+	m.cfg.Log.Info("sandbox ended", "sandbox", id, "why", why.Name, "lived", time.Since(v.rec.Created))
+	return err
+}
+
+// free gives back everything a sandbox holds outside the store.
+func (m *Manager) free(ctx context.Context, v *view) error {
+	err := m.stop(ctx, v)
+	if rmErr := os.RemoveAll(m.snapshotDir(v.rec.ID)); rmErr != nil {
+		err = errors.Join(err, fmt.Errorf("remove snapshot: %w", rmErr))
+	}
+	return err
+}
+
+// stop withdraws the network and destroys the processes; what one step cannot
+// free does not keep the other from it.
+func (m *Manager) stop(ctx context.Context, v *view) error {
+	var failed []error
+	if v.rec.Lease.Sandbox != "" {
+		if err := m.cfg.Network.Release(ctx, v.rec.Lease); err != nil {
+			failed = append(failed, fmt.Errorf("release network: %w", err))
+		}
+		m.cfg.Gone(v.rec.ID)
+	}
+	if err := m.cfg.Runtime.Destroy(ctx, v.rec.ID); err != nil {
+		failed = append(failed, fmt.Errorf("destroy: %w", err))
+	}
+	return errors.Join(failed...)
+}
+
+// closeOnce closes done unless it is closed; callers hold the entry's op.
+func closeOnce(done chan struct{}) {
+	select {
+	case <-done:
+	default:
+		close(done)
+	}
+}
+
+// SetTimeout lets a sandbox live for d from now, longer or shorter than before.
+func (m *Manager) SetTimeout(ctx context.Context, owner string, id ID, d time.Duration) error {
+	d, err := m.timeout(d)
+	if err != nil {
+		return err
+	}
+	if _, err := m.owned(owner, id); err != nil {
+		return err
+	}
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.op.Unlock()
+	next := *e.view.Load()
+	next.rec.Expires = time.Now().Add(d).UTC()
+	return m.save(ctx, e, next)
+}
+
+// SetNetwork replaces all egress rules of a sandbox. When it returns nil the new
+// rules are stored and in force, also for live flows; on an error the old ones
+// are both.
+func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in policy.Input) error {
+	if _, err := m.owned(owner, id); err != nil {
+		return err
+	}
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.op.Unlock()
+	v := e.view.Load()
+	next := *v
+	if next.policy, err = policy.Compile(in, m.cfg.Operator, v.rec.Generation+1); err != nil {
+		return err
+	}
+	next.rec.Egress, next.rec.Generation = in, next.policy.Generation()
+	// A client that goes away must not leave the stored and the enforced policy apart.
+	ctx = context.WithoutCancel(ctx)
+	if err := m.replacePolicy(ctx, e, next); err != nil {
+		return err
+	}
+	m.event(ctx, &next.rec, Event{Name: "network", Detail: fmt.Sprintf("generation %d", next.rec.Generation)})
+	m.cfg.Log.Info("network rules replaced", "sandbox", id, "generation", next.rec.Generation)
+	return nil
+}
+
+// replacePolicy stores the new rules and puts them in force. The store comes
+// first: after a crash between the two, reconciling enforces what is stored.
+// A policy the kernel refuses is taken back out of the store. A paused sandbox
+// is under its new rules from the resume on.
+func (m *Manager) replacePolicy(ctx context.Context, e *entry, next view) error {
+	old := *e.view.Load()
+	if err := m.save(ctx, e, next); err != nil {
+		return err
+	}
+	if next.rec.State != Running {
+		return nil
+	}
+	if err := m.cfg.Network.Apply(ctx, next.rec.Lease, next.policy); err != nil {
+		old.rec.Revision = e.view.Load().rec.Revision
+		return errors.Join(fmt.Errorf("apply policy: %w", err), m.save(ctx, e, old))
+	}
+	m.cfg.PolicyChanged(next.rec.ID)
+	return nil
+}
+
+// expired returns the running sandboxes whose time is over.
+func (m *Manager) expired(now time.Time) []ID {
+	var out []ID
+	for _, e := range m.entries() {
+		if v := e.view.Load(); v.rec.State == Running && !now.Before(v.rec.Expires) {
+			out = append(out, v.rec.ID)
+		}
+	}
+	return out
+}
+
+// expire does what the sandbox asked for at the end of its time.
+func (m *Manager) expire(ctx context.Context, id ID) {
+	v, err := m.lookup(id)
+	if err != nil || v.rec.State != Running || time.Now().Before(v.rec.Expires) {
+		return // killed, paused or prolonged meanwhile
+	}
+	if v.rec.OnTimeout == PauseOnTimeout {
+		err = m.Pause(ctx, "", id)
+		if err == nil || errs.Is(err, errs.NotFound) || errs.Is(err, errs.Conflict) {
+			return
+		}
+		m.cfg.Log.Error("pause at the end of its time; killing instead", "sandbox", id, "err", err)
+	}
+	if err := m.remove(ctx, id, Event{Name: "expire"}); err != nil && !errs.Is(err, errs.NotFound) {
+		m.cfg.Log.Error("kill at the end of its time", "sandbox", id, "err", err)
+	}
+}
+
+// owned looks a sandbox up for a caller. Every key of a server belongs to its
+// one team, so any of them may see and change any sandbox.
+func (m *Manager) owned(_ string, id ID) (*view, error) {
+	return m.lookup(id)
+}

@@ -1,0 +1,322 @@
+package sandbox
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Config is what a Manager is made of. Runtime, Network, Images, Store, Agents
+// and AgentArgs are required.
+type Config struct {
+	Runtime Runtime
+	Network Network
+	Images  Images
+	Store   Store
+	Agents  Agents
+
+	// Operator is the policy layer above every sandbox's rules; may be nil.
+	Operator *policy.Operator
+	// AgentArgs is the agent's command line inside a sandbox, without the hash
+	// of its control token, which is appended.
+	AgentArgs []string
+	// Env is the agent's own environment, "K=V".
+	Env []string
+	// Binds are shown read-only in every sandbox: the agent, the CA bundle.
+	Binds []Bind
+	// DefaultTemplate is what a request without a template gets; "" means "base".
+	DefaultTemplate string
+	// SnapshotDir keeps the memory of paused sandboxes.
+	SnapshotDir string
+	// Defaults are the limits of a sandbox whose image names none.
+	Defaults Resources
+	// Spares says how many running spares to keep for each template.
+	Spares map[string]int
+	// MaxSandboxes limits running sandboxes; 0 means 1,000.
+	MaxSandboxes int
+	// MaxTimeout is the longest time a sandbox may ask for; 0 means 24 h.
+	MaxTimeout time.Duration
+	// ParallelStarts bounds cold starts at one time; 0 means 4 per CPU.
+	ParallelStarts int
+	// StartTimeout is how long a sandbox may take until its agent answers; 0 means 30 s.
+	StartTimeout time.Duration
+
+	// PolicyChanged is called after a new policy is in force, Gone after a
+	// sandbox's network was withdrawn: proxies judge their live flows anew, or
+	// cut them. Both may be nil.
+	PolicyChanged func(ID)
+	Gone          func(ID)
+
+	Log *slog.Logger
+}
+
+func (c *Config) setDefaults() {
+	c.DefaultTemplate = cmp.Or(c.DefaultTemplate, "base")
+	c.MaxSandboxes = cmp.Or(c.MaxSandboxes, 1000)
+	c.MaxTimeout = cmp.Or(c.MaxTimeout, 24*time.Hour)
+	c.ParallelStarts = cmp.Or(c.ParallelStarts, 4*runtime.NumCPU())
+	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	if c.PolicyChanged == nil {
+		c.PolicyChanged = func(ID) {}
+	}
+	if c.Gone == nil {
+		c.Gone = func(ID) {}
+	}
+}
+
+// Manager owns every sandbox's life. Its methods are safe for concurrent use;
+// Run must be running for sandboxes to expire and for crashes to be noticed.
+type Manager struct {
+	cfg    Config
+	starts chan struct{} // semaphore of cold starts
+	tasks  chan func(context.Context)
+	ended  chan struct{} // closed when Run has returned
+	spares *spares
+
+	mu       sync.Mutex // guards live and reserved
+	live     map[ID]*entry
+	reserved int // creations under way, counted against MaxSandboxes
+}
+
+// entry is one sandbox. Lookups read view without a lock; a change holds op
+// from the first step to the last, so that changes of one sandbox are serialised.
+type entry struct {
+	op   sync.Mutex
+	view atomic.Pointer[view]
+}
+
+// view is an immutable picture of a sandbox.
+type view struct {
+	rec    Record
+	policy *policy.Compiled
+	// done is closed when this run of the sandbox ends: it was killed, paused or crashed.
+	done chan struct{}
+}
+
+// New returns a Manager that has started nothing yet: call Reconcile, then Run.
+func New(cfg Config) *Manager {
+	cfg.setDefaults()
+	m := &Manager{
+		cfg:    cfg,
+		starts: make(chan struct{}, cfg.ParallelStarts),
+		tasks:  make(chan func(context.Context)),
+		ended:  make(chan struct{}),
+		live:   map[ID]*entry{},
+	}
+	m.spares = newSpares(cfg.Spares)
+	return m
+}
+
+// Run expires sandboxes, notices crashes and keeps the spares filled until ctx
+// ends. The sandboxes themselves go on; spares are destroyed.
+func (m *Manager) Run(ctx context.Context) error {
+	var owned sync.WaitGroup
+	defer owned.Wait()
+	defer close(m.ended)
+	owned.Go(func() { m.fillSpares(ctx) })
+	for _, e := range m.entries() {
+		if v := e.view.Load(); v.rec.State == Running {
+			owned.Go(func() { m.watch(ctx, v.rec.ID) })
+		}
+	}
+	tick := time.NewTicker(expiryTick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case task := <-m.tasks:
+			owned.Go(func() { task(ctx) })
+		case now := <-tick.C:
+			for _, id := range m.expired(now) {
+				owned.Go(func() { m.expire(ctx, id) })
+			}
+		}
+	}
+}
+
+// expiryTick is how often sandboxes are checked for the end of their time: a
+// user counts in seconds.
+const expiryTick = 200 * time.Millisecond
+
+// spawn hands a task to Run, which owns the goroutine. Once Run has returned
+// there is nobody to own it: the next server's Run watches what it adopts.
+func (m *Manager) spawn(task func(context.Context)) {
+	select {
+	case m.tasks <- task:
+	case <-m.ended:
+	}
+}
+
+// watch waits for a sandbox to end by itself and then clears away what is left.
+func (m *Manager) watch(ctx context.Context, id ID) {
+	v, err := m.lookup(id)
+	if err != nil {
+		return
+	}
+	if err := m.cfg.Runtime.Wait(ctx, id); ctx.Err() != nil {
+		return
+	} else if err != nil {
+		m.cfg.Log.Warn("sandbox wait ended early", "sandbox", id, "err", err)
+	}
+	select {
+	case <-v.done: // killed or paused by us
+		return
+	default:
+	}
+	m.cfg.Log.Error("sandbox ended by itself", "sandbox", id)
+	if err := m.remove(ctx, id, Event{Name: "exit", Detail: "the sandbox's processes ended unexpectedly"}); err != nil && !errs.Is(err, errs.NotFound) {
+		m.cfg.Log.Error("sandbox clean-up", "sandbox", id, "err", err)
+	}
+}
+
+// Endpoint is what the ingress and the proxies need to know of a sandbox.
+type Endpoint struct {
+	Record Record
+	Policy *policy.Compiled
+	// Done is closed when this run of the sandbox ends.
+	Done <-chan struct{}
+}
+
+// Endpoint looks a sandbox up in memory; the second result is false when there
+// is none. A paused sandbox has an endpoint whose Done is closed.
+func (m *Manager) Endpoint(id ID) (Endpoint, bool) {
+	v, err := m.lookup(id)
+	if err != nil {
+		return Endpoint{}, false
+	}
+	return Endpoint{Record: v.rec, Policy: v.policy, Done: v.done}, true
+}
+
+// Policy returns the policy in force for a sandbox.
+func (m *Manager) Policy(id ID) (*policy.Compiled, bool) {
+	v, err := m.lookup(id)
+	if err != nil {
+		return nil, false
+	}
+	return v.policy, true
+}
+
+func (m *Manager) lookup(id ID) (*view, error) {
+	e, err := m.entry(id)
+	if err != nil {
+		return nil, err
+	}
+	return e.view.Load(), nil
+}
+
+func (m *Manager) entry(id ID) (*entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e, ok := m.live[id]
+	if !ok {
+		return nil, NotFound(id)
+	}
+	return e, nil
+}
+
+// NotFound is the error for a sandbox that is not there, in the wording the
+// SDKs' users know.
+func NotFound(id ID) error {
+	return errs.New(errs.NotFound, "Sandbox %q doesn't exist or you don't have access to it", string(id))
+}
+
+// hold locks a sandbox for a change; the caller unlocks the entry's op. The
+// second look-up is for a call that removed the sandbox while we waited.
+func (m *Manager) hold(id ID) (*entry, error) {
+	e, err := m.entry(id)
+	if err != nil {
+		return nil, err
+	}
+	e.op.Lock()
+	if _, err := m.entry(id); err != nil {
+		e.op.Unlock()
+		return nil, err
+	}
+	return e, nil
+}
+
+// entries returns all sandboxes, in no order.
+func (m *Manager) entries() []*entry {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*entry, 0, len(m.live))
+	for _, e := range m.live {
+		out = append(out, e)
+	}
+	return out
+}
+
+// reserve counts a sandbox about to be created against the limit.
+func (m *Manager) reserve() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	running := m.reserved
+	for _, e := range m.live {
+		if e.view.Load().rec.State != Paused {
+			running++
+		}
+	}
+	if running >= m.cfg.MaxSandboxes {
+		return errs.New(errs.Exhausted, "this server runs its limit of %d sandboxes: kill one, or raise sandboxes.max in the server's configuration", m.cfg.MaxSandboxes)
+	}
+	m.reserved++
+	return nil
+}
+
+// admit turns a reservation into a sandbox others can find.
+func (m *Manager) admit(rec Record, p *policy.Compiled) {
+	e := &entry{}
+	e.view.Store(&view{rec: rec, policy: p, done: make(chan struct{})})
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.live[rec.ID] = e
+}
+
+func (m *Manager) unreserve() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reserved--
+}
+
+func (m *Manager) forget(id ID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.live, id)
+}
+
+// save stores a changed record and shows it to everyone. done is kept unless
+// the caller gives a new one.
+func (m *Manager) save(ctx context.Context, e *entry, next view) error {
+	rev, err := m.cfg.Store.PutSandbox(ctx, next.rec)
+	if err != nil {
+		return fmt.Errorf("store record: %w", err)
+	}
+	next.rec.Revision = rev
+	e.view.Store(&next)
+	return nil
+}
+
+// event records a step in a sandbox's life; a lost event is worth a warning, not
+// a failed call.
+func (m *Manager) event(ctx context.Context, rec *Record, ev Event) {
+	ev.ID, ev.Time, ev.Sandbox, ev.Template = newToken(), time.Now().UTC(), rec.ID, rec.Template
+	if ev.State == "" {
+		ev.State = rec.State
+	}
+	if err := m.cfg.Store.AppendEvent(ctx, ev); err != nil {
+		m.cfg.Log.Warn("lifecycle event not kept", "sandbox", rec.ID, "err", err)
+	}
+}
+
+func (m *Manager) snapshotDir(id ID) string { return filepath.Join(m.cfg.SnapshotDir, string(id)) }
