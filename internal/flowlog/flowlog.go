@@ -4,7 +4,6 @@
 package flowlog
 
 import (
-	"context"
 	"net/netip"
 	"time"
 
@@ -69,24 +68,3 @@ type Recorder interface {
 	// Record keeps e. It never blocks.
 	Record(e Event)
 }
-
-// Log is the bounded record of verdicts.
-type Log struct {
-	// to be designed
-}
-
-var _ Recorder = (*Log)(nil)
-
-// Record implements Recorder.
-func (l *Log) Record(e Event) { panic("not written") }
-
-// Events returns the kept events that match f, oldest first.
-func (l *Log) Events(f Filter) []Event { panic("not written") }
-
-// Follow sends the events that match f, first the kept ones, then new ones as
-// they come, until ctx ends; then the channel is closed. A follower that does not
-// keep up loses events, and sees how many in the next event's Detail.
-func (l *Log) Follow(ctx context.Context, f Filter) <-chan Event { panic("not written") }
-
-// Forget drops what is kept of a sandbox.
-func (l *Log) Forget(sandbox string) { panic("not written") }
