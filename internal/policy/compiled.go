@@ -1,12 +1,39 @@
 package policy
 
-import "net/netip"
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
+
+	"github.com/cordonhq/cordon/internal/errs"
+)
+
+// maxEntries is how many entries one list of a sandbox's rules may hold.
+const maxEntries = 10_000
 
 // Compiled is an immutable policy, safe for concurrent use. Every lookup costs
 // the same whatever the number of rules: an exact map and a suffix walk for
 // names, a prefix trie for addresses.
 type Compiled struct {
-	// to be designed
+	input      Input
+	generation uint64
+	dns        DNSMode
+	autoDNS    bool
+
+	rules      []Rule // by ruleRef; rules[0] is the default rule
+	allow      ruleSet
+	deny       ruleSet
+	opAllow    ruleSet
+	opDeny     ruleSet
+	floorOpen  ruleSet
+	hostAddrs  bart.Lite
+	self       []string
+	kernel     KernelRules
+	autoDNSRef ruleRef
 }
 
 // Compile validates in and returns what decides. Every error is of kind
@@ -16,105 +43,241 @@ type Compiled struct {
 //	invalid allowed address X
 //	When specifying allowed domains in allow out, you must include 'ALL_TRAFFIC' in deny out to block all other traffic.
 //
-// generation numbers the policy within its sandbox and is carried into the flow log.
-func Compile(in Input, op *Operator, generation uint64) (*Compiled, error) { panic("not written") }
+// generation numbers the policy within its sandbox and is carried into the flow
+// log. A nil op adds nothing.
+func Compile(in Input, op *Operator, generation uint64) (*Compiled, error) {
+	for _, l := range []struct {
+		name string
+		n    int
+	}{{"allowOut", len(in.AllowOut)}, {"denyOut", len(in.DenyOut)}} {
+		if l.n > maxEntries {
+			return nil, errs.New(errs.Invalid, "network.%s has %d entries, the most is %d: merge CIDRs or use wildcards", l.name, l.n, maxEntries)
+		}
+	}
+	return compile(in, op, generation)
+}
+
+// compile is Compile without the limit on entries.
+func compile(in Input, op *Operator, generation uint64) (*Compiled, error) {
+	if op == nil {
+		op = &Operator{}
+	}
+	c := &Compiled{
+		input:      clone(in),
+		generation: generation,
+		rules:      []Rule{{ID: "default"}},
+	}
+	if err := c.options(); err != nil {
+		return nil, err
+	}
+	if err := c.addOperator(op); err != nil {
+		return nil, err
+	}
+	if err := c.addDenied(); err != nil {
+		return nil, err
+	}
+	if err := c.addAllowed(); err != nil {
+		return nil, err
+	}
+	c.derive()
+	return c, nil
+}
+
+// clone makes in the policy's own, so that a caller who goes on writing to its
+// lists does not change what was compiled.
+func clone(in Input) Input {
+	in.AllowOut, in.DenyOut = slices.Clone(in.AllowOut), slices.Clone(in.DenyOut)
+	if in.AllowInternetAccess != nil {
+		v := *in.AllowInternetAccess
+		in.AllowInternetAccess = &v
+	}
+	return in
+}
+
+func (c *Compiled) options() error {
+	switch c.input.DNS {
+	case DNSAuto, DNSOpen, DNSStrict:
+	default:
+		return errs.New(errs.Invalid, `network.dns is %q: use "open", "strict" or leave it out`, c.input.DNS)
+	}
+	switch c.input.OnDeny {
+	case "", OnDenyReset, OnDenyExplain:
+	default:
+		return errs.New(errs.Invalid, `network.onDeny is %q: use "reset", "explain" or leave it out`, c.input.OnDeny)
+	}
+	switch c.input.Mode {
+	case "", ModeEnforce, ModeObserve:
+	default:
+		return errs.New(errs.Invalid, `network.mode is %q: use "enforce", "observe" or leave it out`, c.input.Mode)
+	}
+	return nil
+}
+
+func (c *Compiled) addOperator(op *Operator) error {
+	lists := []struct {
+		field string
+		id    string
+		texts []string
+		set   *ruleSet
+		add   func(*ruleSet, entry, ruleRef)
+	}{
+		{"floorOpen", "operator.open", op.FloorOpen, &c.floorOpen, (*ruleSet).add},
+		{"alwaysDeny", "operator.deny", op.AlwaysDeny, &c.opDeny, (*ruleSet).addDeny},
+		{"alwaysAllow", "operator.allow", op.AlwaysAllow, &c.opAllow, (*ruleSet).add},
+	}
+	for _, l := range lists {
+		for i, text := range l.texts {
+			e, err := parseEntry(text)
+			if err == nil && l.set == &c.floorOpen && e.wildcard {
+				err = errors.New("a hole in the floor needs an exact name")
+			}
+			if err != nil {
+				return errs.New(errs.Invalid, "operator %s[%d] is %q: %v", l.field, i, text, err)
+			}
+			l.add(l.set, e, c.rule(l.id, i, text))
+		}
+	}
+	for i, d := range op.SelfDomains {
+		name, ok := CanonicalName(d)
+		if !ok {
+			return errs.New(errs.Invalid, "operator selfDomains[%d] is %q: not a domain name", i, d)
+		}
+		c.self = append(c.self, name)
+	}
+	for i, p := range op.HostAddrs {
+		if !p.IsValid() {
+			return errs.New(errs.Invalid, "operator hostAddrs[%d] is not a valid prefix", i)
+		}
+		if p.Addr().Is4In6() && p.Bits() >= 96 {
+			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+		}
+		c.hostAddrs.Insert(p.Masked())
+	}
+	return nil
+}
+
+func (c *Compiled) addDenied() error {
+	for i, text := range c.input.DenyOut {
+		e, err := parseEntry(text)
+		if err != nil || !e.isAddr() {
+			return errs.New(errs.Invalid, "invalid denied CIDR %s", text)
+		}
+		c.deny.addDeny(e, c.rule("deny", i, text))
+		c.kernel.DenyAll = c.kernel.DenyAll || e.all() && e.port == 0
+	}
+	if access := c.input.AllowInternetAccess; access != nil && !*access {
+		c.rules = append(c.rules, Rule{ID: "deny[internet]", Text: "allow_internet_access: false"})
+		c.deny.addDeny(entry{prefix: netip.PrefixFrom(netip.IPv4Unspecified(), 0)}, ruleRef(len(c.rules)-1))
+		c.kernel.DenyAll = true
+	}
+	return nil
+}
+
+func (c *Compiled) addAllowed() error {
+	for i, text := range c.input.AllowOut {
+		e, err := parseEntry(text)
+		if err != nil {
+			return errs.New(errs.Invalid, "invalid allowed address %s", text)
+		}
+		c.allow.add(e, c.rule("allow", i, text))
+	}
+	if c.allow.hasNames() && !c.kernel.DenyAll {
+		return errs.New(errs.Invalid, "When specifying allowed domains in allow out, you must include 'ALL_TRAFFIC' in deny out to block all other traffic.")
+	}
+	return nil
+}
+
+func (c *Compiled) rule(list string, i int, text string) ruleRef {
+	c.rules = append(c.rules, Rule{ID: fmt.Sprintf("%s[%d]", list, i), Text: text})
+	return ruleRef(len(c.rules) - 1)
+}
+
+// derive settles what follows from the rules as a whole.
+func (c *Compiled) derive() {
+	// A domain of the user's needs deny-all, one of the operator's may stand
+	// beside default allow: then DNS needs no help.
+	c.autoDNS = c.kernel.DenyAll && (c.allow.hasNames() || c.opAllow.hasNames() || c.floorOpen.hasNames())
+	if c.autoDNS {
+		c.rules = append(c.rules, Rule{ID: "dns", Text: DefaultNameserver.String() + ":53 (comes with a domain rule)"})
+		c.autoDNSRef = ruleRef(len(c.rules) - 1)
+	}
+	c.dns = c.input.DNS
+	if c.dns == DNSAuto {
+		c.dns = c.deriveDNS()
+	}
+	c.deriveKernel()
+}
+
+// deriveDNS returns strict only when the nameserver is reachable because a
+// domain is listed: an open resolver would then be the way around the list.
+func (c *Compiled) deriveDNS() DNSMode {
+	byAddr := c.opAllow.matchAddr(DefaultNameserver, 53) != 0 || c.allow.matchAddr(DefaultNameserver, 53) != 0
+	if c.autoDNS && !byAddr {
+		return DNSStrict
+	}
+	return DNSOpen
+}
 
 // Generation returns the number given to Compile.
-func (c *Compiled) Generation() uint64 { panic("not written") }
+func (c *Compiled) Generation() uint64 { return c.generation }
 
 // Input returns what was compiled.
-func (c *Compiled) Input() Input { panic("not written") }
+func (c *Compiled) Input() Input { return clone(c.input) }
 
 // OnDeny returns how the proxy answers a denied client; never empty.
-func (c *Compiled) OnDeny() OnDeny { panic("not written") }
+func (c *Compiled) OnDeny() OnDeny { return cmp.Or(c.input.OnDeny, OnDenyReset) }
 
 // Mode returns whether the rules are enforced; never empty.
-func (c *Compiled) Mode() Mode { panic("not written") }
-
-// Decide judges a flow: floor, operator, then allow, then deny, then default
-// allow. Port 53 is judged like any other: whether the resolver may be spoken to.
-func (c *Compiled) Decide(f Flow) Verdict { panic("not written") }
-
-// DecideAddr judges an address the proxy is about to dial for a flow that was
-// allowed by name: only the floor and the operator's denials can still refuse it.
-func (c *Compiled) DecideAddr(name string, dst netip.AddrPort) Verdict { panic("not written") }
+func (c *Compiled) Mode() Mode { return cmp.Or(c.input.Mode, ModeEnforce) }
 
 // DNS returns the mode in force, never DNSAuto.
-func (c *Compiled) DNS() DNSMode { panic("not written") }
+func (c *Compiled) DNS() DNSMode { return c.dns }
 
-// DecideQuery judges whether the resolver may resolve name (canonical) at all.
-// In open mode every name passes.
-func (c *Compiled) DecideQuery(name string) Verdict { panic("not written") }
+// IsSelf reports whether name belongs to this service's own domains.
+func (c *Compiled) IsSelf(name string) bool {
+	for _, d := range c.self {
+		rest := len(name) - len(d)
+		if rest == 0 && name == d || rest > 0 && name[rest-1] == '.' && name[rest:] == d {
+			return true
+		}
+	}
+	return false
+}
 
 // WildcardOf returns the wildcard rule that allows name, if a wildcard and not
 // an exact rule allows it: the resolver budgets distinct labels under it.
-func (c *Compiled) WildcardOf(name string) (Rule, bool) { panic("not written") }
-
-// IsSelf reports whether name belongs to this service's own domains.
-func (c *Compiled) IsSelf(name string) bool { panic("not written") }
-
-// AnswerAllowed reports whether the resolver may hand addr to the sandbox as an
-// answer for name: floor addresses are removed (rebinding) unless the operator opened them.
-func (c *Compiled) AnswerAllowed(name string, addr netip.Addr) bool { panic("not written") }
+func (c *Compiled) WildcardOf(name string) (Rule, bool) {
+	for _, s := range []*ruleSet{&c.floorOpen, &c.opAllow, &c.allow} {
+		if s.exactName(name) != 0 {
+			return Rule{}, false
+		}
+	}
+	r := c.opAllow.wildName(name).or(c.allow.wildName(name))
+	return c.rules[r], r != 0
+}
 
 // PinPorts returns the ports that host:port rules open for name by the name
 // binding of the resolver, and the rules; nil when there are none. Ports 80 and
 // 443 are never among them: the proxy judges those.
-func (c *Compiled) PinPorts(name string) []PinPort { panic("not written") }
+func (c *Compiled) PinPorts(name string) []PinPort {
+	var out []PinPort
+	for _, s := range []*ruleSet{&c.floorOpen, &c.opAllow, &c.allow} {
+		for port, set := range s.namePorts {
+			if proxyPort(port) || c.opDeny.matchName(name, port) != 0 {
+				continue
+			}
+			seen := slices.ContainsFunc(out, func(p PinPort) bool { return p.Port == port })
+			if r := set.match(name); r != 0 && !seen {
+				out = append(out, PinPort{port, c.rules[r]})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b PinPort) int { return cmp.Compare(a.Port, b.Port) })
+	return out
+}
 
 // PinPort is one port opened for the addresses of a name.
 type PinPort struct {
 	Port uint16
 	Rule Rule
 }
-
-// KernelRules is the part of a policy that the kernel decides. All prefix lists
-// are merged, sorted and disjoint; IPv4 and IPv6 are mixed. The kernel applies, in order:
-//
-//  1. FloorOpen → accept; the floor (Floor and the host's addresses) → reject
-//  2. OperatorDeny → reject, OperatorAllow → accept
-//  3. Allow, AllowPorts → accept
-//  4. NameRules: TCP ProxyPorts → the proxy
-//  5. AutoDNS: UDP and TCP 53 to DefaultNameserver → the resolver
-//  6. Deny, DenyPorts → reject; everything else → accept
-//
-// Accepted UDP and TCP 53 always goes to the resolver. In ModeObserve steps 2
-// and 6 log instead of rejecting.
-type KernelRules struct {
-	Generation    uint64
-	FloorOpen     []PrefixPort
-	OperatorDeny  []PrefixPort
-	OperatorAllow []PrefixPort
-	Allow         []PrefixPort
-	Deny          []PrefixPort
-	DenyAll       bool     // Deny covers every destination, both families
-	NameRules     bool     // some rule names a domain: ProxyPorts go to the proxy
-	ProxyPorts    []uint16 // 80, 443 and, with NameRules, nothing else
-	AutoDNS       bool
-	Pins          bool // some rule is host:port: keep a pin set
-	Observe       bool
-}
-
-// PrefixPort is a prefix and, unless 0, the one port it is limited to.
-type PrefixPort struct {
-	Prefix netip.Prefix
-	Port   uint16
-}
-
-// Kernel returns the part the kernel decides.
-func (c *Compiled) Kernel() KernelRules { panic("not written") }
-
-// Floor returns the ranges no sandbox may reach, with the reason for each; the
-// host's own addresses come on top, from Operator.HostAddrs.
-func Floor() []FloorRange { panic("not written") }
-
-// FloorRange is one range of the floor.
-type FloorRange struct {
-	Prefix netip.Prefix
-	Why    string // "cloud metadata, link-local (RFC 3927)"
-}
-
-// CanonicalName lower-cases name, drops one trailing dot, and checks the LDH
-// grammar (RFC 1123, 63-octet labels, 253 octets). An IP literal in any
-// spelling is not a name. The second result is false when name is not a domain name.
-func CanonicalName(name string) (string, bool) { panic("not written") }

@@ -1,0 +1,176 @@
+package policy
+
+import (
+	"net/netip"
+)
+
+// Decide judges a flow: floor, operator, then allow, then deny, then default
+// allow. Port 53 is judged like any other: whether the resolver may be spoken to.
+func (c *Compiled) Decide(f Flow) Verdict {
+	port := f.Dst.Port()
+	switch f.Proto {
+	case TCP:
+	case UDP:
+		f.Name = "" // names are shown on TCP only
+	case ICMP, ICMPv6:
+		f.Name, port = "", 0
+	default:
+		return Verdict{Rule: Rule{ID: "protocol", Text: "only TCP, UDP and ICMP are forwarded"}, Reason: ReasonProtocol}
+	}
+	dst := plain(f.Dst.Addr())
+	if v, settled := c.decideFloor(f.Name, dst, port); settled {
+		return v
+	}
+	if v, settled := c.decideOperator(f.Name, dst, port); settled {
+		return v
+	}
+	if r := c.allow.matchAddr(dst, port); r != 0 {
+		return c.allowed(r, ReasonAllowAddr)
+	}
+	if r := c.allow.matchName(f.Name, port); r != 0 {
+		return c.allowed(r, ReasonAllowName)
+	}
+	if c.autoDNS && port == 53 && dst == DefaultNameserver {
+		return c.allowed(c.autoDNSRef, ReasonAllowDNS)
+	}
+	if r := c.deny.matchDenied(dst, port); r != 0 {
+		return c.denied(r, c.whyDenied(f, port))
+	}
+	return c.allowed(0, ReasonDefaultAllow)
+}
+
+// whyDenied tells a flow that no name could have saved from one that showed the
+// wrong name or none.
+func (c *Compiled) whyDenied(f Flow, port uint16) Reason {
+	switch {
+	case f.Proto != TCP || !c.allow.coversPort(port) && !c.opAllow.coversPort(port):
+		return ReasonDenyAddr
+	case f.Name == "":
+		return ReasonNoName
+	default:
+		return ReasonNameDenied
+	}
+}
+
+// DecideAddr judges an address the proxy is about to dial for a flow that was
+// allowed by name: only the floor and the operator's denials can still refuse it.
+func (c *Compiled) DecideAddr(name string, dst netip.AddrPort) Verdict {
+	addr, port := plain(dst.Addr()), dst.Port()
+	if v, settled := c.decideFloor(name, addr, port); settled {
+		return v
+	}
+	if v, settled := c.decideOperator(name, addr, port); settled {
+		return v
+	}
+	if r := c.allow.matchName(name, port); r != 0 {
+		return c.allowed(r, ReasonAllowName)
+	}
+	return c.allowed(0, ReasonDefaultAllow)
+}
+
+// DecideQuery judges whether the resolver may resolve name (canonical) at all.
+// In open mode every name passes that the operator does not deny.
+func (c *Compiled) DecideQuery(name string) Verdict {
+	if c.opDeny.names != nil {
+		if r := c.opDeny.names.match(name); r != 0 {
+			return c.denied(r, ReasonOperator)
+		}
+	}
+	if r := c.floorOpen.listsName(name); r != 0 {
+		return c.allowed(r, ReasonFloorOpen)
+	}
+	if r := c.opAllow.listsName(name); r != 0 {
+		return c.allowed(r, ReasonOperator)
+	}
+	if r := c.allow.listsName(name); r != 0 {
+		return c.allowed(r, ReasonAllowName)
+	}
+	if c.dns == DNSStrict {
+		v := c.denied(0, ReasonNameDenied)
+		v.Rule = Rule{ID: "dns", Text: "strict: only listed names are resolved"}
+		return v
+	}
+	return c.allowed(0, ReasonDefaultAllow)
+}
+
+// AnswerAllowed reports whether the resolver may hand addr to the sandbox as an
+// answer for name: floor addresses are removed (rebinding) unless the operator opened them.
+func (c *Compiled) AnswerAllowed(name string, addr netip.Addr) bool {
+	addr = plain(addr)
+	if _, floor := c.inFloor(addr); !floor {
+		return true
+	}
+	if addr == ServiceAddr4 && c.IsSelf(name) || c.floorOpen.listsName(name) != 0 || c.floorOpen.addrs.match(addr) != 0 {
+		return true
+	}
+	for _, set := range c.floorOpen.addrPorts {
+		if set.match(addr) != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// plain is the form addresses are judged in: IPv4-mapped ones as the IPv4
+// address they are, without a zone.
+func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
+
+// decideFloor settles a flow to a floor address. The service's own address is
+// judged like a public one when the name shown is ours: the ingress behind it
+// checks everything again.
+func (c *Compiled) decideFloor(name string, dst netip.Addr, port uint16) (v Verdict, settled bool) {
+	rule, floor := c.inFloor(dst)
+	if !floor || dst == ServiceAddr4 && proxyPort(port) && c.IsSelf(name) {
+		return Verdict{}, false
+	}
+	r := c.floorOpen.matchAddr(dst, port)
+	if r == 0 {
+		r = c.floorOpen.matchName(name, port)
+	}
+	if r != 0 {
+		return c.allowed(r, ReasonFloorOpen), true
+	}
+	return Verdict{Rule: rule, Reason: ReasonFloor}, true
+}
+
+// inFloor finds the floor range of an address or of the IPv4 address it leads to.
+func (c *Compiled) inFloor(a netip.Addr) (Rule, bool) {
+	if !a.IsValid() {
+		return Rule{ID: "floor", Text: "no address"}, true
+	}
+	if rule, ok := floorTable().Lookup(a); ok {
+		return rule, true
+	}
+	if c.hostAddrs.Contains(a) {
+		return Rule{ID: "floor", Text: "an address of the host"}, true
+	}
+	if v4, ok := embedded(a); ok {
+		return c.inFloor(v4)
+	}
+	return Rule{}, false
+}
+
+// decideOperator settles a flow that the operator's lists name, deny first.
+func (c *Compiled) decideOperator(name string, dst netip.Addr, port uint16) (v Verdict, settled bool) {
+	r := c.opDeny.matchDenied(dst, port)
+	if r == 0 {
+		r = c.opDeny.matchName(name, port)
+	}
+	if r != 0 {
+		return c.denied(r, ReasonOperator), true
+	}
+	if r = c.opAllow.matchAddr(dst, port); r == 0 {
+		r = c.opAllow.matchName(name, port)
+	}
+	return c.allowed(r, ReasonOperator), r != 0
+}
+
+func (c *Compiled) allowed(r ruleRef, why Reason) Verdict {
+	return Verdict{Allow: true, Rule: c.rules[r], Reason: why}
+}
+
+// denied is a denial, or what observe mode makes of it.
+func (c *Compiled) denied(r ruleRef, why Reason) Verdict {
+	observed := c.input.Mode == ModeObserve
+	return Verdict{Allow: observed, Rule: c.rules[r], Reason: why, Observed: observed}
+}
