@@ -10,7 +10,7 @@ import (
 // FloorRange is one range of the floor.
 type FloorRange struct {
 	Prefix netip.Prefix
-	Why    string // "cloud metadata, link-local (RFC 3927)"
+	Why    string // "cloud metadata, link-local, RFC 3927"
 }
 
 // Floor returns the ranges no sandbox may reach, with the reason for each; the
@@ -29,18 +29,18 @@ func Floor() []FloorRange {
 
 func floor4() []FloorRange {
 	return []FloorRange{
-		{netip.MustParsePrefix("0.0.0.0/8"), "this network (RFC 791)"},
-		{netip.MustParsePrefix("10.0.0.0/8"), "private (RFC 1918)"},
-		{netip.MustParsePrefix("100.64.0.0/10"), "carrier-grade NAT (RFC 6598)"},
-		{netip.MustParsePrefix("127.0.0.0/8"), "loopback (RFC 1122)"},
-		{netip.MustParsePrefix("168.63.129.16/32"), "cloud metadata (Azure)"},
-		{netip.MustParsePrefix("169.254.0.0/16"), "cloud metadata, link-local (RFC 3927)"},
-		{netip.MustParsePrefix("172.16.0.0/12"), "private (RFC 1918)"},
-		{netip.MustParsePrefix("192.0.0.0/24"), "protocol assignments (RFC 6890)"},
-		{netip.MustParsePrefix("192.168.0.0/16"), "private (RFC 1918)"},
-		{netip.MustParsePrefix("198.18.0.0/15"), "benchmarking (RFC 2544)"},
-		{netip.MustParsePrefix("224.0.0.0/4"), "multicast (RFC 5771)"},
-		{netip.MustParsePrefix("240.0.0.0/4"), "reserved and broadcast (RFC 1112)"},
+		{netip.MustParsePrefix("0.0.0.0/8"), "this network, RFC 791"},
+		{netip.MustParsePrefix("10.0.0.0/8"), "private, RFC 1918"},
+		{netip.MustParsePrefix("100.64.0.0/10"), "carrier-grade NAT, RFC 6598"},
+		{netip.MustParsePrefix("127.0.0.0/8"), "loopback, RFC 1122"},
+		{netip.MustParsePrefix("168.63.129.16/32"), "cloud metadata, Azure"},
+		{netip.MustParsePrefix("169.254.0.0/16"), "cloud metadata, link-local, RFC 3927"},
+		{netip.MustParsePrefix("172.16.0.0/12"), "private, RFC 1918"},
+		{netip.MustParsePrefix("192.0.0.0/24"), "protocol assignments, RFC 6890"},
+		{netip.MustParsePrefix("192.168.0.0/16"), "private, RFC 1918"},
+		{netip.MustParsePrefix("198.18.0.0/15"), "benchmarking, RFC 2544"},
+		{netip.MustParsePrefix("224.0.0.0/4"), "multicast, RFC 5771"},
+		{netip.MustParsePrefix("240.0.0.0/4"), "reserved and broadcast, RFC 1112"},
 	}
 }
 
@@ -50,17 +50,17 @@ func floor4() []FloorRange {
 // floor ranges are in the floor (Floor, embedded).
 func floor6() []FloorRange {
 	return []FloorRange{
-		{netip.MustParsePrefix("::/128"), "unspecified (RFC 4291)"},
-		{netip.MustParsePrefix("::1/128"), "loopback (RFC 4291)"},
-		{netip.MustParsePrefix("::/96"), "IPv4-compatible, deprecated (RFC 4291)"},
-		{netip.MustParsePrefix("::ffff:0:0/96"), "IPv4-mapped, never on a wire (RFC 4291)"},
-		{netip.MustParsePrefix("::ffff:0:0:0/96"), "IPv4-translated (RFC 2765)"},
-		{netip.MustParsePrefix("64:ff9b:1::/48"), "local NAT64 (RFC 8215)"},
-		{netip.MustParsePrefix("2001::/32"), "Teredo (RFC 4380)"},
-		{netip.MustParsePrefix("fc00::/7"), "unique local (RFC 4193)"},
-		{netip.MustParsePrefix("fd00:ec2::254/128"), "cloud metadata (AWS)"},
-		{netip.MustParsePrefix("fe80::/10"), "link-local (RFC 4291)"},
-		{netip.MustParsePrefix("ff00::/8"), "multicast (RFC 4291)"},
+		{netip.MustParsePrefix("::/128"), "unspecified, RFC 4291"},
+		{netip.MustParsePrefix("::1/128"), "loopback, RFC 4291"},
+		{netip.MustParsePrefix("::/96"), "IPv4-compatible, deprecated, RFC 4291"},
+		{netip.MustParsePrefix("::ffff:0:0/96"), "IPv4-mapped, never on a wire, RFC 4291"},
+		{netip.MustParsePrefix("::ffff:0:0:0/96"), "IPv4-translated, RFC 2765"},
+		{netip.MustParsePrefix("64:ff9b:1::/48"), "local NAT64, RFC 8215"},
+		{netip.MustParsePrefix("2001::/32"), "Teredo, RFC 4380"},
+		{netip.MustParsePrefix("fc00::/7"), "unique local, RFC 4193"},
+		{netip.MustParsePrefix("fd00:ec2::254/128"), "cloud metadata, AWS"},
+		{netip.MustParsePrefix("fe80::/10"), "link-local, RFC 4291"},
+		{netip.MustParsePrefix("ff00::/8"), "multicast, RFC 4291"},
 	}
 }
 
