@@ -85,8 +85,6 @@ type Network interface {
 	// Acquire takes a ready slot for id: a namespace with addresses and routes,
 	// no policy.
 	Acquire(ctx context.Context, id ID) (Lease, error)
-	// Rename hands a slot acquired under one ID to another: how a spare becomes a sandbox.
-	Rename(ctx context.Context, l Lease, to ID) (Lease, error)
 	// Rearm puts addresses and routes back into the slot's namespace, which the
 	// runtime takes away at each start; call it before a restore.
 	Rearm(ctx context.Context, l Lease) error

@@ -153,7 +153,7 @@ func (m *Manager) acquire(ctx context.Context, img Image) (*started, error) {
 }
 
 // start boots a sandbox up to the point where its agent answers.
-func (m *Manager) start(ctx context.Context, img Image) (up *started, err error) {
+func (m *Manager) start(ctx context.Context, img Image) (_ *started, err error) {
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.StartTimeout)
 	defer cancel()
 	select {
@@ -168,7 +168,7 @@ func (m *Manager) start(ctx context.Context, img Image) (up *started, err error)
 			err = errors.Join(err, undo.Run(context.WithoutCancel(ctx)))
 		}
 	}()
-	up = &started{id: NewID(), controlToken: newToken(), imageRef: img.Digest, resources: m.resources(img)}
+	up := &started{id: NewID(), controlToken: newToken(), imageRef: img.Digest, resources: m.resources(img)}
 	if up.lease, err = m.cfg.Network.Acquire(ctx, up.id); err != nil {
 		return nil, fmt.Errorf("acquire network slot: %w", err)
 	}
