@@ -172,8 +172,15 @@ func (m *Manager) expire(ctx context.Context, id ID) {
 	}
 }
 
-// owned looks a sandbox up for a caller. Every key of a server belongs to its
-// one team, so any of them may see and change any sandbox.
-func (m *Manager) owned(_ string, id ID) (*view, error) {
-	return m.lookup(id)
+// owned looks a sandbox up for a caller: a key sees the sandboxes it made, an
+// admin key, whose owner is "", sees all. Another's sandbox does not exist.
+func (m *Manager) owned(owner string, id ID) (*view, error) {
+	v, err := m.lookup(id)
+	if err != nil {
+		return nil, err
+	}
+	if owner != "" && owner != v.rec.Owner {
+		return nil, NotFound(id)
+	}
+	return v, nil
 }

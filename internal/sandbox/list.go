@@ -53,6 +53,9 @@ func (m *Manager) List(_ context.Context, req ListRequest) (page []Record, next 
 }
 
 func (req *ListRequest) matches(rec *Record) bool {
+	if req.Owner != "" && req.Owner != rec.Owner {
+		return false
+	}
 	for k, v := range req.Metadata {
 		if got, ok := rec.Metadata[k]; !ok || got != v {
 			return false
@@ -131,7 +134,8 @@ func (m *Manager) Events(ctx context.Context, req EventsRequest) (page []Event, 
 }
 
 func (req *EventsRequest) matches(e *Event) bool {
-	return (req.Sandbox == "" || req.Sandbox == e.Sandbox) &&
+	return (req.Owner == "" || req.Owner == e.Owner) &&
+		(req.Sandbox == "" || req.Sandbox == e.Sandbox) &&
 		(req.Template == "" || req.Template == e.Template) &&
 		(len(req.Names) == 0 || slices.Contains(req.Names, e.Name)) &&
 		(len(req.States) == 0 || slices.Contains(req.States, e.State)) &&
@@ -140,10 +144,10 @@ func (req *EventsRequest) matches(e *Event) bool {
 }
 
 // Quota returns the server's limits and what is in use of them.
-func (m *Manager) Quota(_ context.Context, _ string) (Quota, error) {
+func (m *Manager) Quota(_ context.Context, owner string) (Quota, error) {
 	q := Quota{MaxSandboxes: m.cfg.MaxSandboxes, MaxLifetime: m.cfg.MaxTimeout, PerSandbox: m.cfg.Defaults}
 	for _, e := range m.entries() {
-		if v := e.view.Load(); v.rec.State == Running {
+		if v := e.view.Load(); v.rec.State == Running && (owner == "" || owner == v.rec.Owner) {
 			q.Sandboxes++
 			q.CPUs += v.rec.Resources.CPUs
 			q.MemoryMB += v.rec.Resources.MemoryMB

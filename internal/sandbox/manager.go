@@ -310,7 +310,7 @@ func (m *Manager) save(ctx context.Context, e *entry, next view) error {
 // event records a step in a sandbox's life; a lost event is worth a warning, not
 // a failed call.
 func (m *Manager) event(ctx context.Context, rec *Record, ev Event) {
-	ev.ID, ev.Time, ev.Sandbox, ev.Template = newToken(), time.Now().UTC(), rec.ID, rec.Template
+	ev.ID, ev.Time, ev.Sandbox, ev.Owner, ev.Template = newToken(), time.Now().UTC(), rec.ID, rec.Owner, rec.Template
 	if ev.State == "" {
 		ev.State = rec.State
 	}

@@ -345,6 +345,43 @@ func TestPauseKeepsRulesTokensAndTime(t *testing.T) {
 	})
 }
 
+func TestAKeySeesOnlyItsOwnSandboxes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		m := newManager(t, w)
+		runManager(t, m)
+		rec, err := m.Create(t.Context(), CreateRequest{Owner: "k1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, try := range map[string]func(owner string) error{
+			"get":     func(o string) error { _, err := m.Get(t.Context(), o, rec.ID); return err },
+			"timeout": func(o string) error { return m.SetTimeout(t.Context(), o, rec.ID, time.Hour) },
+			"network": func(o string) error { return m.SetNetwork(t.Context(), o, rec.ID, policy.Input{}) },
+			"connect": func(o string) error { _, _, err := m.Connect(t.Context(), o, rec.ID, 0); return err },
+			"pause":   func(o string) error { return m.Pause(t.Context(), o, rec.ID) },
+			"resume":  func(o string) error { _, _, err := m.Connect(t.Context(), o, rec.ID, 0); return err },
+			"metrics": func(o string) error { _, err := m.Metrics(t.Context(), o, rec.ID); return err },
+		} {
+			if err := try("k2"); !errs.Is(err, errs.NotFound) {
+				t.Errorf("%s by another key: %v, want not found", name, err)
+			}
+		}
+		if err := m.Kill(t.Context(), "k2", rec.ID); !errs.Is(err, errs.NotFound) {
+			t.Errorf("kill by another key: %v, want not found", err)
+		}
+		if page, _, _ := m.List(t.Context(), ListRequest{Owner: "k2"}); len(page) != 0 {
+			t.Errorf("another key lists %d", len(page))
+		}
+		if page, _, _ := m.List(t.Context(), ListRequest{Owner: ""}); len(page) != 1 {
+			t.Errorf("an admin lists %d, want 1", len(page))
+		}
+		if err := m.Kill(t.Context(), "", rec.ID); err != nil {
+			t.Errorf("kill by an admin: %v", err)
+		}
+	})
+}
+
 func TestALimitIsALimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()

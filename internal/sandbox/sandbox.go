@@ -101,6 +101,7 @@ type Event struct {
 	ID       string    `json:"id"`
 	Time     time.Time `json:"time"`
 	Sandbox  ID        `json:"sandbox"`
+	Owner    string    `json:"owner"`
 	Template string    `json:"template"`
 	Name     string    `json:"name"` // "create", "kill", "pause", "resume", "expire", "network", "oom"
 	State    State     `json:"state"`
