@@ -1,0 +1,223 @@
+package gvisor
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// cgroups finds what belongs to a sandbox on the host. A sandbox's cgroup is
+// its identity there: every process of it is in it from its first instruction
+// and cannot leave, so neither a recycled process ID nor a lost state file makes
+// Destroy kill too much or too little.
+type cgroups struct {
+	unified bool     // version 2
+	mounts  []string // of each hierarchy that has a controller we use
+	parent  string   // from the root of each hierarchy
+}
+
+// findCgroups looks for the hierarchies that are mounted: one of version 2, or
+// those of version 1.
+func findCgroups(parent string) (cgroups, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return cgroups{}, fmt.Errorf("find cgroups: %w", err)
+	}
+	defer f.Close()
+	g := cgroups{parent: filepath.Clean(parent)}
+	var v2 string
+	has := map[string]bool{}
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		// 36 35 98:0 /root /mount/point options ... - type source superoptions: proc(5).
+		before, after, ok := strings.Cut(sc.Text(), " - ")
+		point, super := strings.Fields(before), strings.Fields(after)
+		if !ok || len(point) < 5 || len(super) < 3 {
+			continue
+		}
+		switch super[0] {
+		case "cgroup2":
+			v2 = point[4]
+		case "cgroup":
+			g.mounts = append(g.mounts, point[4])
+			for o := range strings.SplitSeq(super[2], ",") {
+				has[o] = true
+			}
+		}
+	}
+	if has["memory"] && has["cpu"] && has["pids"] {
+		return g, nil
+	}
+	if v2 == "" || len(g.mounts) > 0 {
+		return cgroups{}, errors.New("cgroups: want the controllers cpu, memory and pids, of version 2 or of version 1: without them sandboxes would have no limits")
+	}
+	b, err := os.ReadFile(filepath.Join(v2, "cgroup.controllers"))
+	if err != nil {
+		return cgroups{}, fmt.Errorf("read the controllers of cgroup version 2: %w", err)
+	}
+	for _, want := range []string{"cpu", "memory", "pids"} {
+		if !strings.Contains(" "+strings.TrimSpace(string(b))+" ", " "+want+" ") {
+			return cgroups{}, fmt.Errorf("cgroups: version 2 lacks controller %s (has %s): without it sandboxes would have no limits", want, strings.TrimSpace(string(b)))
+		}
+	}
+	g.unified, g.mounts = true, []string{v2}
+	return g, nil
+}
+
+// path is a sandbox's cgroup from the root of each hierarchy.
+func (g cgroups) path(id sandbox.ID) string { return filepath.Join(g.parent, string(id)) }
+
+// dirs are the directories of a sandbox's cgroup.
+func (g cgroups) dirs(id sandbox.ID) []string {
+	out := make([]string, len(g.mounts))
+	for i, m := range g.mounts {
+		out[i] = filepath.Join(m, g.path(id))
+	}
+	return out
+}
+
+// pids are the processes in a sandbox's cgroup, as this process sees them.
+func (g cgroups) pids(id sandbox.ID) []int {
+	seen := map[int]bool{}
+	var out []int
+	for _, dir := range g.dirs(id) {
+		b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if err != nil {
+			continue // no such cgroup: nothing in it
+		}
+		for line := range strings.Lines(string(b)) {
+			if pid, err := strconv.Atoi(strings.TrimSpace(line)); err == nil && pid > 0 && !seen[pid] {
+				seen[pid] = true
+				out = append(out, pid)
+			}
+		}
+	}
+	return out
+}
+
+// holds reports whether pid is in the sandbox's cgroup.
+func (g cgroups) holds(id sandbox.ID, pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(b)) {
+		if strings.HasSuffix(strings.TrimSpace(line), ":"+g.path(id)) {
+			return true
+		}
+	}
+	return false
+}
+
+// kill sends SIGKILL to every process in the sandbox's cgroup and returns them.
+func (g cgroups) kill(id sandbox.ID) []int {
+	pids := g.pids(id)
+	for _, pid := range pids {
+		// Between reading and killing, a process of ours may end and its ID be
+		// taken; a descriptor settles which process is meant.
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue
+		}
+		if g.holds(id, pid) {
+			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		}
+		unix.Close(fd)
+	}
+	return pids
+}
+
+// killTimeout bounds how long a killed process may take to go. Freeing many
+// gigabytes takes seconds.
+const killTimeout = 30 * time.Second
+
+// remove ends everything in the sandbox's cgroup and removes it. What does not
+// exist is removed already.
+func (g cgroups) remove(ctx context.Context, id sandbox.ID) error {
+	ctx, cancel := context.WithTimeout(ctx, killTimeout)
+	defer cancel()
+	for wait := 500 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
+		alive := g.kill(id)
+		for _, pid := range alive {
+			// Only a server that is init, as in a container, has them as children.
+			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil)
+		}
+		err := g.rmdir(id)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d processes left: %w", len(alive), errors.Join(ctx.Err(), err))
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (g cgroups) rmdir(id sandbox.ID) error {
+	var failed error
+	for _, dir := range g.dirs(id) {
+		if err := unix.Rmdir(dir); err != nil && err != unix.ENOENT {
+			failed = fmt.Errorf("remove %s: %w", dir, err)
+		}
+	}
+	return failed
+}
+
+// value reads a number from a file of the sandbox's cgroup: the whole file when
+// key is "", otherwise the line that begins with key.
+func (g cgroups) value(id sandbox.ID, file, key string) (int64, error) {
+	for _, dir := range g.dirs(id) {
+		b, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(b)) {
+			text := strings.TrimSpace(line)
+			if key != "" {
+				var ok bool
+				if text, ok = strings.CutPrefix(text, key+" "); !ok {
+					continue
+				}
+			}
+			return strconv.ParseInt(text, 10, 64)
+		}
+	}
+	return 0, fmt.Errorf("cgroup %s: no file %s", g.path(id), file)
+}
+
+// cpuTime is the CPU time used by all processes of the sandbox.
+func (g cgroups) cpuTime(id sandbox.ID) (time.Duration, error) {
+	if g.unified {
+		us, err := g.value(id, "cpu.stat", "usage_usec")
+		return time.Duration(us) * time.Microsecond, err
+	}
+	ns, err := g.value(id, "cpuacct.usage", "")
+	return time.Duration(ns), err
+}
+
+// memory is what the sandbox uses, less the page cache the kernel can drop.
+func (g cgroups) memory(id sandbox.ID) (int64, error) {
+	file, key := "memory.usage_in_bytes", "total_inactive_file"
+	if g.unified {
+		file, key = "memory.current", "inactive_file"
+	}
+	used, err := g.value(id, file, "")
+	if err != nil {
+		return 0, err
+	}
+	cache, err := g.value(id, "memory.stat", key)
+	if err != nil {
+		return 0, err
+	}
+	return max(used-cache, 0), nil
+}

@@ -1,0 +1,176 @@
+package gvisor
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/log"
+	"gvisor.dev/gvisor/runsc/cli"
+	"gvisor.dev/gvisor/runsc/cmd"
+	"gvisor.dev/gvisor/runsc/cmd/sentry/sentrycmd"
+	"gvisor.dev/gvisor/runsc/cmd/util"
+	"gvisor.dev/gvisor/runsc/config"
+	"gvisor.dev/gvisor/runsc/container"
+	"gvisor.dev/gvisor/runsc/flag"
+	"gvisor.dev/gvisor/runsc/specutils"
+
+	"github.com/cordonhq/cordon/internal/runtime/gvisor/filters"
+
+	_ "unsafe" // for go:linkname
+)
+
+// The names under which this binary executes itself. The first is ours, the
+// others are gVisor's; "/proc/self/exe" is its helper that unmounts /proc.
+const (
+	createArg0  = "cordon-create"
+	runscArg0   = "runsc"
+	sandboxArg0 = "runsc-sandbox"
+	goferArg0   = "runsc-gofer"
+	execArg0    = "runsc-exec"
+	selfArg0    = "/proc/self/exe"
+)
+
+// module is gVisor's path in the build information.
+const module = "gvisor.dev/gvisor"
+
+// runscVersion is what a restore compares with the version in a checkpoint. It
+// is the same for all builds unless it is set, so every process sets it.
+//
+//go:linkname runscVersion gvisor.dev/gvisor/runsc/version.version
+var runscVersion string
+
+// Dispatch must be the first statement of main. A sandbox is made of processes
+// that are this binary under other names; in one of them Dispatch does that
+// process's work and never returns. In the server and the command line it
+// returns at once. Each start of a sandbox executes the binary four times, so
+// whatever package initialisation costs, a start pays four times.
+func Dispatch() {
+	switch os.Args[0] {
+	case createArg0:
+		os.Exit(runCreate(os.Args[1:]))
+	case sandboxArg0:
+		filters.RegisterSentry()
+	case goferArg0:
+		filters.RegisterGofer()
+	case runscArg0, execArg0, selfArg0:
+	default:
+		return
+	}
+	runscVersion = version()
+	cli.Run(nil, commands(), nil)
+	os.Exit(0)
+}
+
+// commands are the runsc commands that are linked in.
+func commands() map[util.SubCommand]string {
+	return map[util.SubCommand]string{
+		new(cmd.Create): "", new(cmd.Start): "", new(cmd.Run): "", new(cmd.Restore): "",
+		new(cmd.Checkpoint): "", new(cmd.Delete): "", new(cmd.Exec): "", new(cmd.State): "",
+		new(cmd.Wait): "", new(cmd.Kill): "", new(cmd.Tar): "", new(cmd.List): "",
+		new(cmd.PS): "", new(cmd.Events): "", new(cmd.Debug): "",
+		new(sentrycmd.Boot): "internal", new(cmd.Gofer): "internal", new(sentrycmd.Umount): "internal",
+	}
+}
+
+// RunCLI replaces this process by gVisor's own command line, for debugging, as
+// in "cordon debug runsc list". stateDir is the runtime's Config.StateDir. It
+// returns only when it fails.
+func RunCLI(stateDir string, args, environ []string) error {
+	argv := append([]string{runscArg0, "--root=" + runscRoot(stateDir)}, args...)
+	return fmt.Errorf("execute runsc: %w", syscall.Exec("/proc/self/exe", argv, environ))
+}
+
+// pinned is the version in go.mod, for binaries without build information:
+// test binaries have none of their modules. A test compares the two.
+const pinned = "v0.0.0-20260905035102-160fafc42237"
+
+// version returns the version of gVisor in this binary.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return pinned
+	}
+	for _, m := range info.Deps {
+		if m.Path != module {
+			continue
+		}
+		if m.Replace != nil {
+			m = m.Replace
+		}
+		return m.Version
+	}
+	return pinned
+}
+
+// resultFD is where the create process reports why it did not succeed.
+const resultFD = 3
+
+// tableFD makes the file table of the processes of a sandbox large from the
+// start: the sentry puts its standard files at 253 to 255, and growing a table
+// that threads share waits for an RCU grace period.
+const tableFD = 300
+
+// runCreate is the create process: it makes the processes of one sandbox and
+// exits. It exists because the library that does it takes its own process for
+// granted: it moves the whole caller into the sandbox's cgroup for a while,
+// hands the caller's standard files to the sandbox and its environment to the
+// gofer. None of that may be the server's.
+//
+// args are runsc's flags, then the bundle's directory and the ID.
+func runCreate(args []string) int {
+	result := os.NewFile(resultFD, "result")
+	if err := create(args); err != nil {
+		fmt.Fprint(result, err)
+		return 1
+	}
+	return 0
+}
+
+func create(args []string) error {
+	runscVersion = version()
+	silence(io.Discard)
+	unix.CloseOnExec(resultFD)
+	if _, err := unix.FcntlInt(resultFD, unix.F_DUPFD_CLOEXEC, tableFD); err != nil {
+		return fmt.Errorf("enlarge the file table: %w", err)
+	}
+	if len(args) < 2 {
+		return errors.New("usage: " + createArg0 + " flags... bundle id")
+	}
+	flags, bundle, id := args[:len(args)-2], args[len(args)-2], args[len(args)-1]
+	conf, err := parseFlags(flags)
+	if err != nil {
+		return err
+	}
+	spec, err := specutils.ReadSpec(bundle, conf)
+	if err != nil {
+		return fmt.Errorf("read the bundle: %w", err)
+	}
+	if _, err := container.New(conf, container.Args{ID: id, Spec: spec, BundleDir: bundle}); err != nil {
+		return err
+	}
+	return nil
+}
+
+// parseFlags turns runsc's flags into its configuration.
+func parseFlags(flags []string) (*config.Config, error) {
+	fs := flag.NewFlagSet(runscArg0, flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	config.RegisterFlags(fs)
+	if err := fs.Parse(flags); err != nil {
+		return nil, fmt.Errorf("parse runsc's flags: %w", err)
+	}
+	conf, err := config.NewFromFlags(fs)
+	if err != nil {
+		return nil, fmt.Errorf("configure runsc: %w", err)
+	}
+	return conf, nil
+}
+
+// silence sends the library's own log lines to w; by default they go to
+// standard error.
+func silence(w io.Writer) { log.SetTarget(log.GoogleEmitter{Writer: &log.Writer{Next: w}}) }

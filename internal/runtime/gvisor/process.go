@@ -1,0 +1,122 @@
+package gvisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// sentry returns the sandbox's sentry, or 0 when it has ended. Its ID is in
+// gVisor's state, but only a process in the sandbox's cgroup is it.
+func (r *Runtime) sentry(id sandbox.ID) (int, error) {
+	c, _, err := r.load(id)
+	if err != nil {
+		return 0, err
+	}
+	if c.Sandbox == nil {
+		return 0, nil
+	}
+	pid := c.Sandbox.Pid.Load()
+	if pid <= 0 || !r.groups.holds(id, pid) {
+		return 0, nil
+	}
+	return pid, nil
+}
+
+// Wait implements sandbox.Runtime. It costs a file descriptor and no thread.
+func (r *Runtime) Wait(ctx context.Context, id sandbox.ID) error {
+	pid, err := r.sentry(id)
+	if err != nil || pid == 0 {
+		return err
+	}
+	// Without PIDFD_NONBLOCK, package os would not hand the descriptor to the
+	// runtime's poller.
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("watch the sandbox's process: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "sentry")
+	defer f.Close()
+	if !r.groups.holds(id, pid) { // the descriptor is another process's
+		return nil
+	}
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("watch the sandbox's process: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { f.Close() })
+	defer stop()
+	err = raw.Read(func(fd uintptr) bool { return exited(int(fd)) })
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
+		return fmt.Errorf("watch the sandbox's process: %w", err)
+	}
+	_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) // only init has it as a child
+	return nil
+}
+
+// exited reports whether the process of a descriptor has ended.
+func exited(pidfd int) bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+	return err == nil && n > 0
+}
+
+// Stats implements sandbox.Runtime.
+func (r *Runtime) Stats(_ context.Context, id sandbox.ID) (sandbox.Stats, error) {
+	pid, err := r.sentry(id)
+	if err != nil {
+		return sandbox.Stats{}, err
+	}
+	if pid == 0 {
+		return sandbox.Stats{}, errs.New(errs.Conflict, "sandbox %s has exited", id)
+	}
+	var s sandbox.Stats
+	if s.CPUTime, err = r.groups.cpuTime(id); err != nil {
+		return sandbox.Stats{}, fmt.Errorf("read the CPU time: %w", err)
+	}
+	if s.MemoryBytes, err = r.groups.memory(id); err != nil {
+		return sandbox.Stats{}, fmt.Errorf("read the memory in use: %w", err)
+	}
+	if s.DiskBytes, err = layerBytes(pid); err != nil {
+		return sandbox.Stats{}, fmt.Errorf("read the size of the writable layer: %w", err)
+	}
+	return s, nil
+}
+
+// layerBytes adds up the space of the files that back the writable layer. They
+// have no names: the sentry's descriptors are all there is.
+func layerBytes(pid int) (int64, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	seen := map[uint64]bool{} // by inode: a descriptor may be duplicated
+	var sum int64
+	for _, fd := range fds {
+		path := filepath.Join(dir, fd.Name())
+		name, err := os.Readlink(path)
+		if err != nil || !strings.Contains(name, "runsc-filestore-") {
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil || seen[st.Ino] {
+			continue
+		}
+		seen[st.Ino] = true
+		sum += st.Blocks * 512
+	}
+	return sum, nil
+}

@@ -1,0 +1,445 @@
+// Package gvisor hides how a sandbox is made of gVisor's processes: which
+// configuration they run in, how they are created without lending them anything
+// of the server, how they are found again by a later server, and what they leave
+// on the host and must be cleaned up.
+//
+// A sandbox is two processes that belong to nobody: the sentry, an
+// application kernel in user space that runs the sandbox's processes, and the
+// gofer, which opens the image's files for it. Both are this same binary; see
+// Dispatch. They live in a session and a cgroup of their own, and all their
+// state is on disk, so they outlive the server and any later Runtime adopts
+// them.
+package gvisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/runsc/config"
+	"gvisor.dev/gvisor/runsc/container"
+	"gvisor.dev/gvisor/runsc/specutils"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+var _ sandbox.Runtime = (*Runtime)(nil)
+
+// Config places a Runtime on the host.
+type Config struct {
+	// StateDir holds the bundles and gVisor's state. It must not outlive a
+	// reboot: "/run/cordon/gvisor".
+	StateDir string
+	// DataDir holds the writable layers, so it belongs on a disk. The files in
+	// it are unlinked as soon as they are open and never outlive their sandbox.
+	DataDir string
+	// CgroupParent is the cgroup all sandboxes' cgroups are made in, from the
+	// root of the hierarchy: "/cordon/main". No two Runtimes may share it
+	// unless they share StateDir.
+	CgroupParent string
+	// LogDir, if set, gets a file for each sandbox whose sentry panicked, and
+	// with Debug the logs of all sentries and gofers. Debug logs contain what
+	// sandboxes do and slow them down.
+	LogDir string
+	Debug  bool
+	Log    *slog.Logger
+}
+
+// Runtime runs sandboxes on gVisor. Its methods may be called concurrently,
+// also for one sandbox.
+type Runtime struct {
+	cfg    Config
+	name   string
+	groups cgroups
+	locks  keyed
+}
+
+// New returns a Runtime. The binary's main must have called Dispatch first.
+func New(cfg Config) (*Runtime, error) {
+	for _, d := range []struct{ name, path string }{{"StateDir", cfg.StateDir}, {"DataDir", cfg.DataDir}, {"CgroupParent", cfg.CgroupParent}} {
+		if !filepath.IsAbs(d.path) {
+			return nil, fmt.Errorf("gvisor: %s %q: want an absolute path", d.name, d.path)
+		}
+	}
+	if strings.ContainsAny(cfg.DataDir, ",:") {
+		return nil, fmt.Errorf("gvisor: DataDir %q: gVisor cannot take a path with a comma or a colon", cfg.DataDir)
+	}
+	runscVersion = version()
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	silence(io.Discard)
+	for _, dir := range []string{cfg.StateDir, cfg.DataDir, filepath.Join(cfg.StateDir, "sandboxes"), cfg.LogDir} {
+		if dir == "" {
+			continue
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("make the runtime's folders: %w", err)
+		}
+	}
+	groups, err := findCgroups(cfg.CgroupParent)
+	if err != nil {
+		return nil, err
+	}
+	return &Runtime{cfg: cfg, name: "gvisor/" + runscVersion, groups: groups}, nil
+}
+
+// Name implements sandbox.Runtime.
+func (r *Runtime) Name() string { return r.name }
+
+func runscRoot(stateDir string) string { return filepath.Join(stateDir, "runsc") }
+func (r *Runtime) root() string        { return runscRoot(r.cfg.StateDir) }
+func (r *Runtime) bundle(id sandbox.ID) string {
+	return filepath.Join(r.cfg.StateDir, "sandboxes", string(id))
+}
+func (r *Runtime) dataDir(id sandbox.ID) string { return filepath.Join(r.cfg.DataDir, string(id)) }
+
+// Files in a bundle.
+const (
+	specFile  = "config.json" // OCI's name
+	flagsFile = "flags.json"  // runsc's flags the sandbox was created with
+)
+
+// flags is runsc's configuration of one sandbox.
+func (r *Runtime) flags(s sandbox.RuntimeSpec) []string {
+	network := "sandbox"
+	if s.NetNS == "" {
+		network = "none"
+	}
+	flags := []string{
+		"--root=" + r.root(),
+		"--platform=systrap", // probing /dev/kvm hangs on some nested hosts
+		"--network=" + network,
+		fmt.Sprintf("--overlay2=all:dir=%s,size=%dm", r.dataDir(s.ID), s.Resources.DiskMB),
+		"--allow-suid",                   // sudo
+		"--file-access=exclusive",        // nobody changes an image under a sandbox
+		"--file-access-mounts=exclusive", // nor what is bound into it
+		"--host-settings=ignore",         // the host's settings are the administrator's
+		"--sidecar-usage-policy=LEGACY_DEPRECATED_SLOW_EMBEDDED_FALLBACK", // one binary
+	}
+	if r.cfg.LogDir != "" {
+		flags = append(flags, "--panic-log="+r.logDir(s.ID)+"/")
+	}
+	if r.cfg.LogDir != "" && r.cfg.Debug {
+		flags = append(flags, "--debug", "--debug-log="+r.logDir(s.ID)+"/")
+	}
+	return flags
+}
+
+func (r *Runtime) logDir(id sandbox.ID) string { return filepath.Join(r.cfg.LogDir, string(id)) }
+
+// Create implements sandbox.Runtime.
+func (r *Runtime) Create(ctx context.Context, s sandbox.RuntimeSpec) (err error) {
+	if err := check(s); err != nil {
+		return err
+	}
+	defer r.locks.lock(s.ID)()
+	bundle := r.bundle(s.ID)
+	if err := os.Mkdir(bundle, 0o700); errors.Is(err, os.ErrExist) {
+		return errs.New(errs.Conflict, "sandbox %s exists already", s.ID)
+	} else if err != nil {
+		return fmt.Errorf("make the bundle: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.erase(context.WithoutCancel(ctx), s.ID))
+		}
+	}()
+	// Whatever has the name of a sandbox that does not exist is a leftover, and
+	// limits are not set on a cgroup that is there already.
+	if err := r.groups.remove(ctx, s.ID); err != nil {
+		return fmt.Errorf("clear a former cgroup: %w", err)
+	}
+	flags := r.flags(s)
+	if err := r.writeBundle(s, flags); err != nil {
+		return fmt.Errorf("write the bundle: %w", err)
+	}
+	if err := r.spawn(ctx, s.ID, flags); err != nil {
+		return fmt.Errorf("create the sandbox's processes: %w", err)
+	}
+	return nil
+}
+
+func (r *Runtime) writeBundle(s sandbox.RuntimeSpec, flags []string) error {
+	for _, dir := range []string{r.dataDir(s.ID), r.logDir(s.ID)} {
+		if dir == string(s.ID) { // no LogDir
+			continue
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	if err := writeJSON(filepath.Join(r.bundle(s.ID), flagsFile), flags); err != nil {
+		return err
+	}
+	return writeJSON(filepath.Join(r.bundle(s.ID), specFile), ociSpec(s, r.groups.path(s.ID)))
+}
+
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, b, 0o600)
+}
+
+// spawn runs the create process, which leaves the sandbox's processes behind.
+// It gets nothing of the server: no environment, no files but the null device.
+func (r *Runtime) spawn(ctx context.Context, id sandbox.ID, flags []string) error {
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("open a pipe: %w", err)
+	}
+	defer pr.Close()
+	cmd := exec.CommandContext(ctx, "/proc/self/exe")
+	cmd.Args = append(append([]string{createArg0}, flags...), r.bundle(id), string(id))
+	cmd.Env = []string{} // nil would be the server's
+	cmd.Dir = "/"
+	cmd.ExtraFiles = []*os.File{pw}
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	pw.Close()
+	if err != nil {
+		return err
+	}
+	// The pipe is at its end when the create process is: nobody inherits it.
+	why, _ := io.ReadAll(io.LimitReader(pr, 64<<10))
+	switch err := cmd.Wait(); {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case len(why) > 0:
+		return errors.New(string(why))
+	default:
+		return err
+	}
+}
+
+// Start implements sandbox.Runtime.
+func (r *Runtime) Start(ctx context.Context, id sandbox.ID) error {
+	return r.within(ctx, id, "start", func(c *container.Container, conf *config.Config) error {
+		if c.Status != container.Created {
+			return r.conflict(c, "started")
+		}
+		return c.Start(conf)
+	})
+}
+
+// Pause implements sandbox.Runtime.
+func (r *Runtime) Pause(ctx context.Context, id sandbox.ID) error {
+	return r.within(ctx, id, "pause", func(c *container.Container, _ *config.Config) error {
+		if c.Status != container.Running {
+			return r.conflict(c, "paused")
+		}
+		return c.Pause()
+	})
+}
+
+// Resume implements sandbox.Runtime.
+func (r *Runtime) Resume(ctx context.Context, id sandbox.ID) error {
+	return r.within(ctx, id, "resume", func(c *container.Container, _ *config.Config) error {
+		if c.Status != container.Paused {
+			return r.conflict(c, "resumed")
+		}
+		return c.Resume()
+	})
+}
+
+// ExportUpper implements sandbox.Runtime. Files changed below a bind are not
+// part of it.
+func (r *Runtime) ExportUpper(ctx context.Context, id sandbox.ID, w io.Writer) error {
+	return r.within(ctx, id, "export", func(c *container.Container, _ *config.Config) error {
+		pr, pw, err := os.Pipe()
+		if err != nil {
+			return fmt.Errorf("open a pipe: %w", err)
+		}
+		defer pr.Close()
+		stop := context.AfterFunc(ctx, func() { pr.SetReadDeadline(time.Now()) })
+		defer stop()
+		done := make(chan error, 1)
+		go func() {
+			defer pw.Close()
+			done <- c.TarRootfsUpperLayer(pw)
+		}()
+		_, err = io.Copy(w, pr)
+		pr.Close() // whoever still writes gets EPIPE
+		return errors.Join(err, <-done)
+	})
+}
+
+// List implements sandbox.Runtime.
+func (r *Runtime) List(context.Context) ([]sandbox.ID, error) {
+	entries, err := os.ReadDir(filepath.Join(r.cfg.StateDir, "sandboxes"))
+	if err != nil {
+		return nil, fmt.Errorf("list the bundles: %w", err)
+	}
+	var ids []sandbox.ID
+	for _, e := range entries {
+		if id := sandbox.ID(e.Name()); id.Valid() {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// Destroy implements sandbox.Runtime. It does not wait for another call on the
+// sandbox to end: it kills the processes first, which ends that call.
+func (r *Runtime) Destroy(ctx context.Context, id sandbox.ID) error {
+	if !id.Valid() {
+		return errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
+	}
+	r.groups.kill(id)
+	defer r.locks.lock(id)()
+	return r.erase(ctx, id)
+}
+
+// erase kills whatever runs in the sandbox's cgroup and removes all traces. The
+// bundle goes last: while it is there, the sandbox is listed and can be
+// destroyed again.
+func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
+	if err := r.groups.remove(ctx, id); err != nil {
+		return fmt.Errorf("end the sandbox's processes: %w", err)
+	}
+	name := filepath.Join(r.root(), string(id)+"_sandbox:"+string(id))
+	var failed []error
+	for _, path := range []string{
+		name + ".state", name + ".lock",
+		filepath.Join(r.root(), "runsc-"+string(id)+".sock"),
+		r.dataDir(id),
+	} {
+		failed = append(failed, os.RemoveAll(path))
+	}
+	if r.cfg.LogDir != "" && !r.cfg.Debug {
+		os.Remove(r.logDir(id)) // only when it is empty: a panic is kept
+	}
+	if err := errors.Join(failed...); err != nil {
+		return fmt.Errorf("remove the sandbox's files: %w", err)
+	}
+	if err := os.RemoveAll(r.bundle(id)); err != nil {
+		return fmt.Errorf("remove the bundle: %w", err)
+	}
+	return nil
+}
+
+// within runs one step on a sandbox that exists, one at a time for each sandbox.
+//
+// gVisor's library visits network namespaces on the thread it is called on.
+// The thread is therefore one that ends afterwards: had it failed to come back,
+// the server would go on in the sandbox's namespace.
+func (r *Runtime) within(ctx context.Context, id sandbox.ID, step string, do func(*container.Container, *config.Config) error) error {
+	defer r.locks.lock(id)()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	c, conf, err := r.load(id)
+	if err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked
+		done <- do(c, conf)
+	}()
+	if err := <-done; err != nil {
+		if errs.KindOf(err) != errs.Internal {
+			return err
+		}
+		return fmt.Errorf("%s sandbox %s: %w", step, id, err)
+	}
+	return nil
+}
+
+// load reads a sandbox's state as some server left it.
+func (r *Runtime) load(id sandbox.ID) (*container.Container, *config.Config, error) {
+	if !id.Valid() {
+		return nil, nil, errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
+	}
+	b, err := os.ReadFile(filepath.Join(r.bundle(id), flagsFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil, errs.New(errs.NotFound, "sandbox %s does not exist", id)
+	} else if err != nil {
+		return nil, nil, fmt.Errorf("read the sandbox's flags: %w", err)
+	}
+	var flags []string
+	if err := json.Unmarshal(b, &flags); err != nil {
+		return nil, nil, fmt.Errorf("read the sandbox's flags: %w", err)
+	}
+	conf, err := parseFlags(flags)
+	if err != nil {
+		return nil, nil, err
+	}
+	full := container.FullID{SandboxID: string(id), ContainerID: string(id)}
+	c, err := container.Load(r.root(), full, container.LoadOpts{Exact: true, SkipCheck: true})
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil, errs.New(errs.NotFound, "sandbox %s does not exist", id)
+	} else if err != nil {
+		return nil, nil, fmt.Errorf("load the sandbox's state: %w", err)
+	}
+	return c, conf, nil
+}
+
+func (r *Runtime) conflict(c *container.Container, done string) error {
+	return errs.New(errs.Conflict, "sandbox %s is %s: it cannot be %s", c.ID, c.Status, done)
+}
+
+// keyed is a lock for each sandbox.
+type keyed struct {
+	mu   sync.Mutex // guards held
+	held map[sandbox.ID]*holder
+}
+
+type holder struct {
+	mu   sync.Mutex
+	refs int // guarded by keyed.mu
+}
+
+// lock waits for the sandbox's lock and returns what releases it.
+func (k *keyed) lock(id sandbox.ID) (unlock func()) {
+	k.mu.Lock()
+	if k.held == nil {
+		k.held = map[sandbox.ID]*holder{}
+	}
+	h := k.held[id]
+	if h == nil {
+		h = &holder{}
+		k.held[id] = h
+	}
+	h.refs++
+	k.mu.Unlock()
+	h.mu.Lock()
+	return func() {
+		h.mu.Unlock()
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if h.refs--; h.refs == 0 {
+			delete(k.held, id)
+		}
+	}
+}
+
+// Close unmounts what gVisor leaves behind for all sandboxes together: the empty
+// network namespace of the gofers. Running sandboxes keep theirs and a later
+// Create makes it anew, so a server that will start again need not call it.
+func (r *Runtime) Close() error {
+	path := filepath.Join(r.root(), specutils.NullNetNSFilename)
+	for {
+		switch err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); {
+		case err == nil: // concurrent first starts stack mounts
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
+			return nil
+		default:
+			return fmt.Errorf("unmount the gofers' network namespace: %w", err)
+		}
+	}
+}

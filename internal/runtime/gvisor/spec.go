@@ -1,0 +1,183 @@
+package gvisor
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// Fixed sizes. Everything else comes from sandbox.Resources.
+const (
+	// headroomMB is what a sandbox's cgroup gets over its plan: the sentry and
+	// the gofer live there too, and when the limit is hit the kernel kills the
+	// sentry, which is the whole sandbox.
+	headroomMB = 64
+	// cpuPeriod is CFS's default, in microseconds.
+	cpuPeriod = 100_000
+	// hostThreads is what the sentry and the gofer need of the cgroup's limit of
+	// threads before the first process of the sandbox runs.
+	hostThreads = 256
+	// oomScore makes the kernel prefer sandboxes to the server when the host
+	// itself runs out of memory.
+	oomScore  = 500
+	openFiles = 1 << 20
+	softFiles = 1 << 16
+)
+
+// capabilities are those of root inside the sandbox. They are the sentry's
+// invention: none is a capability on the host, where the sentry holds its own
+// few in a user namespace of its own. The list is Docker's default without
+// NET_RAW, which would let root forge packets of its own network stack, and
+// with SYS_PTRACE and SYS_NICE, which debuggers and schedulers expect.
+var capabilities = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_SETGID", "CAP_SETUID",
+	"CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+	"CAP_SYS_PTRACE", "CAP_SYS_NICE",
+}
+
+// check says what is wrong with a specification before anything is made.
+func check(s sandbox.RuntimeSpec) error {
+	switch {
+	case !s.ID.Valid():
+		return errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", s.ID)
+	case !filepath.IsAbs(s.Rootfs):
+		return errs.New(errs.Invalid, "rootfs %q: want an absolute path", s.Rootfs)
+	case len(s.Args) == 0:
+		return errs.New(errs.Invalid, "args: want the agent's command line, got none")
+	case s.NetNS != "" && !filepath.IsAbs(s.NetNS):
+		return errs.New(errs.Invalid, "netns %q: want an absolute path", s.NetNS)
+	}
+	r := s.Resources
+	for _, v := range []struct {
+		name     string
+		got, max int64
+	}{
+		{"cpus", int64(r.CPUs), 1 << 12},
+		{"memoryMB", r.MemoryMB, 1 << 24},
+		{"diskMB", r.DiskMB, 1 << 30},
+		{"processes", r.Processes, 1 << 22},
+	} {
+		if v.got < 1 || v.got > v.max {
+			return errs.New(errs.Invalid, "%s %d: want 1 to %d", v.name, v.got, v.max)
+		}
+	}
+	for _, b := range s.Binds {
+		if !filepath.IsAbs(b.Host) || !filepath.IsAbs(b.Guest) {
+			return errs.New(errs.Invalid, "bind of %q to %q: want absolute paths", b.Host, b.Guest)
+		}
+		if b.Guest = filepath.Clean(b.Guest); b.Guest == "/" {
+			return errs.New(errs.Invalid, "bind of %q: cannot replace / itself", b.Host)
+		}
+	}
+	if fi, err := os.Stat(s.Rootfs); err != nil {
+		return fmt.Errorf("look at the rootfs: %w", err)
+	} else if !fi.IsDir() {
+		return errs.New(errs.Invalid, "rootfs %q: not a directory", s.Rootfs)
+	}
+	return nil
+}
+
+// ociSpec describes the sandbox in OCI's terms. A checkpoint is restored only
+// under the same args, capabilities and mounts, so nothing here depends on the
+// sandbox's ID but the cgroup's path.
+func ociSpec(s sandbox.RuntimeSpec, cgroup string) *specs.Spec {
+	return &specs.Spec{
+		Version:  specs.Version,
+		Hostname: s.Hostname,
+		Root:     &specs.Root{Path: s.Rootfs},
+		Process: &specs.Process{
+			Args:         s.Args,
+			Env:          s.Env,
+			Cwd:          "/",
+			Capabilities: caps(),
+			OOMScoreAdj:  ptr(oomScore),
+			Rlimits: []specs.POSIXRlimit{
+				{Type: "RLIMIT_NOFILE", Hard: openFiles, Soft: softFiles},
+				{Type: "RLIMIT_NPROC", Hard: uint64(s.Resources.Processes), Soft: uint64(s.Resources.Processes)},
+				{Type: "RLIMIT_CORE", Hard: 0, Soft: 0},
+			},
+		},
+		Mounts: mounts(s),
+		Linux: &specs.Linux{
+			CgroupsPath: cgroup,
+			Namespaces:  namespaces(s.NetNS),
+			Resources:   limits(s.Resources),
+		},
+	}
+}
+
+func caps() *specs.LinuxCapabilities {
+	return &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities}
+}
+
+func namespaces(netns string) []specs.LinuxNamespace {
+	out := []specs.LinuxNamespace{
+		{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace},
+	}
+	if netns != "" {
+		out = append(out, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: netns})
+	}
+	return out
+}
+
+// mounts are the sentry's own file systems and the binds.
+//
+// /tmp/.X11-unix is there for /tmp: gVisor puts a file system in memory, without
+// a limit, over a /tmp that is empty, and leaves alone one that has a mount
+// below it. So /tmp is on disk, under the quota, and part of what ExportUpper sees.
+func mounts(s sandbox.RuntimeSpec) []specs.Mount {
+	shm := fmt.Sprintf("size=%dm", max(64, s.Resources.MemoryMB/2))
+	out := []specs.Mount{
+		{Type: "proc", Source: "proc", Destination: "/proc", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Type: "sysfs", Source: "sysfs", Destination: "/sys", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+		{Type: "dev", Source: "dev", Destination: "/dev"},
+		{Type: "devpts", Source: "devpts", Destination: "/dev/pts"},
+		{Type: "tmpfs", Source: "tmpfs", Destination: "/dev/shm", Options: []string{"nosuid", "nodev", "mode=1777", shm}},
+		{Type: "tmpfs", Source: "tmpfs", Destination: "/tmp/.X11-unix", Options: []string{"nosuid", "nodev", "mode=1777", "size=1m"}},
+	}
+	for _, b := range s.Binds {
+		out = append(out, specs.Mount{
+			Type: "bind", Source: filepath.Clean(b.Host), Destination: filepath.Clean(b.Guest),
+			Options: []string{"bind"},
+		})
+	}
+	return out
+}
+
+// limits are the cgroup's. CPUs and memory are also what the sandbox sees as
+// its own.
+func limits(r sandbox.Resources) *specs.LinuxResources {
+	memory := (r.MemoryMB + headroomMB) << 20
+	res := &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: &memory},
+		CPU:    &specs.LinuxCPU{Quota: ptr(int64(r.CPUs) * cpuPeriod), Period: ptr(uint64(cpuPeriod))},
+		Pids:   &specs.LinuxPids{Limit: threads(r)},
+	}
+	if hasSwap() {
+		res.Memory.Swap = &memory // memory and swap together: no swap
+	}
+	return res
+}
+
+// threads is how many threads of the host a sandbox may have. Each of its
+// processes is one on the host with a thread for each CPU it runs on at once.
+func threads(r sandbox.Resources) int64 {
+	n := r.Processes*int64(2+r.CPUs) + hostThreads
+	return min(n, math.MaxInt32)
+}
+
+// hasSwap reports whether the host swaps at all. Where it does not, the kernel
+// may lack the files that limit it.
+func hasSwap() bool {
+	b, err := os.ReadFile("/proc/swaps")
+	return err == nil && strings.Count(string(b), "\n") > 1
+}
+
+func ptr[T any](v T) *T { return &v }
