@@ -92,3 +92,19 @@ func randomHex(n int) string {
 	rand.Read(b) // never fails: it stops the program instead
 	return hex.EncodeToString(b)
 }
+
+// Find returns the key whose secret this is. It compares the hashes of all keys
+// in a time that depends only on how many there are.
+func Find(keys []Key, secret string) (key Key, found bool) {
+	h := HashOf(secret)
+	at := -1
+	for i := range keys {
+		if subtle.ConstantTimeCompare(h[:], keys[i].Hash[:]) == 1 {
+			at = i
+		}
+	}
+	if at < 0 || secret == "" {
+		return Key{}, false
+	}
+	return keys[at], true
+}
