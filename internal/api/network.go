@@ -1,0 +1,185 @@
+package api
+
+import (
+	"context"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/cordonhq/cordon/api/gen/control"
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// UpdateNetwork replaces a sandbox's egress rules.
+func (s *server) UpdateNetwork(ctx context.Context, r control.UpdateNetworkRequestObject) (control.UpdateNetworkResponseObject, error) {
+	id, err := sandboxID(r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	in, err := updateOf(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	return control.UpdateNetwork204Response{}, s.Sandboxes.SetNetwork(ctx, owner(ctx), id, in)
+}
+
+// ListNetworkEvents returns or streams the verdicts about a sandbox.
+func (s *server) ListNetworkEvents(ctx context.Context, r control.ListNetworkEventsRequestObject) (control.ListNetworkEventsResponseObject, error) {
+	rec, err := s.get(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	filter, err := flowFilter(rec.ID, &r.Params)
+	if err != nil {
+		return nil, err
+	}
+	if r.Params.Follow {
+		return eventStream{
+			ctx:    ctx,
+			events: s.Flows.Follow(ctx, filter),
+			gone: func() bool {
+				_, err := s.Sandboxes.Get(ctx, owner(ctx), rec.ID)
+				return errs.Is(err, errs.NotFound)
+			},
+		}, nil
+	}
+	events := s.Flows.Events(filter)
+	list := make(control.ListNetworkEvents200JSONResponse, len(events))
+	for i := range events {
+		list[i] = networkEventOf(&events[i])
+	}
+	return list, nil
+}
+
+func flowFilter(id sandbox.ID, p *control.ListNetworkEventsParams) (flowlog.Filter, error) {
+	none := flowlog.Filter{}
+	limit, err := pageLimit(p.Limit)
+	if err != nil {
+		return none, err
+	}
+	if p.Verdict != "" && !p.Verdict.Valid() {
+		return none, errs.New(errs.Invalid, "parameter verdict is %q: use allow, deny, observe, close or fail", p.Verdict)
+	}
+	since := max(p.Since, p.LastEventID)
+	if p.Since < 0 || p.LastEventID < 0 {
+		return none, errs.New(errs.Invalid, "parameter since is %d, it must not be negative", min(p.Since, p.LastEventID))
+	}
+	return flowlog.Filter{Sandbox: string(id), Verdict: flowlog.Verdict(p.Verdict), Since: uint64(since), Limit: limit}, nil
+}
+
+// unnamed is the address a name is judged at when none is given: one that is
+// routed nowhere (RFC 5737) and that only rules about everything cover.
+var unnamed = netip.AddrFrom4([4]byte{192, 0, 2, 1})
+
+// ExplainNetwork decides a flow without one.
+func (s *server) ExplainNetwork(ctx context.Context, r control.ExplainNetworkRequestObject) (control.ExplainNetworkResponseObject, error) {
+	rules, err := s.rulesOf(ctx, r.Body)
+	if err != nil {
+		return nil, err
+	}
+	flow, err := flowOf(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	v := rules.Decide(flow)
+	out := control.ExplainNetwork200JSONResponse{
+		Verdict:    control.ExplanationVerdict(word(v)),
+		Rule:       ruleOf(v.Rule),
+		Reason:     string(v.Reason),
+		Generation: int64(rules.Generation()),
+	}
+	if flow.Name != "" {
+		q := rules.DecideQuery(flow.Name)
+		out.Dns = control.DNSExplanation{
+			Mode:    control.DNSExplanationMode(rules.DNS()),
+			Verdict: control.DNSExplanationVerdict(word(q)),
+			Rule:    ruleOf(q.Rule),
+			Reason:  string(q.Reason),
+		}
+	}
+	return out, nil
+}
+
+func word(v policy.Verdict) flowlog.Verdict {
+	switch {
+	case v.Observed:
+		return flowlog.Observed
+	case v.Allow:
+		return flowlog.Allowed
+	}
+	return flowlog.Denied
+}
+
+// rulesOf returns the rules in force in a sandbox, or compiles those given.
+func (s *server) rulesOf(ctx context.Context, b *control.ExplainRequest) (*policy.Compiled, error) {
+	if b.SandboxID == "" {
+		in, err := updateOf(&b.Network)
+		if err != nil {
+			return nil, err
+		}
+		return policy.Compile(in, s.Operator, 0)
+	}
+	if given(&b.Network) {
+		return nil, errs.New(errs.Invalid, "give sandboxID or network, not both")
+	}
+	rec, err := s.get(ctx, b.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	rules, ok := s.Sandboxes.Policy(rec.ID)
+	if !ok {
+		return nil, errs.New(errs.NotFound, "Sandbox %q has no rules in force", string(rec.ID))
+	}
+	return rules, nil
+}
+
+// flowOf reads "name", "name:port", "address", "address:port" or "[v6]:port".
+func flowOf(b *control.ExplainRequest) (policy.Flow, error) {
+	none := policy.Flow{}
+	proto, ok := map[control.ExplainRequestProtocol]policy.Proto{
+		"": policy.TCP, control.Tcp: policy.TCP, control.Udp: policy.UDP, control.Icmp: policy.ICMP,
+	}[b.Protocol]
+	if !ok {
+		return none, errs.New(errs.Invalid, "protocol is %q: use tcp, udp or icmp", b.Protocol)
+	}
+	host, port := b.Destination, uint64(443)
+	if a, err := netip.ParseAddr(host); err == nil {
+		host = a.String()
+	} else if h, p, found := cutPort(host); found {
+		if port, err = strconv.ParseUint(p, 10, 16); err != nil || port == 0 {
+			return none, errs.New(errs.Invalid, "destination %q has no valid port: use 1 to 65535", b.Destination)
+		}
+		host = h
+	}
+	flow := policy.Flow{Proto: proto}
+	if a, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
+		if proto == policy.ICMP && a.Is6() {
+			flow.Proto = policy.ICMPv6
+		}
+		flow.Dst = netip.AddrPortFrom(a, uint16(port))
+		return flow, nil
+	}
+	if flow.Name, ok = policy.CanonicalName(host); !ok {
+		return none, errs.New(errs.Invalid, "destination %q is neither a domain nor an IP address", b.Destination)
+	}
+	at := unnamed
+	if b.Address != "" {
+		var err error
+		if at, err = netip.ParseAddr(b.Address); err != nil {
+			return none, errs.New(errs.Invalid, "address %q is not an IP address", b.Address)
+		}
+	}
+	flow.Dst = netip.AddrPortFrom(at, uint16(port))
+	return flow, nil
+}
+
+func cutPort(s string) (host, port string, found bool) {
+	i := strings.LastIndexByte(s, ':')
+	if i < 0 || strings.HasSuffix(s, "]") {
+		return s, "", false
+	}
+	return s[:i], s[i+1:], true
+}
