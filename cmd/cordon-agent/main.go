@@ -1,0 +1,97 @@
+// Cordon-agent is the first process of a sandbox: it starts commands, moves
+// files and reaps orphans on behalf of the SDKs and the host.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/agent"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "cordon-agent:", err)
+		os.Exit(1)
+	}
+}
+
+// options are the command line.
+type options struct {
+	hash [sha256.Size]byte
+	port uint16
+}
+
+func run(ctx context.Context, args []string, getenv func(string) string, out io.Writer) error {
+	opt, err := parse(args, out)
+	if err != nil {
+		return err
+	}
+	// Files of the SDKs are 0644, directories 0755, whatever started us.
+	unix.Umask(0o022)
+	first := os.Getpid() == 1
+	if !first {
+		// Orphans of our commands come to us all the same.
+		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+			return fmt.Errorf("become the reaper of orphans: %w", err)
+		}
+	}
+	cfg := agent.Config{
+		ControlHash: opt.hash,
+		Log:         slog.New(slog.NewJSONHandler(out, nil)),
+		ReapAll:     true,
+		Path:        getenv("PATH"),
+	}
+	if first { // otherwise the machine's name is not ours to change
+		cfg.SetHostname = func(name string) error { return unix.Sethostname([]byte(name)) }
+	}
+	a, err := agent.New(cfg)
+	if err != nil {
+		return err
+	}
+	// No address: IPv6 and IPv4 on one listener where there is IPv6.
+	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", ":"+strconv.Itoa(int(opt.port)))
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	return a.Run(ctx, ln)
+}
+
+func parse(args []string, out io.Writer) (options, error) {
+	fs := flag.NewFlagSet("cordon-agent", flag.ContinueOnError)
+	fs.SetOutput(out)
+	hash := fs.String("control-hash", "", "SHA-256 of the host's control token, in hex")
+	port := fs.Uint("port", 49983, "TCP `port` to listen on")
+	if err := fs.Parse(args); err != nil {
+		return options{}, err
+	}
+	if fs.NArg() > 0 {
+		return options{}, fmt.Errorf("unexpected argument %q: there are only flags", fs.Arg(0))
+	}
+	if *port == 0 || *port > 0xffff {
+		return options{}, fmt.Errorf("--port %d: use a number from 1 to 65535", *port)
+	}
+	var opt options
+	raw, err := hex.DecodeString(*hash)
+	if err != nil || len(raw) != len(opt.hash) {
+		return options{}, fmt.Errorf("--control-hash %q: give 64 hex digits, the SHA-256 of the control token", *hash)
+	}
+	copy(opt.hash[:], raw)
+	opt.port = uint16(*port)
+	return opt, nil
+}

@@ -1,0 +1,150 @@
+// Package agent hides what happens inside a sandbox: how commands are started as
+// a user, followed and reaped, how files are read, written and watched with that
+// user's rights, and how the sandbox is told who it is. The host and the SDKs
+// only see an HTTP port.
+//
+// The wire format is that of the published novita-sandbox and e2b SDKs (agent
+// version 0.6.13): two Connect services, process.Process and
+// filesystem.Filesystem, and plain HTTP for file contents. Routes for the host
+// alone need the control token, of which the agent knows the SHA-256 only.
+//
+// Until the host's first /init the agent serves nobody: every other route but
+// /health is refused.
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Limits on what one client, or all of them, can make the agent hold.
+const (
+	maxMessage   = 64 << 20 // bytes of one RPC message; standard input travels in one
+	maxJSON      = 1 << 20  // bytes of a JSON body outside the RPC services
+	maxHeader    = 128 << 10
+	maxProcesses = 512
+	maxEnded     = 4096 // ends of processes remembered for Connect
+	maxWatchers  = 256  // polled watchers
+	maxWatchDirs = 8192 // directories of one recursive watch
+	maxQueued    = 8192 // events of one polled watcher
+	maxEntries   = 100_000
+
+	// stallTimeout is how long a client may neither read nor write while a request
+	// of its is under way. A command whose reader stalls waits that long for it, as
+	// for a full pipe, and then runs on unobserved.
+	stallTimeout  = 60 * time.Second
+	headerTimeout = 10 * time.Second
+	idleTimeout   = 2 * time.Minute
+)
+
+// Config is what an agent is built from. ControlHash is required.
+type Config struct {
+	// ControlHash is the SHA-256 of the control token, which only the host knows.
+	ControlHash [sha256.Size]byte
+	// Log receives the agent's own events; nil discards them.
+	Log *slog.Logger
+	// ReapAll makes Run wait for every child of the process, as PID 1 and
+	// subreapers must; otherwise it waits only for those it started.
+	ReapAll bool
+	// Path is the PATH of started processes.
+	Path string
+	// Etc is the directory of passwd, group, hosts, hostname and resolv.conf;
+	// empty means /etc.
+	Etc string
+	// Proc is where procfs is mounted; empty means /proc.
+	Proc string
+	// SetHostname changes the kernel's host name; nil leaves it alone.
+	SetHostname func(string) error
+}
+
+// Agent serves one sandbox from inside.
+type Agent struct {
+	cfg      Config
+	log      *slog.Logger
+	handler  http.Handler
+	users    users
+	children *children
+	procs    *processes
+	watchers *watchers
+	sampler  *sampler
+	guard    *guard
+
+	claiming sync.Mutex // serialises claims
+	claim    atomic.Pointer[claim]
+}
+
+// New returns an agent that serves nobody until its Handler gets a claim.
+func New(cfg Config) (*Agent, error) {
+	if cfg.ControlHash == ([sha256.Size]byte{}) {
+		return nil, errors.New("agent: ControlHash is empty: pass the SHA-256 of the control token")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Etc == "" {
+		cfg.Etc = "/etc"
+	}
+	if cfg.Proc == "" {
+		cfg.Proc = "/proc"
+	}
+	if cfg.Path == "" {
+		cfg.Path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	}
+	kids := newChildren(cfg.ReapAll)
+	a := &Agent{
+		cfg:      cfg,
+		log:      cfg.Log,
+		users:    users{etc: cfg.Etc},
+		children: kids,
+		procs:    newProcesses(kids),
+		watchers: newWatchers(),
+		sampler:  newSampler(cfg.Proc),
+		guard:    newGuard(cfg.Proc, cfg.Log),
+	}
+	a.handler = a.routes()
+	return a, nil
+}
+
+// Handler answers all of the agent's routes. Processes it starts are reaped only
+// while Run runs.
+func (a *Agent) Handler() http.Handler { return a.handler }
+
+// Run serves ln, reaps children and guards memory until ctx ends. It closes ln.
+// The processes it started live on.
+func (a *Agent) Run(ctx context.Context, ln net.Listener) error {
+	g, ctx := errgroup.WithContext(ctx)
+	srv := &http.Server{
+		Handler:           a.handler,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
+	}
+	g.Go(func() error { return a.children.run(ctx) })
+	g.Go(func() error { return a.guard.run(ctx, a.procs.used) })
+	g.Go(func() error {
+		if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve %s: %w", ln.Addr(), err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		a.watchers.closeAll()
+		return srv.Close()
+	})
+	err := g.Wait()
+	a.procs.abandon()
+	return err
+}

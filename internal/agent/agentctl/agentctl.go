@@ -1,0 +1,268 @@
+// Package agentctl hides how the host speaks to the agents inside its sandboxes:
+// the routes, the control token, and the patience a starting sandbox needs.
+//
+// Every answer comes from inside a sandbox and is not to be trusted: sizes and
+// times are bounded, redirects are not followed, connections are not reused, so
+// that an address handed to another sandbox never meets an old connection.
+package agentctl
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+var _ sandbox.Agents = (*Client)(nil)
+
+const (
+	controlHeader  = "X-Cordon-Control"
+	tunnelProtocol = "cordon-tunnel"
+	tunnelReason   = "X-Cordon-Tunnel"
+
+	maxAnswer = 64 << 10 // bytes of an answer's body
+	maxHead   = 16 << 10 // bytes of an answer's header
+)
+
+// Config sets a client's patience. Zero fields mean the defaults.
+type Config struct {
+	// DialTimeout bounds connecting to an agent; 2 s.
+	DialTimeout time.Duration
+	// CallTimeout bounds one whole exchange with an agent; 5 s.
+	CallTimeout time.Duration
+	// ProbeTimeout bounds one attempt of WaitReady; 20 ms. A packet sent before
+	// the sandbox has a network is lost, and TCP repeats it only after a second.
+	ProbeTimeout time.Duration
+}
+
+// Client speaks to agents. It holds no connections.
+type Client struct {
+	cfg  Config
+	http *http.Client
+	dial *net.Dialer
+}
+
+// New returns a client.
+func New(cfg Config) *Client {
+	if cfg.DialTimeout <= 0 {
+		cfg.DialTimeout = 2 * time.Second
+	}
+	if cfg.CallTimeout <= 0 {
+		cfg.CallTimeout = 5 * time.Second
+	}
+	if cfg.ProbeTimeout <= 0 {
+		cfg.ProbeTimeout = 20 * time.Millisecond
+	}
+	d := &net.Dialer{Timeout: cfg.DialTimeout, KeepAlive: -1}
+	return &Client{
+		cfg:  cfg,
+		dial: d,
+		http: &http.Client{
+			Transport: &http.Transport{
+				Proxy:                  nil, // never the host's own proxy settings
+				DialContext:            d.DialContext,
+				DisableKeepAlives:      true,
+				DisableCompression:     true,
+				MaxResponseHeaderBytes: maxHead,
+			},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}
+}
+
+// WaitReady polls the agent until it answers or ctx ends; then its error says
+// what the last attempt saw.
+func (c *Client) WaitReady(ctx context.Context, a sandbox.AgentAddr) error {
+	const slowest = 8 * time.Millisecond
+	pause := 500 * time.Microsecond
+	for {
+		err := c.probe(ctx, a)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the agent at %s: %w (last attempt: %w)", a.Addr, ctx.Err(), err)
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, slowest)
+	}
+}
+
+// probe connects with little patience, and asks with more: once connected,
+// nothing gets lost any more, the sandbox is only busy starting.
+func (c *Client) probe(ctx context.Context, a sandbox.AgentAddr) error {
+	dialing, cancel := context.WithTimeout(ctx, c.cfg.ProbeTimeout)
+	conn, err := c.dial.DialContext(dialing, "tcp", a.Addr.String())
+	cancel()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	asking, cancel := context.WithTimeout(ctx, 10*c.cfg.ProbeTimeout)
+	defer cancel()
+	head, err := exchange(asking, conn, "GET /health HTTP/1.1\r\nHost: "+a.Addr.String()+"\r\nConnection: close\r\n\r\n")
+	if err != nil {
+		return err
+	}
+	if head.StatusCode != http.StatusNoContent {
+		return fmt.Errorf("GET /health: the agent answered %d", head.StatusCode)
+	}
+	return nil
+}
+
+// initBody is the agent's /init.
+type initBody struct {
+	SandboxID      sandbox.ID        `json:"sandboxID"`
+	TemplateID     string            `json:"templateID"`
+	Hostname       string            `json:"hostname"`
+	EnvVars        map[string]string `json:"envVars"`
+	AccessToken    string            `json:"accessToken"`
+	DefaultUser    string            `json:"defaultUser"`
+	DefaultWorkdir string            `json:"defaultWorkdir"`
+	Time           time.Time         `json:"time"`
+}
+
+// Init tells the agent whose sandbox it is in.
+func (c *Client) Init(ctx context.Context, a sandbox.AgentAddr, in sandbox.AgentInit) error {
+	body, err := json.Marshal(initBody(in))
+	if err != nil {
+		return fmt.Errorf("encode the claim: %w", err)
+	}
+	_, err = c.call(ctx, a, http.MethodPost, "/init", body)
+	return err
+}
+
+// Metrics reads resource use as the sandbox sees it.
+func (c *Client) Metrics(ctx context.Context, a sandbox.AgentAddr) (sandbox.Metrics, error) {
+	raw, err := c.call(ctx, a, http.MethodGet, "/metrics", nil)
+	if err != nil {
+		return sandbox.Metrics{}, err
+	}
+	return parseMetrics(raw)
+}
+
+// parseMetrics bounds what a sandbox claims to use.
+func parseMetrics(raw []byte) (sandbox.Metrics, error) {
+	var m struct {
+		Time       int64   `json:"ts"`
+		CPUCount   int     `json:"cpu_count"`
+		CPUUsedPct float64 `json:"cpu_used_pct"`
+		MemTotal   int64   `json:"mem_total"`
+		MemUsed    int64   `json:"mem_used"`
+		MemCache   int64   `json:"mem_cache"`
+		DiskUsed   int64   `json:"disk_used"`
+		DiskTotal  int64   `json:"disk_total"`
+	}
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return sandbox.Metrics{}, fmt.Errorf("the agent's metrics: %w", err)
+	}
+	pct := min(max(m.CPUUsedPct, 0), 100)
+	if math.IsNaN(pct) {
+		pct = 0
+	}
+	const year9999 = 253402300799 // the last second that JSON and RFC 3339 can write
+	return sandbox.Metrics{
+		Time:       time.Unix(min(max(m.Time, 0), year9999), 0).UTC(),
+		CPUCount:   min(max(m.CPUCount, 0), 1<<16),
+		CPUUsedPct: pct,
+		MemUsed:    max(m.MemUsed, 0),
+		MemTotal:   max(m.MemTotal, 0),
+		MemCache:   max(m.MemCache, 0),
+		DiskUsed:   max(m.DiskUsed, 0),
+		DiskTotal:  max(m.DiskTotal, 0),
+	}, nil
+}
+
+// call makes one request with the control token and returns a successful
+// answer's body.
+func (c *Client) call(ctx context.Context, a sandbox.AgentAddr, method, path string, body []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.CallTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+a.Addr.String()+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	req.Header.Set(controlHeader, a.Token)
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent does not answer")
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent broke off its answer")
+	}
+	if resp.StatusCode/100 != 2 {
+		return nil, fmt.Errorf("%s %s: the agent answered %d: %s", method, path, resp.StatusCode, quote(raw))
+	}
+	return raw, nil
+}
+
+// quote shortens a sandbox's words for an error.
+func quote(raw []byte) string {
+	var e struct {
+		Message string `json:"message"`
+	}
+	text := string(raw)
+	if json.Unmarshal(raw, &e) == nil && e.Message != "" {
+		text = e.Message
+	}
+	if len(text) > 300 {
+		text = text[:300] + "…"
+	}
+	return fmt.Sprintf("%q", text)
+}
+
+// DialPort connects to a port on the sandbox's loopback. The connection is a
+// plain *net.TCPConn whose first byte is the service's. Nothing listening there
+// is an error that wraps ErrRefused.
+func (c *Client) DialPort(ctx context.Context, a sandbox.AgentAddr, port uint16) (_ net.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.CallTimeout)
+	defer cancel()
+	conn, err := c.dial.DialContext(ctx, "tcp", a.Addr.String())
+	if err != nil {
+		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent does not answer")
+	}
+	defer func() {
+		if err != nil {
+			conn.Close()
+		}
+	}()
+	if strings.ContainsAny(a.Token, "\r\n") {
+		return nil, errors.New("the control token has a line break")
+	}
+	head, err := exchange(ctx, conn, fmt.Sprintf(
+		"GET /cordon/tunnel?port=%d HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\n%s: %s\r\n\r\n",
+		port, a.Addr, tunnelProtocol, controlHeader, a.Token))
+	switch {
+	case err != nil:
+		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent opened no tunnel")
+	case head.StatusCode == http.StatusBadGateway && head.Header.Get(tunnelReason) == "refused":
+		return nil, fmt.Errorf("port %d: %w", port, ErrRefused)
+	case head.StatusCode != http.StatusSwitchingProtocols || !strings.EqualFold(head.Header.Get("Upgrade"), tunnelProtocol):
+		return nil, errs.Wrap(errs.Unavailable, fmt.Errorf("the agent answered %d", head.StatusCode), "no tunnel to port %d of the sandbox", port)
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok { // probing was not worth keep-alives, a user's connection is
+		if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true}); err != nil {
+			return nil, fmt.Errorf("keep the tunnel alive: %w", err)
+		}
+	}
+	return conn, nil
+}
+
+// ErrRefused says that nothing listens on the port of the sandbox's loopback.
+var ErrRefused = errs.New(errs.NotFound, "nothing listens on this port")

@@ -1,0 +1,225 @@
+package agent
+
+import (
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// upload is one request to write files.
+type upload struct {
+	user     user
+	workdir  string
+	path     string // of the query; "" when the parts name theirs
+	metadata map[string]string
+}
+
+// postFiles writes one file from the body, or each part of a form.
+func (a *Agent) postFiles(w http.ResponseWriter, r *http.Request) {
+	c := a.admitFile(w, r, opWrite)
+	if c == nil {
+		return
+	}
+	q := r.URL.Query()
+	u, err := a.fileUser(c, q.Get("username"))
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	up := upload{user: u, workdir: c.DefaultWorkdir, path: q.Get("path"), metadata: metadataIn(r.Header)}
+	body, err := plainBody(r)
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	var done []written
+	switch kind := mediaType(r); {
+	case kind == "application/octet-stream":
+		done, err = up.single(body)
+	case strings.HasPrefix(kind, "multipart/"):
+		done, err = up.form(r.Header.Get("Content-Type"), body)
+	default:
+		err = httpError{http.StatusBadRequest, fmt.Sprintf("content type %q: send multipart/form-data or application/octet-stream", kind)}
+	}
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, done)
+}
+
+// plainBody undoes the body's Content-Encoding.
+func plainBody(r *http.Request) (io.Reader, error) {
+	switch enc := strings.ToLower(r.Header.Get("Content-Encoding")); enc {
+	case "", "identity":
+		return r.Body, nil
+	case "gzip":
+		zr, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, httpError{http.StatusBadRequest, "the body is not gzip as Content-Encoding says"}
+		}
+		return bodyReader{zr}, nil
+	default:
+		return nil, httpError{http.StatusBadRequest, fmt.Sprintf("content encoding %q: send identity or gzip", enc)}
+	}
+}
+
+// bodyReader tells a broken body from a broken disk.
+type bodyReader struct{ io.Reader }
+
+func (b bodyReader) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = httpError{http.StatusBadRequest, "the request body is broken off: " + err.Error()}
+	}
+	return n, err
+}
+
+// metadataIn collects the X-Metadata headers. Header names have no case; keys
+// are lower-case.
+func metadataIn(h http.Header) map[string]string {
+	out := map[string]string{}
+	for name, values := range h {
+		key, ours := strings.CutPrefix(strings.ToLower(name), "x-metadata-")
+		if ours && key != "" && len(values) > 0 {
+			out[key] = values[0]
+		}
+	}
+	return out
+}
+
+// single writes the whole body to the query's path.
+func (up upload) single(body io.Reader) ([]written, error) {
+	if up.path == "" {
+		return nil, httpError{http.StatusBadRequest, "the query parameter path is missing: octet-stream bodies need it"}
+	}
+	w, err := up.write(up.path, body, nil)
+	if err != nil {
+		return nil, err
+	}
+	return []written{w}, nil
+}
+
+// form writes each part named "file" to its own file name, or the only one to
+// the query's path.
+func (up upload) form(contentType string, body io.Reader) ([]written, error) {
+	_, params, err := mime.ParseMediaType(contentType)
+	if err != nil || params["boundary"] == "" {
+		return nil, httpError{http.StatusBadRequest, "the multipart content type has no boundary"}
+	}
+	parts := multipart.NewReader(body, params["boundary"])
+	done := []written{}
+	for {
+		part, err := parts.NextRawPart()
+		if errors.Is(err, io.EOF) {
+			return done, nil
+		}
+		if err != nil {
+			return nil, httpError{http.StatusBadRequest, "the multipart body is broken: " + err.Error()}
+		}
+		if part.FormName() != "file" {
+			continue
+		}
+		to := up.path
+		if to == "" {
+			if to, err = fileName(part.Header.Get("Content-Disposition")); err != nil {
+				return nil, err
+			}
+		}
+		w, err := up.write(to, part, done)
+		if err != nil {
+			return nil, err
+		}
+		done = append(done, w)
+	}
+}
+
+// fileName is a part's file name with its slashes, which multipart.Part strips
+// and uploads of several files depend on.
+func fileName(disposition string) (string, error) {
+	_, params, err := mime.ParseMediaType(disposition)
+	if err != nil {
+		return "", httpError{http.StatusBadRequest, "a part's Content-Disposition cannot be read: " + err.Error()}
+	}
+	if params["filename"] == "" {
+		return "", httpError{http.StatusBadRequest, "a part has no filename and the query no path: one of them must say where to write"}
+	}
+	return params["filename"], nil
+}
+
+// write stores one file.
+func (up upload) write(name string, from io.Reader, before []written) (written, error) {
+	p, err := resolve(name, up.user, up.workdir)
+	if err != nil {
+		return written{}, httpError{http.StatusBadRequest, err.Error()}
+	}
+	w := written{Name: utf8(path.Base(p)), Path: utf8(p), Type: "file"}
+	if slices.ContainsFunc(before, func(b written) bool { return b.Path == w.Path }) {
+		return w, httpError{http.StatusBadRequest, fmt.Sprintf("two parts go to the same path '%s': only the first was written", w.Path)}
+	}
+	f, err := up.open(p)
+	if err != nil {
+		return w, err
+	}
+	defer f.Close() // the second time when all went well
+	if _, err := io.Copy(f, bodyReader{from}); err != nil {
+		return w, err
+	}
+	err = up.user.as(func() error {
+		var attr error
+		raw, err := f.SyscallConn()
+		if err == nil {
+			err = raw.Control(func(fd uintptr) { attr = setMetadata(int(fd), up.metadata) })
+		}
+		return errors.Join(err, attr)
+	})
+	if err != nil {
+		return w, fmt.Errorf("write metadata of %s: %w", w.Path, err)
+	}
+	if err := f.Close(); err != nil {
+		return w, err
+	}
+	if len(up.metadata) > 0 {
+		w.Metadata = maps.Clone(up.metadata)
+	}
+	return w, nil
+}
+
+// open creates or empties the file with the user's rights, which makes it and
+// the directories above it the user's own.
+func (up upload) open(p string) (f *os.File, err error) {
+	err = up.user.as(func() error {
+		if fi, err := os.Stat(p); err == nil {
+			if err := regular(p, fi); err != nil {
+				return err
+			}
+		}
+		if err := os.MkdirAll(path.Dir(p), 0o755); err != nil {
+			return err
+		}
+		f, err = os.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NONBLOCK, 0o666)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat() // what was opened may not be what was looked at before
+	if err == nil {
+		err = regular(p, fi)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
