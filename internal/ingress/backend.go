@@ -1,0 +1,223 @@
+package ingress
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/ingress/relay"
+)
+
+// backend is what the ingress holds of one life of a sandbox: from its first
+// request until it is killed or paused.
+type backend struct {
+	in       *Ingress
+	target   *Target // as it was first seen; only what cannot change within a life is used
+	pool     *relay.Pool
+	inflight atomic.Int64 // requests and tunnels
+	h2c      *http.Transport
+
+	mu       sync.Mutex          // guards loopback
+	loopback map[uint16]struct{} // ports last reached through the agent
+}
+
+// loopbackPorts bounds what is remembered of a sandbox's ports.
+const loopbackPorts = 1024
+
+// backend returns the connections of the sandbox's present life, nil when that is over.
+func (in *Ingress) backend(t *Target) *backend {
+	in.mu.RLock()
+	b := in.backends[t.ID]
+	in.mu.RUnlock()
+	if b != nil && b.serves(t) {
+		return b
+	}
+	select {
+	case <-t.Done:
+		return nil
+	default:
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	b = in.backends[t.ID]
+	if b != nil && b.serves(t) || in.closed {
+		return b
+	}
+	if b != nil {
+		b.pool.Close() // its watcher ends with its Done, or with us
+	}
+	b = &backend{in: in, target: t, loopback: map[uint16]struct{}{}}
+	b.pool = relay.NewPool(relay.Config{Dial: b.dial, Limits: in.cfg.Limits.Relay})
+	b.h2c = b.newH2C()
+	in.backends[t.ID] = b
+	in.wg.Add(1)
+	go b.watch()
+	return b
+}
+
+// serves reports whether b belongs to the same life of the sandbox as t.
+func (b *backend) serves(t *Target) bool {
+	return b.target.Done == t.Done && b.target.Addr == t.Addr && !b.pool.Closed()
+}
+
+// watch ends everything when the sandbox does.
+func (b *backend) watch() {
+	defer b.in.wg.Done()
+	select {
+	case <-b.target.Done:
+	case <-b.in.base.Done():
+	}
+	b.pool.Close()
+	b.h2c.CloseIdleConnections()
+	b.in.mu.Lock()
+	if b.in.backends[b.target.ID] == b {
+		delete(b.in.backends, b.target.ID)
+	}
+	b.in.mu.Unlock()
+	b.pool.Wait()
+}
+
+// gone reports whether the sandbox has ended, also when watch has not run yet.
+func (b *backend) gone() bool {
+	select {
+	case <-b.target.Done:
+		return true
+	default:
+		return b.pool.Closed()
+	}
+}
+
+// dial reaches a port of the sandbox: at its address first, where a closed port
+// refuses within a millisecond, then on its loopback through the agent. Whichever
+// answered last is tried first.
+func (b *backend) dial(ctx context.Context, port uint16) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, b.in.cfg.Limits.DialTimeout)
+	defer cancel()
+	inside := b.target.DialLoopback
+	if inside == nil || port == b.target.agentPort() {
+		return b.direct(ctx, port)
+	}
+	first, second, wasInside := b.direct, inside, b.isInside(port)
+	if wasInside {
+		first, second = inside, b.direct
+	}
+	c, err := first(ctx, port)
+	if err == nil {
+		return c, nil
+	}
+	c, err2 := second(ctx, port)
+	if err2 != nil {
+		return nil, err
+	}
+	b.setInside(port, !wasInside)
+	return c, nil
+}
+
+func (b *backend) direct(ctx context.Context, port uint16) (net.Conn, error) {
+	var d net.Dialer
+	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(b.target.Addr, port))
+	if err != nil {
+		return nil, err // not c: a nil *TCPConn is not a nil Conn
+	}
+	return c, nil
+}
+
+func (b *backend) isInside(port uint16) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, ok := b.loopback[port]
+	return ok
+}
+
+func (b *backend) setInside(port uint16, inside bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !inside {
+		delete(b.loopback, port)
+		return
+	}
+	if len(b.loopback) >= loopbackPorts {
+		clear(b.loopback)
+	}
+	b.loopback[port] = struct{}{}
+}
+
+// wakeCall is one waking that any number of requests wait for.
+type wakeCall struct {
+	done chan struct{}
+	err  error // valid when done is closed
+}
+
+// wake brings a paused sandbox back. Strangers cannot cause it: admit came first.
+func (in *Ingress) wake(ctx context.Context, t *Target) (*Target, *refusal) {
+	if in.cfg.Wake == nil || !t.AutoResume {
+		return nil, notFound(t.ID)
+	}
+	call, ok := in.wakeCall(t.ID)
+	if !ok {
+		return nil, wakeBusy(t.ID, in.cfg.Limits.Wakes)
+	}
+	select {
+	case <-call.done:
+	case <-ctx.Done():
+		return nil, notFound(t.ID) // nobody reads it
+	}
+	if call.err != nil {
+		in.log.Warn("sandbox not woken by traffic", "sandbox", t.ID, "err", call.err)
+		if errs.Is(call.err, errs.Exhausted) {
+			return nil, wakeBusy(t.ID, in.cfg.Limits.Wakes)
+		}
+		return nil, notFound(t.ID)
+	}
+	now, ok := in.cfg.Lookup(t.ID)
+	if !ok || now.State != Running {
+		return nil, notFound(t.ID)
+	}
+	return now, nil
+}
+
+// wakeCall joins or starts the waking of a sandbox; false when too many are under way.
+func (in *Ingress) wakeCall(id string) (*wakeCall, bool) {
+	in.wakeMu.Lock()
+	defer in.wakeMu.Unlock()
+	if call := in.wakes[id]; call != nil {
+		return call, true
+	}
+	if len(in.wakes) >= in.cfg.Limits.Wakes || in.base.Err() != nil {
+		return nil, false
+	}
+	call := &wakeCall{done: make(chan struct{})}
+	in.wakes[id] = call
+	in.wg.Add(1)
+	go in.runWake(id, call)
+	return call, true
+}
+
+func (in *Ingress) runWake(id string, call *wakeCall) {
+	defer in.wg.Done()
+	ctx, cancel := context.WithTimeout(in.base, in.cfg.Limits.WakeTimeout)
+	defer cancel()
+	start := time.Now()
+	call.err = in.cfg.Wake(ctx, id)
+	in.wakeMu.Lock()
+	delete(in.wakes, id)
+	in.wakeMu.Unlock()
+	close(call.done)
+	in.log.Debug("sandbox woken by traffic", "sandbox", id, "took", time.Since(start), "err", call.err)
+}
+
+// Close resets what is left of every sandbox's connections and waits for it.
+func (in *Ingress) Close() {
+	in.mu.Lock()
+	in.closed = true
+	in.mu.Unlock()
+	in.wakeMu.Lock()
+	in.stop()
+	in.wakeMu.Unlock()
+	in.wg.Wait()
+}

@@ -1,0 +1,200 @@
+package ingress
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cordonhq/cordon/internal/ingress/relay"
+)
+
+// forward sends the request to the service and sees to the end of it.
+func (v *visit) forward(b *backend, t *Target, to route, p pass) {
+	if !validMask(t.MaskHost) {
+		b.inflight.Add(-1)
+		v.refuse(badMask(to.id))
+		return
+	}
+	host, fields := v.present(t, to)
+	if isGRPC(v.r) {
+		defer b.inflight.Add(-1)
+		v.forwardGRPC(b, to, p.target, host, fields)
+		return
+	}
+	upgrade := upgradeOf(v.r)
+	drop := private
+	if cookie, had := stripCookie(v.r.Header); had {
+		drop = privateOrCookie
+		if cookie != "" {
+			fields = append(fields, relay.Field{Name: "Cookie", Value: cookie})
+		}
+	}
+	info := v.info
+	if upgrade != "" {
+		info.upgrading = true
+	}
+	result := b.pool.Forward(v.w, v.r, &relay.Out{
+		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade,
+		Answer: func(_ int, h http.Header) { v.answer(to.host, h) },
+		Client: info.http1Conn(v.r),
+		Done: func(tunnel bool) {
+			b.inflight.Add(-1)
+			if tunnel {
+				info.release()
+			}
+		},
+	})
+	v.code, v.err = result.Status, result.Err
+	switch {
+	case result.Err == nil:
+	case result.Started:
+		v.abort()
+	case errors.Is(result.Err, relay.ErrClient):
+		v.abort()
+	default:
+		v.refuse(v.explain(b, to, result.Err))
+	}
+}
+
+// explain turns a failure before the first byte of an answer into ours.
+func (v *visit) explain(b *backend, to route, err error) *refusal {
+	if errors.Is(err, relay.ErrReset) || b.gone() {
+		return notFound(to.id)
+	}
+	if t, ok := v.in.cfg.Lookup(to.id); !ok || t.State != Running {
+		return notFound(to.id)
+	}
+	var dial *relay.DialError
+	if errors.As(err, &dial) {
+		return portClosed(to.id, to.port)
+	}
+	return badAnswer(to.id, to.port)
+}
+
+// abort breaks the client's connection off, so that what it got of an answer
+// cannot pass for all of it.
+func (v *visit) abort() {
+	if c := v.info.http1Conn(v.r); c != nil {
+		relay.Abort(c)
+	}
+	panic(http.ErrAbortHandler)
+}
+
+// present returns what the service sees of where the request came from.
+func (v *visit) present(t *Target, to route) (host string, fields []relay.Field) {
+	fields = make([]relay.Field, 0, 4)
+	if from := v.forwardedFor(); from != "" {
+		fields = append(fields, relay.Field{Name: "X-Forwarded-For", Value: from})
+	}
+	fields = append(fields, relay.Field{Name: "X-Forwarded-Proto", Value: v.scheme()})
+	if t.MaskHost == "" || to.port == t.agentPort() {
+		return v.r.Host, fields
+	}
+	fields = append(fields, relay.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
+	return strings.ReplaceAll(t.MaskHost, "${PORT}", strconv.Itoa(int(to.port))), fields
+}
+
+// validMask guards the wire; what a mask may be is decided where it is set.
+func validMask(mask string) bool {
+	return !strings.ContainsFunc(mask, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+}
+
+func (v *visit) forwardedFor() string {
+	if v.info.trusted {
+		if before := strings.Join(v.r.Header["X-Forwarded-For"], ", "); before != "" {
+			return before + ", " + v.info.from
+		}
+	}
+	return v.info.from
+}
+
+// private reports the header fields that services do not get from clients: who
+// the client is, which we say, and our tokens. Servers of the CGI family take
+// "_" for "-", so that spelling counts too.
+func private(name string) bool {
+	if strings.IndexByte(name, '_') >= 0 {
+		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
+	}
+	switch name {
+	case "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded-Port", "X-Forwarded-Server",
+		"X-Forwarded-Scheme", "X-Forwarded-Ssl", "X-Real-Ip", "Forwarded", tokenHeader:
+		return true
+	}
+	return false
+}
+
+func privateOrCookie(name string) bool { return name == "Cookie" || private(name) }
+
+// upgradeOf returns the protocol a client wants to switch to, when we pass that
+// on. HTTP/2 is not: its requests would no longer be seen by us.
+func upgradeOf(r *http.Request) string {
+	u := r.Header["Upgrade"]
+	if r.ProtoMajor != 1 || r.ProtoMinor < 1 || len(u) != 1 || r.ContentLength != 0 {
+		return ""
+	}
+	asked := false
+	for _, v := range r.Header["Connection"] {
+		for token := range strings.SplitSeq(v, ",") {
+			asked = asked || strings.EqualFold(strings.TrimSpace(token), "upgrade")
+		}
+	}
+	protocol := strings.TrimSpace(u[0])
+	low := strings.ToLower(protocol)
+	if !asked || protocol == "" || strings.ContainsAny(protocol, ", ") || strings.HasPrefix(low, "h2") || strings.HasPrefix(low, "http") || strings.HasPrefix(low, "tls") {
+		return ""
+	}
+	return protocol
+}
+
+// answer changes what must be changed in a service's header.
+func (v *visit) answer(host string, h http.Header) {
+	if v.mode == TLS && v.in.cfg.HSTS > 0 {
+		if _, own := h["Strict-Transport-Security"]; !own {
+			h.Set("Strict-Transport-Security", v.in.hsts())
+		}
+	}
+	if cookies := h["Set-Cookie"]; len(cookies) > 0 {
+		if h["Set-Cookie"] = ownCookies(cookies, host); len(h["Set-Cookie"]) == 0 {
+			delete(h, "Set-Cookie")
+		}
+	}
+}
+
+// ownCookies keeps a service's cookies on its own host: browsers would send one
+// for the domain to every sandbox, and take one from any of them.
+func ownCookies(cookies []string, host string) []string {
+	out := cookies[:0]
+	for _, c := range cookies {
+		name, _, _ := strings.Cut(c, "=")
+		if strings.TrimSpace(name) == tokenCookie {
+			continue
+		}
+		if !strings.Contains(strings.ToLower(c), "domain") {
+			out = append(out, c)
+			continue
+		}
+		parts := strings.Split(c, ";")
+		kept := slices.DeleteFunc(parts[1:], func(attr string) bool {
+			k, v, _ := strings.Cut(attr, "=")
+			v = strings.TrimPrefix(strings.TrimSpace(v), ".")
+			return strings.EqualFold(strings.TrimSpace(k), "domain") && !strings.EqualFold(v, host)
+		})
+		out = append(out, strings.Join(append(parts[:1], kept...), ";"))
+	}
+	return out
+}
+
+func (in *Ingress) hsts() string {
+	return "max-age=" + strconv.FormatInt(int64(in.cfg.HSTS.Seconds()), 10)
+}
+
+// http1Conn returns the client's connection when nobody else uses it.
+func (c *connInfo) http1Conn(r *http.Request) net.Conn {
+	if r.ProtoMajor != 1 {
+		return nil
+	}
+	return c.conn
+}

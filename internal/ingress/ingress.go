@@ -1,0 +1,339 @@
+// Package ingress hides how a request from outside finds its way to a port of a
+// sandbox: which host names which sandbox, who may pass, what the service gets
+// to see of the request, and what the client is told when nobody is there.
+//
+// The way of a request: route (host.go, route.go) → admit (token.go) → the
+// sandbox's connections (backend.go) → relay. Every decision is made from memory.
+package ingress
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"crypto/tls"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cordonhq/cordon/internal/ingress/relay"
+)
+
+// Config is what an Ingress needs. Domains, Lookup and API are required.
+type Config struct {
+	// Domains are the names served: sandboxes at <port>-<id>.<domain>, the API at
+	// api.<domain> and <domain>. They carry no port, and a request's port does not matter.
+	Domains []string
+	// Lookup returns the sandbox with the ID. It is called for every request and
+	// must answer from memory.
+	Lookup func(id string) (*Target, bool)
+	// Wake brings a paused sandbox back; Lookup returns it running afterwards. It
+	// is called once for all requests that wait. Nil means that none is woken.
+	Wake func(ctx context.Context, id string) error
+	// BySignature finds the sandbox that a signed file URL without any sandbox
+	// in it is for: /files?path=…&signature=… on a shared host. May be nil.
+	BySignature func(r *http.Request) (id string, ok bool)
+	// API is the control API.
+	API http.Handler
+	// TLS is used by listeners of mode TLS; see tlsconf. ALPN is set here.
+	TLS *tls.Config
+	// TrustedProxies may say who the client is by X-Forwarded-For and -Proto.
+	TrustedProxies []netip.Prefix
+	// HSTS is the max-age of Strict-Transport-Security; 0 sends none.
+	HSTS time.Duration
+	// HTTPSPort is where listeners of mode Redirect send clients; 0 means 443.
+	HTTPSPort uint16
+	Limits    Limits
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer // nil registers nothing
+}
+
+// Limits bound what clients and services may hold. Zero fields take the defaults.
+type Limits struct {
+	HeaderBytes     int           // of a request's header; 64 KiB
+	HeaderTimeout   time.Duration // TLS handshake and header; 10 s
+	IdleTimeout     time.Duration // of a kept client connection; 2 min
+	DrainTimeout    time.Duration // for requests under way when Run ends; 10 s
+	DialTimeout     time.Duration // to a service; 3 s
+	WakeTimeout     time.Duration // for a paused sandbox to come back; 30 s
+	ConnsPerSandbox int           // requests and tunnels under way; 16384
+	ConnsPerSource  int           // connections of one IPv4 address or IPv6 /64; 16384
+	StreamsPerConn  int           // HTTP/2; 250
+	Wakes           int           // at a time; 16
+	Relay           relay.Limits  // towards services
+}
+
+// State says whether a sandbox can be spoken to.
+type State uint8
+
+// The states an ingress tells apart.
+const (
+	Running State = iota
+	Paused
+)
+
+// Target is one sandbox as the ingress sees it. It must not be changed once
+// returned from Lookup; return another one instead.
+type Target struct {
+	ID        string
+	State     State
+	Addr      netip.Addr // dialable from here
+	AgentPort uint16     // 0 means 49983
+	// DialLoopback reaches services bound to 127.0.0.1 or ::1 inside. May be nil.
+	DialLoopback func(ctx context.Context, port uint16) (net.Conn, error)
+	Public       bool   // ports other than the agent's answer without a token
+	TrafficToken string // what clients of a sandbox that is not public must show
+	SigningKey   []byte // of signed URLs; empty derives it from TrafficToken. A new key revokes them
+	MaskHost     string // Host for services, ${PORT} replaced; empty passes it unchanged
+	AutoResume   bool   // traffic wakes it when it is paused
+	// Done is closed when the sandbox is killed or paused: its connections are
+	// reset at once. A resumed sandbox has a new one.
+	Done <-chan struct{}
+}
+
+const defaultAgentPort = 49983
+
+func (t *Target) agentPort() uint16 {
+	if t.AgentPort != 0 {
+		return t.AgentPort
+	}
+	return defaultAgentPort
+}
+
+// Ingress serves sandboxes and the API on one set of listeners.
+type Ingress struct {
+	cfg     Config
+	domains domains
+	log     *slog.Logger
+	pages   *pages
+	metrics *metrics
+	sources *sources
+	grpc    http.Handler
+
+	base context.Context // of what outlives a request; ends with Close
+	stop context.CancelFunc
+	wg   sync.WaitGroup // watchers and wakes
+
+	mu       sync.RWMutex        // guards the fields below
+	closed   bool                // no backend is made any more
+	backends map[string]*backend // by sandbox ID
+
+	wakeMu sync.Mutex
+	wakes  map[string]*wakeCall // guarded by wakeMu
+}
+
+// New checks cfg and returns an Ingress that serves nothing yet.
+func New(cfg Config) (*Ingress, error) {
+	ds, err := parseDomains(cfg.Domains)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Lookup == nil || cfg.API == nil {
+		return nil, errors.New("ingress: Lookup and API must be set")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	cfg.Limits.fill()
+	pages, err := newPages()
+	if err != nil {
+		return nil, fmt.Errorf("ingress: error pages: %w", err)
+	}
+	in := &Ingress{
+		cfg: cfg, domains: ds, log: cfg.Log, pages: pages,
+		metrics:  newMetrics(),
+		sources:  newSources(cfg.Limits.ConnsPerSource, cfg.TrustedProxies),
+		backends: map[string]*backend{},
+		wakes:    map[string]*wakeCall{},
+	}
+	if cfg.Metrics != nil {
+		if err := in.metrics.register(cfg.Metrics); err != nil {
+			return nil, fmt.Errorf("ingress: %w", err)
+		}
+	}
+	in.grpc = in.newGRPC()
+	in.base, in.stop = context.WithCancel(context.Background())
+	return in, nil
+}
+
+func (l *Limits) fill() {
+	for _, f := range []struct {
+		v *int
+		d int
+	}{
+		{&l.HeaderBytes, 64 << 10}, {&l.ConnsPerSandbox, 16384}, {&l.ConnsPerSource, 16384},
+		{&l.StreamsPerConn, 250}, {&l.Wakes, 16},
+	} {
+		if *f.v <= 0 {
+			*f.v = f.d
+		}
+	}
+	for _, f := range []struct {
+		v *time.Duration
+		d time.Duration
+	}{
+		{&l.HeaderTimeout, 10 * time.Second}, {&l.IdleTimeout, 2 * time.Minute}, {&l.DrainTimeout, 10 * time.Second},
+		{&l.DialTimeout, 3 * time.Second}, {&l.WakeTimeout, 30 * time.Second},
+	} {
+		if *f.v <= 0 {
+			*f.v = f.d
+		}
+	}
+}
+
+// Handler returns the handler for listeners of the mode. Run uses it; it is
+// there for those who bring their own server. Close ends what it leaves behind.
+func (in *Ingress) Handler(mode Mode) http.Handler {
+	if mode == Redirect {
+		return http.HandlerFunc(in.redirect)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		v := &visit{in: in, w: w, r: r, mode: mode, start: time.Now(), info: infoOf(r)}
+		if r.ProtoMajor == 1 {
+			v.info.upgrading = false // requests of HTTP/1 come one by one
+		}
+		defer v.end()
+		v.serve()
+	})
+}
+
+// visit is one request on its way.
+type visit struct {
+	in    *Ingress
+	w     http.ResponseWriter
+	r     *http.Request
+	mode  Mode
+	start time.Time
+	info  *connInfo
+	code  int    // sent to the client
+	err   error  // why it did not go well
+	id    string // of the sandbox, when it is for one
+}
+
+func (v *visit) serve() {
+	if v.mode == TLS && v.in.cfg.HSTS > 0 {
+		v.w.Header().Set("Strict-Transport-Security", v.in.hsts())
+	}
+	to, refused := v.in.route(v.r, v.mode)
+	if refused != nil {
+		v.refuse(refused)
+		return
+	}
+	if to.api {
+		rec := &recorder{ResponseWriter: v.w}
+		defer func() { v.code = rec.code }()
+		v.in.cfg.API.ServeHTTP(rec, v.r)
+		return
+	}
+	v.id = to.id
+	v.sandbox(to)
+}
+
+// sandbox serves a request for a sandbox.
+func (v *visit) sandbox(to route) {
+	t, ok := v.in.cfg.Lookup(to.id)
+	if !ok {
+		v.refuse(notFound(to.id))
+		return
+	}
+	if to.port == 0 {
+		to.port = t.agentPort()
+	}
+	pass, refused := admit(v.r, t, to)
+	if refused != nil {
+		v.refuse(refused)
+		return
+	}
+	if pass.cookie != nil {
+		v.exchange(pass)
+		return
+	}
+	if t.State != Running {
+		if t, refused = v.in.wake(v.r.Context(), t); refused != nil {
+			v.refuse(refused)
+			return
+		}
+	}
+	b := v.in.backend(t)
+	if b == nil {
+		v.refuse(notFound(to.id))
+		return
+	}
+	limit := v.in.cfg.Limits.ConnsPerSandbox
+	if b.inflight.Add(1) > int64(limit) {
+		b.inflight.Add(-1)
+		v.refuse(tooMany(to.id, limit))
+		return
+	}
+	v.forward(b, t, to, pass)
+}
+
+// exchange answers a browser's navigation with a token in its URL by a redirect
+// to the same URL without it, and a cookie in its place.
+func (v *visit) exchange(pass pass) {
+	h := v.w.Header()
+	h.Set("Location", v.scheme()+"://"+v.r.Host+pass.target)
+	h.Set("Cache-Control", "no-store")
+	h.Set("Referrer-Policy", "no-referrer")
+	http.SetCookie(v.w, pass.cookie)
+	v.code = http.StatusFound
+	v.w.WriteHeader(v.code)
+}
+
+// end runs when the request is answered, given up or handed to a tunnel.
+func (v *visit) end() {
+	took := time.Since(v.start)
+	v.in.metrics.observe(v.code, took)
+	if v.in.log.Enabled(v.r.Context(), slog.LevelDebug) {
+		v.in.log.Debug("request served", "sandbox", v.id, "host", v.r.Host, "method", v.r.Method, "code", v.code,
+			"src", v.info.addr, "took", took, "err", v.err)
+	}
+}
+
+// scheme is what the client used, as far as we may believe it.
+func (v *visit) scheme() string {
+	if v.info.trusted {
+		if p := strings.ToLower(v.r.Header.Get("X-Forwarded-Proto")); p == "http" || p == "https" {
+			return p
+		}
+	}
+	if v.mode == TLS || v.r.TLS != nil {
+		return "https"
+	}
+	return "http"
+}
+
+// recorder remembers the status of an answer of the API.
+type recorder struct {
+	http.ResponseWriter
+	code int
+}
+
+func (r *recorder) WriteHeader(code int) {
+	if r.code < 200 {
+		r.code = code
+	}
+	r.ResponseWriter.WriteHeader(code)
+}
+
+func (r *recorder) Write(b []byte) (int, error) {
+	if r.code < 200 {
+		r.code = http.StatusOK
+	}
+	return r.ResponseWriter.Write(b)
+}
+
+func (r *recorder) Flush() {
+	if f, ok := r.ResponseWriter.(http.Flusher); ok {
+		f.Flush()
+	}
+}
+
+// Unwrap is for http.ResponseController.
+func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }

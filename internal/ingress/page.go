@@ -1,0 +1,138 @@
+package ingress
+
+import (
+	"bytes"
+	"crypto/sha256"
+	_ "embed" // the error page
+	"encoding/base64"
+	"encoding/json"
+	"html/template"
+	"net/http"
+	"strconv"
+	"strings"
+)
+
+// refusal is an answer of ours in a service's place. The order of the fields is
+// the order on the wire.
+type refusal struct {
+	Sandbox string `json:"sandboxId,omitempty"`
+	Message string `json:"message"`
+	Port    uint16 `json:"port,omitempty"`
+	Limit   int    `json:"limit,omitempty"`
+	Code    int    `json:"code"`
+
+	title string // of the page for people
+	hint  string // what they can do
+}
+
+func badRequest(sentence string) *refusal {
+	return &refusal{Code: http.StatusBadRequest, Message: sentence, title: "This address is not valid",
+		hint: "Check the address. Sandboxes are reached at <port>-<sandboxID> followed by the domain."}
+}
+
+func notFound(id string) *refusal {
+	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Message: "The sandbox was not found", title: "Sandbox not found",
+		hint: "It may have been stopped or have reached the end of its time. Start it again, or check the address."}
+}
+
+func portClosed(id string, port uint16) *refusal {
+	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The sandbox is running but port is not open",
+		title: "Nothing answers on port " + strconv.Itoa(int(port)),
+		hint:  "The sandbox is running. Start a service on this port in it, then try again."}
+}
+
+func badAnswer(id string, port uint16) *refusal {
+	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The service in the sandbox closed the connection or did not answer in HTTP",
+		title: "The service did not answer properly",
+		hint:  "It closed the connection or does not speak HTTP. Its own log in the sandbox may tell why."}
+}
+
+func forbidden(id, message string) *refusal {
+	return &refusal{Code: http.StatusForbidden, Sandbox: id, Message: message, title: "This sandbox is private",
+		hint: "Open it with a link that contains a token, or send the token in the header e2b-traffic-access-token."}
+}
+
+func badMask(id string) *refusal {
+	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Message: "The sandbox's maskRequestHost is not a valid host", title: "Sandbox not reachable",
+		hint: "Its setting maskRequestHost is not a valid host. Set it to a host name, optionally with a port."}
+}
+
+func tooMany(id string, limit int) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Limit: limit, Message: "The sandbox has too many open connections",
+		title: "Too many connections", hint: "The sandbox serves " + strconv.Itoa(limit) + " connections at a time. Try again in a moment."}
+}
+
+func wakeBusy(id string, limit int) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Limit: limit, Message: "Too many sandboxes are being resumed",
+		title: "Busy", hint: "Other sandboxes are being resumed. Try again in a moment."}
+}
+
+//go:embed page.html
+var pageSource string
+
+// pages renders refusals for people.
+type pages struct {
+	tmpl *template.Template
+	csp  string
+}
+
+func newPages() (*pages, error) {
+	tmpl, err := template.New("page").Parse(pageSource)
+	if err != nil {
+		return nil, err
+	}
+	_, style, _ := strings.Cut(pageSource, "<style>")
+	style, _, _ = strings.Cut(style, "</style>")
+	sum := sha256.Sum256([]byte(style))
+	return &pages{tmpl: tmpl, csp: "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) +
+		"'; base-uri 'none'; form-action 'none'"}, nil
+}
+
+// navigates reports whether a browser loads the answer into a window or frame.
+func navigates(r *http.Request) bool {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead || r.Header.Get("Upgrade") != "" {
+		return false
+	}
+	if mode := r.Header.Get("Sec-Fetch-Mode"); mode != "" {
+		return mode == "navigate"
+	}
+	return strings.Contains(r.Header.Get("Accept"), "text/html")
+}
+
+// refuse answers in the service's place: a page for people, JSON for programs.
+func (v *visit) refuse(f *refusal) {
+	h := v.w.Header()
+	body, err := json.Marshal(f)
+	if err != nil {
+		body = []byte(`{"message":"internal error","code":500}`)
+	}
+	h.Set("Content-Type", "application/json")
+	if navigates(v.r) && f.title != "" {
+		var page bytes.Buffer
+		if err := v.in.pages.tmpl.Execute(&page, pageData{f, f.title, f.hint}); err == nil {
+			body = page.Bytes()
+			h.Set("Content-Type", "text/html; charset=utf-8")
+			h.Set("Content-Security-Policy", v.in.pages.csp)
+			h.Set("Referrer-Policy", "no-referrer")
+		}
+	}
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", "no-store")
+	h.Set("Access-Control-Allow-Origin", "*") // programs in a browser may read why
+	h.Set("Vary", "Accept, Sec-Fetch-Mode")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	if f.Code == http.StatusTooManyRequests {
+		h.Set("Retry-After", "1")
+	}
+	if v.r.ProtoMajor == 1 && v.r.ContentLength != 0 {
+		h.Set("Connection", "close") // a part of the body may be unread: it must not become a request
+	}
+	v.code = f.Code
+	v.w.WriteHeader(f.Code)
+	v.w.Write(body) //nolint:errcheck // the client is gone
+}
+
+type pageData struct {
+	*refusal
+	Title, Hint string
+}

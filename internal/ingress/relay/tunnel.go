@@ -1,0 +1,156 @@
+package relay
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+)
+
+// tunnel is a connection after a switch of protocols: bytes both ways, nothing
+// looked at.
+type tunnel struct {
+	pool    *Pool
+	client  net.Conn
+	service net.Conn
+	open    atomic.Int32 // directions
+	done    func(tunnel bool)
+}
+
+// tunnel answers the client's upgrade and hands both connections to a tunnel.
+func (x *exchange) tunnel(resp *http.Response) error {
+	if x.out.Answer != nil {
+		x.out.Answer(resp.StatusCode, resp.Header)
+	}
+	x.started.Store(true)
+	client, rw, err := x.rc.Hijack()
+	if err != nil {
+		return fmt.Errorf("%w: take over: %w", ErrClient, err)
+	}
+	x.status = http.StatusSwitchingProtocols
+	t := &tunnel{pool: x.pool, client: client, service: x.conn.Conn, done: x.out.Done}
+	t.open.Store(2)
+	early, late, err := t.handshake(rw, x.conn.br, clone101(resp, x.out.Upgrade))
+	if err != nil {
+		abort(client)
+		return fmt.Errorf("%w: %w", ErrClient, err)
+	}
+	if err := x.pool.become(x, t); err != nil {
+		abort(client)
+		return err
+	}
+	x.detached = true
+	// The exchange, its request and its buffers are not referred to from here
+	// on: ten thousand idle tunnels cost little more than their connections.
+	go t.pump(t.service, t.client, early)
+	go t.pump(t.client, t.service, late)
+	return nil
+}
+
+// handshake writes the 101 and returns what the client and the service have
+// already sent beyond their heads.
+func (t *tunnel) handshake(rw *bufio.ReadWriter, service *bufio.Reader, h http.Header) (early, late []byte, err error) {
+	rw.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
+	if err := h.Write(rw); err != nil {
+		return nil, nil, err
+	}
+	rw.WriteString("\r\n")
+	if err := rw.Flush(); err != nil {
+		return nil, nil, err
+	}
+	return rest(rw.Reader), rest(service), nil
+}
+
+func rest(r *bufio.Reader) []byte {
+	b, _ := r.Peek(r.Buffered()) // never more than is there: no error
+	return bytes.Clone(b)
+}
+
+func (t *tunnel) reset() {
+	abort(t.client)
+	abort(t.service)
+}
+
+// pump copies one direction until it ends. The last one out closes.
+func (t *tunnel) pump(dst, src net.Conn, first []byte) {
+	defer t.pool.wg.Done()
+	var err error
+	if len(first) > 0 {
+		_, err = dst.Write(first)
+	}
+	if err == nil {
+		err = copyIdle(dst, src)
+	}
+	if err == nil {
+		err = closeWrite(dst)
+	}
+	if err != nil {
+		t.client.Close()
+		t.service.Close()
+	}
+	if t.open.Add(-1) > 0 {
+		return
+	}
+	t.client.Close()
+	t.service.Close()
+	t.pool.leave(t)
+	if t.done != nil {
+		t.done(true)
+	}
+}
+
+var errNoHalfClose = errors.New("the connection cannot be half closed")
+
+func closeWrite(c net.Conn) error {
+	if h, ok := c.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return errNoHalfClose
+}
+
+// copyIdle copies like io.Copy, but waits for bytes with a small buffer and
+// takes a large one only while they keep coming.
+func copyIdle(dst io.Writer, src io.Reader) error {
+	small := make([]byte, 512)
+	for {
+		n, err := src.Read(small)
+		if n > 0 {
+			if _, err := dst.Write(small[:n]); err != nil {
+				return err
+			}
+		}
+		if err == nil && n == len(small) {
+			err = copyBurst(dst, src)
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// copyBurst copies until a read does not fill half the buffer.
+func copyBurst(dst io.Writer, src io.Reader) error {
+	buf := buffers.Get().(*[32 << 10]byte)
+	defer buffers.Put(buf)
+	for {
+		n, err := src.Read(buf[:])
+		if n > 0 {
+			if _, err := dst.Write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if n < len(buf)/2 {
+			return nil
+		}
+	}
+}
