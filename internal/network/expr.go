@@ -1,0 +1,305 @@
+package network
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// rule is one rule as the kernel's little machine runs it: expressions from left
+// to right until one does not match. The functions below are its vocabulary, each
+// named after what nft(8) prints.
+type rule = []expr.Any
+
+// when joins conditions and statements into a rule.
+func when(parts ...[]expr.Any) rule { return slices.Concat(parts...) }
+
+// The registers: reg1 to reg4 are 16 bytes wide; word(n) is the n-th of the 4-byte
+// pieces they consist of, for keys of several fields.
+const reg1, reg2 = unix.NFT_REG_1, unix.NFT_REG_2
+
+func word(n uint32) uint32 { return unix.NFT_REG32_00 + n }
+
+func load(e expr.Any) []expr.Any { return []expr.Any{e} }
+
+func cmpEq(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: data} }
+
+func cmpNe(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: data} }
+
+func native(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
+
+func big16(v uint16) []byte { return binaryutil.BigEndian.PutUint16(v) }
+
+// ifname pads a name to the key of an interface name.
+func ifname(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
+}
+
+// A comparison shorter than the loaded name compares only its start.
+func iifStarts(prefix string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpEq([]byte(prefix))}
+}
+
+func iifStartsNot(prefix string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpNe([]byte(prefix))}
+}
+
+func oifStarts(prefix string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, cmpEq([]byte(prefix))}
+}
+
+func oifStartsNot(prefix string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, cmpNe([]byte(prefix))}
+}
+
+func iifNot(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpNe(ifname(name))}
+}
+
+func family(f byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1}, cmpEq([]byte{f})}
+}
+
+func familyOf(a netip.Addr) []expr.Any {
+	if a.Is4() {
+		return family(unix.NFPROTO_IPV4)
+	}
+	return family(unix.NFPROTO_IPV6)
+}
+
+func l4proto(p policy.Proto) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, cmpEq([]byte{byte(p)})}
+}
+
+// ported matches what has ports, once the chain screen has left nothing but TCP,
+// UDP and echo requests.
+func ported() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1},
+		cmpNe([]byte{byte(policy.ICMP)}), cmpNe([]byte{byte(policy.ICMPv6)}),
+	}
+}
+
+// payload loads len bytes of a header into a register.
+func payload(base expr.PayloadBase, offset, length, register uint32) expr.Any {
+	return &expr.Payload{OperationType: expr.PayloadLoad, Base: base, Offset: offset, Len: length, DestRegister: register}
+}
+
+// Header offsets: RFC 791, 8200, 9293, 768, 792, 4443; Ethernet II.
+func loadSaddr(v6 bool, register uint32) expr.Any {
+	if v6 {
+		return payload(expr.PayloadBaseNetworkHeader, 8, 16, register)
+	}
+	return payload(expr.PayloadBaseNetworkHeader, 12, 4, register)
+}
+
+func loadDaddr(v6 bool, register uint32) expr.Any {
+	if v6 {
+		return payload(expr.PayloadBaseNetworkHeader, 24, 16, register)
+	}
+	return payload(expr.PayloadBaseNetworkHeader, 16, 4, register)
+}
+
+func loadDport(register uint32) expr.Any {
+	return payload(expr.PayloadBaseTransportHeader, 2, 2, register)
+}
+
+func loadEtherSaddr(register uint32) expr.Any {
+	return payload(expr.PayloadBaseLLHeader, 6, 6, register)
+}
+
+// dport matches a destination port of a protocol that has been matched already.
+func dport(p uint16) []expr.Any { return []expr.Any{loadDport(reg1), cmpEq(big16(p))} }
+
+// icmpType matches the type of an ICMP or ICMPv6 message.
+func icmpType(p policy.Proto, t byte) []expr.Any {
+	return when(l4proto(p), load(payload(expr.PayloadBaseTransportHeader, 0, 1, reg1)), load(cmpEq([]byte{t})))
+}
+
+func hopLimit(v byte) []expr.Any {
+	return []expr.Any{payload(expr.PayloadBaseNetworkHeader, 7, 1, reg1), cmpEq([]byte{v})}
+}
+
+// daddrIn matches one destination prefix.
+func daddrIn(p netip.Prefix) []expr.Any {
+	return when(familyOf(p.Addr()), inPrefix(loadDaddr(p.Addr().Is6(), reg1), p))
+}
+
+// saddrIn matches one source prefix.
+func saddrIn(p netip.Prefix) []expr.Any {
+	return when(familyOf(p.Addr()), inPrefix(loadSaddr(p.Addr().Is6(), reg1), p))
+}
+
+func inPrefix(loaded expr.Any, p netip.Prefix) []expr.Any {
+	size := uint32(p.Addr().BitLen() / 8)
+	switch {
+	case p.Bits() == 0:
+		return nil // the family says it all
+	case p.IsSingleIP():
+		return []expr.Any{loaded, cmpEq(p.Addr().AsSlice())}
+	}
+	mask := make([]byte, size)
+	for i := range p.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return []expr.Any{
+		loaded,
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: size, Mask: mask, Xor: make([]byte, size)},
+		cmpEq(p.Masked().Addr().AsSlice()),
+	}
+}
+
+// in matches when what starts at reg1 is in a set.
+func in(set string) []expr.Any {
+	return []expr.Any{&expr.Lookup{SourceRegister: reg1, SetName: set}}
+}
+
+// daddrInSet matches a destination address, and with ports its port too, in a set.
+func daddrInSet(set string, v6, ports bool) []expr.Any {
+	f := byte(unix.NFPROTO_IPV4)
+	if v6 {
+		f = unix.NFPROTO_IPV6
+	}
+	if !ports {
+		return when(family(f), load(loadDaddr(v6, reg1)), in(set))
+	}
+	return when(ported(), family(f), load(loadDaddr(v6, reg1)), load(loadDport(afterAddr(v6))), in(set))
+}
+
+// afterAddr is the register behind an address that starts at reg1.
+func afterAddr(v6 bool) uint32 {
+	if v6 {
+		return word(4)
+	}
+	return word(1)
+}
+
+// ctStateAny matches a connection in one of the states.
+func ctStateAny(bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Register: reg1, Key: expr.CtKeySTATE},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(bits), Xor: native(0)},
+		cmpNe(native(0)),
+	}
+}
+
+// ctReply matches packets against the direction the connection was opened in.
+func ctReply() []expr.Any {
+	return []expr.Any{&expr.Ct{Register: reg1, Key: expr.CtKeyDIRECTION}, cmpEq([]byte{1})}
+}
+
+// ctMark matches a connection's mark. It does not match a packet that belongs to
+// no connection.
+func ctMark(v, mask uint32) []expr.Any {
+	out := load(&expr.Ct{Register: reg1, Key: expr.CtKeyMARK})
+	if mask != ^uint32(0) {
+		out = append(out, &expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(mask), Xor: native(0)})
+	}
+	return append(out, cmpEq(native(v)))
+}
+
+// setCtMark marks the connection with the slot's own mark, and the bits more.
+func setCtMark(more uint32) []expr.Any {
+	out := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: setMarks},
+	}
+	if more != 0 {
+		out = append(out, &expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(^more), Xor: native(more)})
+	}
+	return append(out, &expr.Ct{Register: reg1, SourceRegister: true, Key: expr.CtKeyMARK})
+}
+
+// markUnset matches packets without the bit of the transparent sockets.
+func markUnset(bit uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(bit), Xor: native(0)},
+		cmpEq(native(0)),
+	}
+}
+
+// setMark adds a bit to the packet's mark.
+func setMark(bit uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(^bit), Xor: native(bit)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true},
+	}
+}
+
+// tproxy hands the packet to a transparent socket: the one of its connection, or
+// the listener at addr. It does not match when there is neither.
+func tproxy(addr netip.AddrPort) []expr.Any {
+	f := byte(unix.NFPROTO_IPV4)
+	if addr.Addr().Is6() {
+		f = unix.NFPROTO_IPV6
+	}
+	return []expr.Any{
+		&expr.Immediate{Register: reg1, Data: addr.Addr().AsSlice()},
+		&expr.Immediate{Register: reg2, Data: big16(addr.Port())},
+		&expr.TProxy{Family: f, TableFamily: unix.NFPROTO_INET, RegAddr: reg1, RegPort: reg2},
+	}
+}
+
+// daddrTypeIn matches what the host's own tables say an address is.
+func daddrTypeIn(set string) []expr.Any {
+	return when(load(&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true}), in(set))
+}
+
+func verdict(kind expr.VerdictKind, chain string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: kind, Chain: chain}}
+}
+
+func accept() []expr.Any           { return verdict(expr.VerdictAccept, "") }
+func drop() []expr.Any             { return verdict(expr.VerdictDrop, "") }
+func returns() []expr.Any          { return verdict(expr.VerdictReturn, "") }
+func jump(chain string) []expr.Any { return verdict(expr.VerdictJump, chain) }
+func goTo(chain string) []expr.Any { return verdict(expr.VerdictGoto, chain) }
+func rejectTCP() []expr.Any {
+	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
+}
+
+func rejectProhibited() []expr.Any {
+	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
+}
+
+func count(name string) []expr.Any {
+	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}
+}
+
+// logs sends the start of a packet to the log group, at most logRate a second for
+// each slot, so that no sandbox can drown another's log lines or slow traffic.
+func logs(group uint16, prefix string) rule {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		&expr.Dynset{SrcRegKey: reg1, SetName: setLogs, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{
+			&expr.Limit{Type: expr.LimitTypePkts, Rate: logRate, Unit: expr.LimitTimeSecond, Burst: logBurst},
+		}},
+		&expr.Log{
+			Key:   1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX | 1<<unix.NFTA_LOG_SNAPLEN,
+			Group: group, Snaplen: logSnaplen, Data: []byte(prefix),
+		},
+	}
+}
+
+// counterOf reads the packets of a counter object.
+func counterOf(o nftables.Obj) uint64 {
+	switch c := o.(type) {
+	case *nftables.CounterObj:
+		return c.Packets
+	case *nftables.NamedObj:
+		if v, ok := c.Obj.(*expr.Counter); ok {
+			return v.Packets
+		}
+	}
+	return 0
+}

@@ -1,0 +1,227 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// haveIPv6 reports whether the kernel speaks IPv6 at all.
+func haveIPv6() bool {
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	return err == nil
+}
+
+func hasDefaultRoute6(h *netlink.Handle) bool {
+	r, ok := defaultRoute(h, netlink.FAMILY_V6)
+	return ok && r.Type == unix.RTN_UNICAST
+}
+
+func defaultRoute(h *netlink.Handle, family int) (netlink.Route, bool) {
+	routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return netlink.Route{}, false
+	}
+	for _, r := range routes {
+		if r.Dst == nil {
+			return r, true
+		}
+		if ones, _ := r.Dst.Mask.Size(); ones == 0 {
+			return r, true
+		}
+	}
+	return netlink.Route{}, false
+}
+
+// mtu is what sandboxes' links get: the uplink's where it is smaller than usual
+// (tunnels, overlays), so that no packet has to be fragmented; 0 keeps the default.
+func (n *Network) mtu() int {
+	const usual, least = 1500, 1280
+	r, ok := defaultRoute(n.link, netlink.FAMILY_V4)
+	if !ok {
+		return 0
+	}
+	l, err := n.link.LinkByIndex(r.LinkIndex)
+	if err != nil || l.Attrs().MTU >= usual || l.Attrs().MTU < least {
+		return 0
+	}
+	return l.Attrs().MTU
+}
+
+// prepareHost sets what the rules need outside of the table.
+func (n *Network) prepareHost() error {
+	lo, err := n.link.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := n.link.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring up lo: %w", err)
+	}
+	if err := n.enableForwarding(); err != nil {
+		return err
+	}
+	for _, c := range []struct{ key, value string }{
+		{"net/netfilter/nf_conntrack_acct", "1"},      // bytes of each flow, for the flow log
+		{"net/netfilter/nf_conntrack_timestamp", "1"}, // and how long it lived
+	} {
+		if err := writeSysctl(c.key, c.value); err != nil {
+			n.cfg.Log.Warn("the flow log will miss figures", "err", err)
+		}
+	}
+	return n.routeMarked(lo)
+}
+
+// enableForwarding makes the host a router. Its other links forward then too, by
+// the rules of whoever owns them; ours touch no packet that is not a sandbox's.
+func (n *Network) enableForwarding() error {
+	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+	if !n.v6 {
+		return nil
+	}
+	// A router ignores router advertisements unless told twice (2): without this the
+	// host would lose a default route it learned from one.
+	paths, err := filepath.Glob("/proc/sys/net/ipv6/conf/*/accept_ra")
+	if err != nil {
+		return err
+	}
+	for _, p := range paths {
+		if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == "1" {
+			if err := writeSysctl(strings.TrimPrefix(p, "/proc/sys/"), "2"); err != nil {
+				return err
+			}
+		}
+	}
+	return writeSysctl("net/ipv6/conf/all/forwarding", "1")
+}
+
+// routeMarked makes packets with our mark local, so that the transparent sockets
+// get them. The rule names our subnet as the source: with src_valid_mark set (as
+// WireGuard's scripts do) the reverse path check would find it too otherwise and
+// drop every packet.
+func (n *Network) routeMarked(lo netlink.Link) error {
+	for _, f := range n.families() {
+		route := &netlink.Route{
+			Family: f.id, LinkIndex: lo.Attrs().Index, Table: n.cfg.RouteTable,
+			Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all,
+		}
+		if err := n.link.RouteReplace(route); err != nil {
+			return fmt.Errorf("add local route in table %d: %w", n.cfg.RouteTable, err)
+		}
+		if err := n.link.RuleAdd(n.markRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add routing rule for mark %#x: %w", n.cfg.Mark, err)
+		}
+	}
+	return nil
+}
+
+// familySetup is one address family of the transparent path.
+type familySetup struct {
+	id       int
+	all, src *net.IPNet
+}
+
+func (n *Network) families() []familySetup {
+	out := []familySetup{{netlink.FAMILY_V4, ipNet(everything(netip.IPv4Unspecified())).IPNet, ipNet(n.cfg.Subnet4).IPNet}}
+	if haveIPv6() {
+		out = append(out, familySetup{netlink.FAMILY_V6, ipNet(everything(netip.IPv6Unspecified())).IPNet, ipNet(n.cfg.Subnet6).IPNet})
+	}
+	return out
+}
+
+func (n *Network) markRule(f familySetup) *netlink.Rule {
+	r := netlink.NewRule()
+	mask := n.cfg.Mark
+	r.Family, r.Table, r.Src, r.Mark, r.Mask = f.id, n.cfg.RouteTable, f.src, n.cfg.Mark, &mask
+	r.Priority = rulePriority
+	return r
+}
+
+// rulePriority is before the main table (32766) and after the rules of VPNs that
+// put theirs at the front.
+const rulePriority = 30077
+
+// unprepareHost takes back what prepareHost added. Forwarding stays as it is:
+// others may have come to rely on it.
+func (n *Network) unprepareHost() error {
+	var all error
+	for _, f := range n.families() {
+		if err := n.link.RuleDel(n.markRule(f)); err != nil && !errors.Is(err, unix.ENOENT) {
+			all = errors.Join(all, fmt.Errorf("delete routing rule: %w", err))
+		}
+		route := &netlink.Route{Family: f.id, Table: n.cfg.RouteTable, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all}
+		if err := n.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) {
+			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
+		}
+	}
+	return all
+}
+
+// Check looks for what would keep sandboxes from the network although our own
+// rules allow it, and returns a sentence for each finding, with what to do.
+func (n *Network) Check() []string {
+	var out []string
+	var chains []*nftables.Chain
+	err := n.kern.read(func(c *nftables.Conn) (err error) {
+		chains, err = c.ListChains()
+		return err
+	})
+	if err != nil {
+		out = append(out, fmt.Sprintf("The nftables rules of this machine cannot be listed (%v).", err))
+	}
+	for _, c := range chains {
+		if c.Table.Name == n.table().Name || c.Hooknum == nil || c.Policy == nil || *c.Policy != nftables.ChainPolicyDrop {
+			continue
+		}
+		where := fmt.Sprintf("The chain %s of table %s drops by default", c.Name, c.Table.Name)
+		switch *c.Hooknum {
+		case *nftables.ChainHookForward:
+			out = append(out, fmt.Sprintf("%s what is forwarded: accept traffic from and to links named %q there"+
+				" (with Docker: iptables -I DOCKER-USER -i '%s+' -j ACCEPT, and the same with -o).", where, n.plan.prefix()+"*", n.plan.prefix()))
+		case *nftables.ChainHookInput:
+			out = append(out, fmt.Sprintf("%s what reaches this machine: accept packets from links named %q with mark %#x/%#x there,"+
+				" they go to the proxy and the resolver.", where, n.plan.prefix()+"*", n.cfg.Mark, n.cfg.Mark))
+		}
+	}
+	for _, f := range []string{"ip_tables_names", "ip6_tables_names"} {
+		if b, err := os.ReadFile("/proc/net/" + f); err == nil && strings.Contains(string(b), "filter") {
+			out = append(out, "Legacy iptables rules are loaded; they cannot be listed from here. Check that FORWARD lets links named "+n.plan.prefix()+"* pass.")
+			break
+		}
+	}
+	return append(out, n.checkKernel()...)
+}
+
+// checkKernel looks at kernel settings.
+func (n *Network) checkKernel() []string {
+	var out []string
+	read := func(key string) string {
+		b, err := os.ReadFile("/proc/sys/" + key)
+		if err != nil {
+			return ""
+		}
+		return strings.TrimSpace(string(b))
+	}
+	if read("net/ipv4/ip_forward") == "0" {
+		out = append(out, "net.ipv4.ip_forward is 0: allowed traffic of sandboxes is not forwarded. The server sets it at start; something unset it.")
+	}
+	if read("net/netfilter/nf_conntrack_acct") == "0" {
+		out = append(out, "net.netfilter.nf_conntrack_acct is 0: the flow log has no byte counts for forwarded flows.")
+	}
+	if read("net/netfilter/nf_conntrack_tcp_loose") == "0" {
+		out = append(out, "net.netfilter.nf_conntrack_tcp_loose is 0: flows that outlive a conntrack flush end instead of continuing.")
+	}
+	if n.cfg.IPv6 == IPv6Auto && !n.v6 {
+		out = append(out, "This machine has no IPv6 default route: sandboxes get IPv4 only.")
+	}
+	return out
+}

@@ -1,0 +1,433 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// inOwnNamespace tells the second start of the test binary, which has network and
+// mounts of its own: nothing it does reaches the machine, and everything it makes
+// is gone when it ends, however it ends.
+const inOwnNamespace = "NETWORK_TEST_NAMESPACE"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(inOwnNamespace) != "" || os.Geteuid() != 0 {
+		os.Exit(m.Run())
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), inOwnNamespace+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL,
+	}
+	runtime.LockOSThread() // Pdeathsig is about the thread
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit):
+		os.Exit(exit.ExitCode())
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "start the tests in a namespace:", err)
+		os.Exit(1)
+	}
+}
+
+func privileged(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("REQUIRE_PRIVILEGED") != "" {
+		t.Fatal("this test needs root, and REQUIRE_PRIVILEGED is set")
+	}
+	t.Skip("this test needs root")
+}
+
+// The addresses of the small internet. uplink is the host's own address there.
+var (
+	uplink4  = netip.MustParsePrefix("203.0.113.1/24")
+	uplink6  = netip.MustParsePrefix("2001:db8:1::1/64")
+	gateway4 = netip.MustParseAddr("203.0.113.254")
+	gateway6 = netip.MustParseAddr("2001:db8:1::fe")
+	public4  = netip.MustParseAddr("198.51.100.10")
+	public6  = netip.MustParseAddr("2001:db8:2::10")
+)
+
+// world is the host of a test, its small internet and a Network between.
+type world struct {
+	*Network
+	t        testing.TB
+	internet string // path of its namespace
+	flows    *recorder
+	cancel   context.CancelFunc
+	done     chan error
+	cfg      Config
+}
+
+type recorder struct {
+	mu     sync.Mutex
+	events []flowlog.Event
+}
+
+func (r *recorder) Record(e flowlog.Event) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.events = append(r.events, e)
+}
+
+// wait returns the first event that ok accepts, within two seconds.
+func (r *recorder) wait(t testing.TB, what string, ok func(flowlog.Event) bool) flowlog.Event {
+	t.Helper()
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		r.mu.Lock()
+		for _, e := range r.events {
+			if ok(e) {
+				r.mu.Unlock()
+				return e
+			}
+		}
+		r.mu.Unlock()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t.Fatalf("no event: %s; have %+v", what, r.events)
+	return flowlog.Event{}
+}
+
+// start makes a world and runs its Network until the test ends, then demands that
+// nothing of it is left.
+func start(t testing.TB, change ...func(*Config)) *world {
+	t.Helper()
+	privileged(t)
+	w := &world{t: t, flows: &recorder{}}
+	w.cfg = Config{
+		Name: "t", RunDir: t.TempDir(), IPv6: IPv6On, ProxyPort: 15001, DNSPort: 15053, PoolSize: 2,
+		Quarantine: time.Millisecond, Flows: w.flows, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	}
+	if testing.Verbose() {
+		w.cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	}
+	for _, c := range change {
+		c(&w.cfg)
+	}
+	w.internet = makeInternet(t)
+	w.boot(nil)
+	t.Cleanup(func() {
+		w.halt()
+		if err := w.Teardown(context.Background()); err != nil {
+			t.Error("tear down:", err)
+		}
+		if err := w.Close(); err != nil {
+			t.Error("close:", err)
+		}
+		nothingLeft(t, w.cfg)
+	})
+	return w
+}
+
+// boot starts a Network over whatever the kernel holds.
+func (w *world) boot(inUse map[sandbox.ID]sandbox.Held) {
+	w.t.Helper()
+	n, err := New(w.cfg)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.Network = n
+	if err := n.Reconcile(context.Background(), inUse); err != nil {
+		w.t.Fatal("reconcile:", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	w.cancel, w.done = cancel, make(chan error, 1)
+	go func() { w.done <- n.Run(ctx) }()
+}
+
+// halt ends Run, as the end of the server does.
+func (w *world) halt() {
+	w.t.Helper()
+	w.cancel()
+	select {
+	case err := <-w.done:
+		if err != nil {
+			w.t.Error("run:", err)
+		}
+	case <-time.After(5 * time.Second):
+		w.t.Error("Run does not end")
+	}
+}
+
+// lease acquires a slot.
+func (w *world) lease() sandbox.Lease {
+	w.t.Helper()
+	l, err := w.Acquire(context.Background(), sandbox.NewID())
+	if err != nil {
+		w.t.Fatal("acquire:", err)
+	}
+	return l
+}
+
+// apply puts rules in force.
+func (w *world) apply(l sandbox.Lease, in policy.Input) *policy.Compiled {
+	w.t.Helper()
+	p := compiled(w.t, in, nil)
+	if err := w.Apply(context.Background(), l, p); err != nil {
+		w.t.Fatal("apply:", err)
+	}
+	return p
+}
+
+func compiled(t testing.TB, in policy.Input, op *policy.Operator) *policy.Compiled {
+	t.Helper()
+	if op == nil {
+		op = &policy.Operator{}
+	}
+	p, err := policy.Compile(in, op, 1)
+	if err != nil {
+		t.Fatal("compile:", err)
+	}
+	return p
+}
+
+// makeInternet joins a namespace that owns many public and private addresses to
+// the host by a veth pair, and routes everything there.
+func makeInternet(t testing.TB) string {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal("make the internet:", err)
+		}
+	}
+	path := t.TempDir() + "/internet"
+	ns, err := createNetns(path)
+	must(err)
+	t.Cleanup(func() {
+		ns.Close()
+		if l, err := netlink.LinkByName("up0"); err == nil {
+			must(netlink.LinkDel(l))
+		}
+		must(removeNetns(path))
+	})
+	veth := netlink.NewVeth(netlink.LinkAttrs{Name: "up0"})
+	veth.PeerName, veth.PeerNamespace = "net0", netlink.NsFd(ns)
+	must(netlink.LinkAdd(veth))
+	must(netlink.AddrAdd(veth, ipNet(uplink4)))
+	must(netlink.AddrAdd(veth, ipNet(uplink6)))
+	must(netlink.LinkSetUp(veth))
+	enter(t, path, func() error {
+		for _, name := range []string{"lo", "net0"} {
+			l, err := netlink.LinkByName(name)
+			must(err)
+			must(netlink.LinkSetUp(l))
+			if name == "net0" {
+				must(netlink.AddrAdd(l, ipNet(netip.PrefixFrom(gateway4, 24))))
+				must(netlink.AddrAdd(l, ipNet(netip.PrefixFrom(gateway6, 64))))
+				continue
+			}
+			// All of the internet is local here: any address answers. For IPv6 the
+			// route stands behind the one to the host, which it would hide.
+			for all, table := range map[netip.Addr]int{netip.IPv4Unspecified(): unix.RT_TABLE_LOCAL, netip.IPv6Unspecified(): 100} {
+				must(netlink.RouteAdd(&netlink.Route{
+					LinkIndex: l.Attrs().Index, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Table: table, Dst: ipNet(everything(all)).IPNet,
+				}))
+			}
+			r := netlink.NewRule()
+			r.Family, r.Table, r.Priority = netlink.FAMILY_V6, 100, 33000
+			must(netlink.RuleAdd(r))
+		}
+		return nil
+	})
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway4.AsSlice(), Dst: ipNet(everything(gateway4)).IPNet}))
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway6.AsSlice(), Dst: ipNet(everything(gateway6)).IPNet}))
+	return path
+}
+
+// enter runs fn in the namespace at path, on a thread that ends with it.
+func enter(t testing.TB, path string, fn func() error) {
+	t.Helper()
+	if err := inNamespace(path, fn); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func inNamespace(path string, fn func() error) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if err := netns.Set(ns); err != nil {
+			done <- err
+			return
+		}
+		done <- fn()
+	}()
+	return <-done
+}
+
+// dial connects from inside a slot.
+func dial(l sandbox.Lease, network string, to netip.AddrPort) (net.Conn, error) {
+	var c net.Conn
+	err := inNamespace(l.NetNS, func() (err error) {
+		c, err = (&net.Dialer{Timeout: 2 * time.Second}).Dial(network, to.String())
+		return err
+	})
+	return c, err
+}
+
+// serve answers TCP and UDP on ports of the internet: TCP says hello and who
+// called, then echoes; UDP echoes.
+func (w *world) serve(ports ...uint16) {
+	w.t.Helper()
+	for _, port := range ports {
+		var l net.Listener
+		var u *net.UDPConn
+		enter(w.t, w.internet, func() (err error) {
+			if l, err = net.Listen("tcp", fmt.Sprintf(":%d", port)); err != nil {
+				return err
+			}
+			return nil
+		})
+		enter(w.t, w.internet, func() (err error) {
+			u, err = net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
+			return err
+		})
+		w.t.Cleanup(func() { l.Close(); u.Close() })
+		go serveTCP(l)
+		go serveUDP(u)
+	}
+}
+
+func serveTCP(l net.Listener) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+			fmt.Fprintf(c, "hello %s\n", strings.TrimPrefix(host, "::ffff:"))
+			_, _ = io.Copy(c, c)
+		}()
+	}
+}
+
+// serveUDP answers from the address that was asked (the internet owns them all).
+func serveUDP(u *net.UDPConn) {
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
+	})
+	b, oob := make([]byte, 2048), make([]byte, 256)
+	for {
+		k, o, _, from, err := u.ReadMsgUDPAddrPort(b, oob)
+		if err != nil {
+			return
+		}
+		_, _, _ = u.WriteMsgUDPAddrPort(b[:k], oob[:o], from)
+	}
+}
+
+// hello connects, reads the greeting and returns who the server says called.
+func hello(l sandbox.Lease, to netip.AddrPort) (string, error) {
+	c, err := dial(l, "tcp", to)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+	b := make([]byte, 64)
+	k, err := c.Read(b)
+	if err != nil {
+		return "", err
+	}
+	return strings.TrimSpace(strings.TrimPrefix(string(b[:k]), "hello ")), nil
+}
+
+// echoUDP sends a datagram and waits for its answer.
+func echoUDP(l sandbox.Lease, to netip.AddrPort, wait time.Duration) error {
+	c, err := dial(l, "udp", to)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(wait))
+	if _, err := c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err = c.Read(make([]byte, 10))
+	return err
+}
+
+// nothingLeft fails the test when the kernel still holds anything of ours.
+func nothingLeft(t testing.TB, cfg Config) {
+	t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if strings.HasPrefix(l.Attrs().Name, "cd") {
+			t.Errorf("link %s is left", l.Attrs().Name)
+		}
+	}
+	if files, _ := os.ReadDir(cfg.RunDir + "/netns"); len(files) > 0 {
+		t.Errorf("namespaces are left: %v", files)
+	}
+	mounts, _ := os.ReadFile("/proc/self/mounts")
+	if strings.Contains(string(mounts), cfg.RunDir) {
+		t.Errorf("mounts are left:\n%s", mounts)
+	}
+	k := &kernel{}
+	defer k.close()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.open(); err != nil {
+		t.Fatal(err)
+	}
+	tables, err := k.conn.ListTables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tab := range tables {
+		t.Errorf("table %s is left", tab.Name)
+	}
+	rules, err := netlink.RuleList(netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rules {
+		if r.Priority == rulePriority {
+			t.Errorf("routing rule %s is left", r)
+		}
+	}
+}

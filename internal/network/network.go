@@ -1,0 +1,319 @@
+// Package network hides the kernel: namespaces, veth pairs, addresses, routes,
+// one nftables table and the connection tracker. Callers see slots that are
+// ready, policies that are in force or not, and verdicts in the flow log.
+//
+// Every packet of a sandbox meets the same few chains (table.go draws them). A
+// slot without a policy is dropped because nothing names it; there is no rule
+// that has to be there for a packet not to pass.
+package network
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// IPv6 says whether sandboxes get IPv6.
+type IPv6 uint8
+
+// The choices. With IPv6Auto, the default, sandboxes get IPv6 exactly when the
+// host has an IPv6 default route, so that nothing inside stalls on a dead family.
+const (
+	IPv6Auto IPv6 = iota
+	IPv6On
+	IPv6Off
+)
+
+// Config says where and how a Network works. Zero fields take the defaults named
+// with them.
+type Config struct {
+	// Name keeps two servers on one machine apart: it is part of every table,
+	// link and namespace name. 1 to 6 characters of [a-z0-9]; default "main".
+	Name string
+	// RunDir holds the namespaces' bind mounts, in RunDir/netns; default "/run/cordon".
+	RunDir string
+	// Subnet4 is cut into one /30 per slot; default 10.223.0.0/16. Subnet6 is a
+	// /48 cut into one /64 per slot; default derived from Name (RFC 4193).
+	Subnet4, Subnet6 netip.Prefix
+	IPv6             IPv6
+	// ProxyPort and DNSPort are where the transparent proxy and the resolver
+	// listen on 127.0.0.1 and ::1 (TCP; the resolver UDP too). While nobody
+	// listens, what is meant for them is refused.
+	ProxyPort, DNSPort uint16
+	// Mark is the packet mark bit that sends a packet to the transparent
+	// sockets, RouteTable the routing table that does it; default 1<<28 and a
+	// number derived from Name.
+	Mark       uint32
+	RouteTable int
+	// NFLogGroup is the netfilter log group that refused packets go to; default
+	// derived from Name. Groups belong to a whole network namespace.
+	NFLogGroup uint16
+	// PoolSize is how many slots are kept ready; default 16.
+	PoolSize int
+	// Quarantine is how long a released slot's addresses rest; default one minute.
+	Quarantine time.Duration
+	Flows      flowlog.Recorder // required
+	Log        *slog.Logger     // required
+}
+
+var nameForm = regexp.MustCompile(`^[a-z0-9]{1,6}$`)
+
+// withDefaults fills in and checks c.
+func (c Config) withDefaults() (Config, error) {
+	if c.Name == "" {
+		c.Name = "main"
+	}
+	if !nameForm.MatchString(c.Name) {
+		return c, errs.New(errs.Invalid, "network.name %q: use 1 to 6 characters of a-z and 0-9", c.Name)
+	}
+	h := nameHash(c.Name)
+	if c.RunDir == "" {
+		c.RunDir = "/run/cordon"
+	}
+	if !c.Subnet4.IsValid() {
+		c.Subnet4 = netip.MustParsePrefix("10.223.0.0/16")
+	}
+	if !c.Subnet6.IsValid() {
+		c.Subnet6 = netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0xc0, 0x4d, byte(h >> 16), byte(h >> 8), byte(h)}), 48)
+	}
+	if c.Mark == 0 {
+		c.Mark = 1 << 28
+	}
+	if c.RouteTable == 0 {
+		c.RouteTable = 0xc0d0000 | int(h&0xffff)
+	}
+	if c.NFLogGroup == 0 {
+		c.NFLogGroup = uint16(h%60000) + 1000
+	}
+	if c.PoolSize == 0 {
+		c.PoolSize = 16
+	}
+	if c.Quarantine == 0 {
+		c.Quarantine = time.Minute
+	}
+	return c, c.check()
+}
+
+func (c Config) check() error {
+	switch {
+	case !c.Subnet4.Addr().Is4() || c.Subnet4.Bits() > 28 || c.Subnet4 != c.Subnet4.Masked():
+		return errs.New(errs.Invalid, "network.subnet4 %s: give an IPv4 network of at most 28 bits, for example 10.223.0.0/16", c.Subnet4)
+	case !c.Subnet4.Addr().IsPrivate():
+		return errs.New(errs.Invalid, "network.subnet4 %s: use a private network (RFC 1918), which every policy already denies", c.Subnet4)
+	case !c.Subnet6.Addr().Is6() || c.Subnet6.Bits() != 48 || c.Subnet6 != c.Subnet6.Masked() || !c.Subnet6.Addr().IsPrivate():
+		return errs.New(errs.Invalid, "network.subnet6 %s: give a unique local /48, for example fd12:3456:789a::/48", c.Subnet6)
+	case c.Mark&(c.Mark-1) != 0:
+		return errs.New(errs.Invalid, "network.mark %#x: give exactly one bit", c.Mark)
+	case !strings.HasPrefix(c.RunDir, "/"):
+		return errs.New(errs.Invalid, "network.runDir %q: give an absolute path", c.RunDir)
+	case c.Flows == nil || c.Log == nil:
+		return errs.New(errs.Invalid, "network: Flows and Log are required")
+	}
+	return nil
+}
+
+// nameHash spreads names over numbers (FNV-1a).
+func nameHash(name string) uint32 {
+	h := uint32(2166136261)
+	for i := range len(name) {
+		h = (h ^ uint32(name[i])) * 16777619
+	}
+	return h
+}
+
+// Network implements sandbox.Network on the Linux kernel, in the network
+// namespace its process is in.
+type Network struct {
+	cfg  Config
+	plan plan // who has which address
+	kern *kernel
+	link *netlink.Handle
+	ct   *tracker
+	v6   bool // new slots get IPv6
+
+	owners []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
+
+	ready  chan *slot    // the pool
+	wake   chan struct{} // the pool is not full
+	opened chan struct{} // closed by Reconcile
+
+	mu      sync.Mutex // guards what follows
+	slots   map[int]*slot
+	byID    map[sandbox.ID]*slot
+	byLink  map[uint32]*slot // by interface index
+	next    int              // slot number to try first: numbers go round
+	resting map[int]time.Time
+	trash   []*slot
+	open    bool
+
+	stats counters
+}
+
+var _ sandbox.Network = (*Network)(nil)
+
+// owner is what is known about the sandbox behind an address. It is replaced,
+// never changed.
+type owner struct {
+	id     sandbox.ID
+	policy *policy.Compiled // nil before the first Apply
+	gone   bool             // released: kept only to name the last events of its flows
+}
+
+// counters are what Stats reads.
+type counters struct {
+	lostFlows, lostLogs, logged atomic.Uint64
+}
+
+// Stats says how much of what the kernel reports reached the flow log.
+type Stats struct {
+	Refused   uint64 // packets refused or dropped since the table was made
+	Logged    uint64 // of those, logged
+	LostFlows uint64 // times the connection tracker's events overran our buffer
+	LostLogs  uint64 // times the log's did
+	Ready     int    // slots in the pool
+	InUse     int    // slots leased
+}
+
+// New checks cfg and opens what a Network needs. It changes nothing yet: call
+// Reconcile, then Run.
+func New(cfg Config) (*Network, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	h, err := netlink.NewHandle()
+	if err != nil {
+		return nil, fmt.Errorf("open route netlink: %w", err)
+	}
+	n := &Network{
+		cfg: cfg, link: h,
+		plan:    plan{name: cfg.Name, dir: cfg.RunDir + "/netns", subnet4: cfg.Subnet4, subnet6: cfg.Subnet6},
+		kern:    &kernel{},
+		ct:      &tracker{},
+		ready:   make(chan *slot, cfg.PoolSize),
+		wake:    make(chan struct{}, 1),
+		opened:  make(chan struct{}),
+		slots:   map[int]*slot{},
+		byID:    map[sandbox.ID]*slot{},
+		byLink:  map[uint32]*slot{},
+		resting: map[int]time.Time{},
+	}
+	n.owners = make([]atomic.Pointer[owner], n.plan.capacity())
+	switch cfg.IPv6 {
+	case IPv6On:
+		n.v6 = true
+	case IPv6Auto:
+		n.v6 = hasDefaultRoute6(h)
+	}
+	return n, nil
+}
+
+// Run keeps the pool filled, deletes released slots and feeds the flow log,
+// until ctx ends. It waits for Reconcile.
+func (n *Network) Run(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-n.opened:
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return n.keepPool(ctx) })
+	g.Go(func() error { return n.emptyTrash(ctx) })
+	g.Go(func() error { return n.followFlows(ctx) })
+	g.Go(func() error { return n.followLogs(ctx) })
+	return g.Wait()
+}
+
+// Close releases what this process holds open. Everything in the kernel stays:
+// sandboxes and their rules outlive the server.
+func (n *Network) Close() error {
+	n.kern.close()
+	n.ct.close()
+	n.link.Close()
+	return nil
+}
+
+// Owner returns the sandbox that has addr, IPv4 or IPv6, and the policy it is
+// under. It takes no lock. False: nobody, or nobody with a policy in force yet.
+func (n *Network) Owner(addr netip.Addr) (sandbox.ID, *policy.Compiled, bool) {
+	i, ok := n.plan.slotOf(addr)
+	if !ok {
+		return "", nil, false
+	}
+	o := n.owners[i].Load()
+	if o == nil || o.gone || o.policy == nil {
+		return "", nil, false
+	}
+	return o.id, o.policy, true
+}
+
+// Stats reads the counters.
+func (n *Network) Stats() (Stats, error) {
+	s := Stats{
+		Logged: n.stats.logged.Load(), LostFlows: n.stats.lostFlows.Load(), LostLogs: n.stats.lostLogs.Load(),
+		Ready: len(n.ready),
+	}
+	n.mu.Lock()
+	s.InUse = len(n.byID)
+	n.mu.Unlock()
+	var err error
+	s.Refused, err = n.kern.counter(n.table(), counterRefused)
+	return s, err
+}
+
+// poke wakes keepPool.
+func (n *Network) poke() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// isOpen returns an error until Reconcile is done: before that nobody knows which
+// slots are taken.
+func (n *Network) isOpen() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.open {
+		return errs.New(errs.Unavailable, "the network is still being set up; try again in a moment")
+	}
+	return nil
+}
+
+// held returns the slot of a lease in use.
+func (n *Network) held(l sandbox.Lease) (*slot, error) {
+	if err := n.isOpen(); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := n.byID[l.Sandbox]
+	if s == nil || s.num != l.Slot {
+		return nil, errs.New(errs.NotFound, "sandbox %s holds no network slot %d", l.Sandbox, l.Slot)
+	}
+	return s, nil
+}
+
+// writeSysctl sets one kernel parameter of the namespace the process is in.
+func writeSysctl(key, value string) error {
+	path := "/proc/sys/" + key
+	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+		return fmt.Errorf("set %s to %s: %w", strings.ReplaceAll(key, "/", "."), value, err)
+	}
+	return nil
+}

@@ -1,0 +1,323 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// Reconcile implements sandbox.Network. The table is replaced in one transaction
+// that ends with the rules of every kept lease, so that there is no moment without
+// rules and no moment with the wrong ones, whatever an earlier version left.
+func (n *Network) Reconcile(_ context.Context, inUse map[sandbox.ID]sandbox.Held) error {
+	if n.isOpen() == nil {
+		return errs.New(errs.Conflict, "the network is reconciled already")
+	}
+	kept, err := n.adopt(inUse)
+	if err != nil {
+		return err
+	}
+	if err := n.prepareHost(); err != nil {
+		return fmt.Errorf("prepare the host: %w", err)
+	}
+	links, err := n.ourLinks()
+	if err != nil {
+		return err
+	}
+	for _, k := range kept {
+		if err := n.restore(k.slot, links); err != nil {
+			return fmt.Errorf("adopt the network of sandbox %s: %w", k.id, err)
+		}
+	}
+	n.readBack(kept)
+	if err := n.replaceTable(kept); err != nil {
+		return fmt.Errorf("set up table %s: %w", n.table().Name, err)
+	}
+	n.publish(kept)
+	for _, k := range kept {
+		if k.policy == nil {
+			continue
+		}
+		if err := n.cutRefused(k.slot, k.policy); err != nil {
+			return fmt.Errorf("judge the live flows of sandbox %s: %w", k.id, err)
+		}
+	}
+	return n.removeStrangers(links)
+}
+
+// adopted is a kept lease.
+type adopted struct {
+	id     sandbox.ID
+	slot   *slot
+	policy *policy.Compiled
+}
+
+// adopt checks the leases against the configuration.
+func (n *Network) adopt(inUse map[sandbox.ID]sandbox.Held) ([]adopted, error) {
+	var kept []adopted
+	taken := map[int]sandbox.ID{}
+	for _, id := range slices.Sorted(maps.Keys(inUse)) {
+		l := inUse[id].Lease
+		if l.Slot < 0 || l.Slot >= n.plan.capacity() {
+			return nil, errs.New(errs.Conflict, "sandbox %s holds network slot %d, but network.subnet4 %s has %d: configure the former network", id, l.Slot, n.cfg.Subnet4, n.plan.capacity())
+		}
+		want := n.plan.lease(l.Slot, l.Addr6.IsValid())
+		want.Sandbox = l.Sandbox
+		if l != want {
+			return nil, errs.New(errs.Conflict, "sandbox %s has address %s on link %s, but the configuration gives its slot %s on %s: configure the former network", id, l.Addr4, l.Link, want.Addr4, want.Link)
+		}
+		if other, twice := taken[l.Slot]; twice {
+			return nil, errs.New(errs.Conflict, "sandboxes %s and %s both hold network slot %d", other, id, l.Slot)
+		}
+		taken[l.Slot] = id
+		l.Sandbox = ""
+		s := &slot{num: l.Slot, lease: l, mac: n.plan.mac(l.Slot, 2)}
+		kept = append(kept, adopted{id: id, slot: s, policy: inUse[id].Policy})
+	}
+	return kept, nil
+}
+
+// ourLinks returns the links with our prefix, by name.
+func (n *Network) ourLinks() (map[string]netlink.Link, error) {
+	all, err := n.link.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	out := map[string]netlink.Link{}
+	for _, l := range all {
+		if _, ours := n.plan.number(l.Attrs().Name); ours {
+			out[l.Attrs().Name] = l
+		}
+	}
+	return out, nil
+}
+
+// restore finds a kept slot's link and namespace, or makes them anew when the
+// machine was restarted or someone deleted them.
+func (n *Network) restore(s *slot, links map[string]netlink.Link) error {
+	link, linked := links[s.lease.Link]
+	delete(links, s.lease.Link) // what stays in links is to be removed
+	if linked && isNetns(s.lease.NetNS) {
+		s.ifindex = uint32(link.Attrs().Index)
+		return nil
+	}
+	if err := n.destroy(s); err != nil {
+		return err
+	}
+	return n.build(s)
+}
+
+// isNetns reports whether path is a namespace's bind mount: after a restart of the
+// machine nothing but the empty file under it is left.
+func isNetns(path string) bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(path, &fs) == nil && fs.Type == unix.NSFS_MAGIC
+}
+
+// readBack learns from the table of an earlier process which marks its flows
+// carry and which addresses its resolver pinned. Whatever cannot be read is
+// learned again from the traffic: flows are judged anew, names resolved anew.
+func (n *Network) readBack(kept []adopted) {
+	slots := map[string]*slot{}
+	bySlot := map[int]*slot{}
+	for _, k := range kept {
+		slots[k.slot.lease.Link], bySlot[k.slot.num] = k.slot, k.slot
+	}
+	err := n.kern.read(func(c *nftables.Conn) error {
+		marks, err := c.GetSetElements(n.namedSet(setMarks))
+		if err != nil {
+			return err
+		}
+		for _, e := range marks {
+			if s := slots[nameOf(e.Key)]; s != nil && len(e.Val) == 4 {
+				s.gen = uint16(binaryutil.NativeEndian.Uint32(e.Val) & markGen)
+				s.tries = s.gen
+			}
+		}
+		sets, err := c.GetSets(n.table())
+		if err != nil {
+			return err
+		}
+		return readPins(c, sets, bySlot)
+	})
+	if err != nil && !absent(err) {
+		n.cfg.Log.Warn("read the former rules", "err", err)
+	}
+}
+
+var pinSetName = regexp.MustCompile(`^s(\d+)_\d+_pins[46]$`)
+
+func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slot) error {
+	for _, set := range sets {
+		m := pinSetName.FindStringSubmatch(set.Name)
+		if m == nil {
+			continue
+		}
+		num, _ := strconv.Atoi(m[1])
+		s := bySlot[num]
+		if s == nil {
+			continue
+		}
+		elems, err := c.GetSetElements(set)
+		if err != nil {
+			return err
+		}
+		for _, e := range elems {
+			k, ok := pinKeyOf(e.Key)
+			if !ok || e.Comment == "" {
+				continue
+			}
+			if s.pins.live == nil {
+				s.pins.live = map[pinKey]pin{}
+			}
+			s.pins.live[k] = pin{names: []string{e.Comment}, expires: time.Now().Add(e.Expires)}
+		}
+	}
+	return nil
+}
+
+// replaceTable makes the table anew, with the kept slots.
+func (n *Network) replaceTable(kept []adopted) error {
+	type built struct {
+		adopted
+		prog *program
+		live map[pinKey]pin
+	}
+	var all []built
+	for _, k := range kept {
+		b := built{adopted: k}
+		if k.policy != nil {
+			k.slot.tries++
+			b.prog = n.compile(k.slot, markOf(k.slot.num, k.slot.tries), k.policy.Kernel())
+			b.live = n.livePins(k.slot, k.policy)
+		}
+		all = append(all, b)
+	}
+	err := n.kern.do(func(tx *transaction) {
+		n.addTable(tx)
+		for _, b := range all {
+			n.addOwn(tx, b.slot)
+			if b.prog == nil {
+				continue
+			}
+			n.addProgram(tx, b.slot, b.prog, false)
+			tx.add(n.namedSet(setSlots), []nftables.SetElement{n.slotElement(b.slot)})
+			tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(b.slot, markOf(b.slot.num, b.slot.tries))})
+			n.addPins(tx, b.prog, b.live)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for _, b := range all {
+		if b.prog != nil {
+			b.slot.gen, b.slot.applied, b.slot.sets = b.slot.tries, true, b.prog.setNames()
+			b.slot.pins.adopt(b.live, b.prog)
+		}
+	}
+	return nil
+}
+
+// publish makes the kept leases known and opens the network for new ones.
+func (n *Network) publish(kept []adopted) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, k := range kept {
+		n.slots[k.slot.num] = k.slot
+		n.byID[k.id] = k.slot
+		n.byLink[k.slot.ifindex] = k.slot
+		n.owners[k.slot.num].Store(&owner{id: k.id, policy: k.policy})
+		n.next = max(n.next, (k.slot.num+1)%n.plan.capacity())
+	}
+}
+
+// removeStrangers removes slots that nobody holds, and opens the network.
+func (n *Network) removeStrangers(links map[string]netlink.Link) error {
+	files, err := os.ReadDir(n.plan.dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("list namespaces: %w", err)
+	}
+	strangers := map[int]bool{}
+	for _, f := range files {
+		if i, ours := n.plan.number(f.Name()); ours {
+			strangers[i] = true
+		}
+	}
+	for name := range links {
+		i, _ := n.plan.number(name)
+		strangers[i] = true
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for i := range strangers {
+		if n.slots[i] != nil {
+			continue
+		}
+		// Its addresses are admitted nowhere: the new table does not know it. Deleting
+		// takes a while each, so it is left to Run.
+		s := &slot{num: i, lease: n.plan.lease(i, true), mac: n.plan.mac(i, 2), retired: true}
+		n.slots[i] = s
+		n.trash = append(n.trash, s)
+	}
+	n.open = true
+	close(n.opened)
+	return nil
+}
+
+// Teardown removes everything: sandboxes' namespaces and links, the table, routing
+// rules. Run must have ended.
+func (n *Network) Teardown(_ context.Context) error {
+	links, err := n.ourLinks()
+	if err != nil {
+		return err
+	}
+	err = n.kern.do(func(tx *transaction) {
+		tx.AddTable(n.table())
+		tx.DelTable(n.table())
+	})
+	files, lerr := os.ReadDir(n.plan.dir)
+	if lerr != nil && !errors.Is(lerr, os.ErrNotExist) {
+		err = errors.Join(err, lerr)
+	}
+	var doomed []*slot
+	for i := range n.plan.capacity() {
+		l := n.plan.lease(i, true)
+		named := slices.ContainsFunc(files, func(f os.DirEntry) bool { return f.Name() == l.Link })
+		if links[l.Link] != nil || named {
+			doomed = append(doomed, &slot{num: i, lease: l})
+		}
+	}
+	if len(doomed) > 0 {
+		err = errors.Join(err, n.forgetFlows(doomed))
+	}
+	for _, s := range doomed {
+		err = errors.Join(err, n.destroy(s))
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.open = false
+	clear(n.slots)
+	clear(n.byID)
+	clear(n.byLink)
+	n.trash = nil
+	for i := range n.owners {
+		n.owners[i].Store(nil)
+	}
+	_ = os.Remove(n.plan.dir) // not ours alone: it stays when it is not empty
+	return errors.Join(err, n.unprepareHost())
+}

@@ -1,0 +1,283 @@
+package network
+
+import (
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// The table. A packet from a sandbox goes from the top; "→" ends the walk.
+//
+//	pin (prerouting, before connection tracking)
+//	    not one of our links → out of our sight
+//	    link, hardware and network address belong together → on
+//	    neighbour discovery → on; anything else → drop, logged as "spoof"
+//	pre (prerouting, after connection tracking)
+//	    neighbour discovery → on
+//	    an answer to what the host opened → on
+//	    link @slots → s<n>; no entry → drop
+//	s<n> (one per slot under a policy, rules.go)
+//	    the flow carries the slot's mark: accepted before under this policy → on
+//	    screen, floor, rules → ok, proxy or no_…
+//	ok      port 53 → dns; a flow of the proxy → proxy; mark the flow → on
+//	proxy, dns   hand to the transparent socket; nobody listens → no_proxy
+//	no_…    log at a bounded rate, then refuse: TCP reset, else ICMP prohibited
+//	fwd (forward)
+//	    to one of our links: only answers
+//	    from one of our links: only flows that ok has marked
+//	inp (input)   the proxy's ports: only by the transparent path
+//	post (postrouting)   what leaves the host from a slot gets the host's address
+//
+// Only the first packets of a flow walk a slot's chain. Afterwards the mark
+// decides, in one comparison; a new policy has a new mark, so the next packet of
+// every flow is judged anew.
+const (
+	chainPin, chainPre, chainFwd, chainInp, chainPost = "pin", "pre", "fwd", "inp", "post"
+
+	chainScreen     = "screen"      // what no policy can allow; returns for the rest
+	chainFloor      = "floor"       // returns unless the destination is in the floor
+	chainFloorNames = "floor_names" // the same, for policies where a name may open it
+	chainOK         = "ok"
+	chainProxy      = "proxy"
+	chainDNS        = "dns"
+	chainRefuse     = "refuse"
+
+	setSlots, setMarks, setLogs = "slots", "marks", "logs"
+	setOwn4, setOwn6            = "own4", "own6"
+	setFloor4, setFloor6        = "floor4", "floor6"
+	setHost                     = "host" // address types that are the host's own
+
+	counterRefused = "refused"
+
+	logRate, logBurst, logSnaplen = 50, 100, 128
+)
+
+// class is why a packet was refused; "no_" and the class is the chain that does
+// it, and the class is the prefix in the log.
+type class string
+
+const (
+	classSpoof    class = "spoof"
+	classProtocol class = "protocol"
+	classFloor    class = "floor"
+	classDeny     class = "deny"
+	classProxy    class = "proxy" // meant for a transparent socket that is not there
+)
+
+func (c class) chain() string { return "no_" + string(c) }
+
+// A connection mark is tag, slot, markProxied and generation:
+//
+//	31  28 27          13 12 11        0
+//	  tag  | slot number |P | generation
+const (
+	markTag     = 0xc0000000
+	markTagMask = 0xf0000000
+	markProxied = 1 << 12
+	markGen     = markProxied - 1
+	slotShift   = 13
+	maxSlots    = 1 << (28 - slotShift)
+	markSlot    = markTagMask | (maxSlots-1)<<slotShift // what tells slots apart
+)
+
+func markOf(slot int, gen uint16) uint32 {
+	return markTag | uint32(slot)<<slotShift | uint32(gen)&markGen
+}
+
+// slotOfMark returns the slot of a flow by its mark.
+func slotOfMark(mark uint32) (slot int, proxied, ok bool) {
+	return int(mark&^markTagMask) >> slotShift, mark&markProxied != 0, mark&markTagMask == markTag
+}
+
+func (n *Network) table() *nftables.Table {
+	return &nftables.Table{Name: "cordon_" + n.cfg.Name, Family: nftables.TableFamilyINet}
+}
+
+func (n *Network) chain(name string) *nftables.Chain {
+	return &nftables.Chain{Name: name, Table: n.table()}
+}
+
+// namedSet names a set that exists; what it holds is needed to encode elements.
+func (n *Network) namedSet(name string) *nftables.Set {
+	s := &nftables.Set{Table: n.table(), Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
+	switch name {
+	case setSlots:
+		s.IsMap, s.DataType = true, nftables.TypeVerdict
+	case setMarks:
+		s.IsMap, s.DataType = true, nftables.TypeMark
+	case setLogs:
+		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
+	case setOwn4:
+		s.Concatenation, s.KeyByteOrder = true, nil
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr)
+	case setOwn6:
+		s.Concatenation, s.KeyByteOrder = true, nil
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIP6Addr)
+	case setFloor4:
+		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIPAddr, nil
+	case setFloor6:
+		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIP6Addr, nil
+	case setHost:
+		s.KeyType = nftables.TypeFIBAddr
+	}
+	return s
+}
+
+// addTable queues the whole table but the slots.
+func (n *Network) addTable(tx *transaction) {
+	t := n.table()
+	tx.AddTable(t)
+	tx.DelTable(t) // whatever it was: adding it first makes deleting it legal
+	tx.AddTable(t)
+	tx.AddObj(&nftables.CounterObj{Table: t, Name: counterRefused})
+	for _, name := range []string{setSlots, setMarks, setLogs, setOwn4, setOwn6} {
+		tx.set(n.namedSet(name), nil)
+	}
+	var floor []policy.PrefixPort
+	for _, r := range policy.Floor() {
+		floor = append(floor, policy.PrefixPort{Prefix: r.Prefix})
+	}
+	tx.set(n.namedSet(setFloor4), intervals(ranges(floor, false)))
+	tx.set(n.namedSet(setFloor6), intervals(ranges(floor, true)))
+	tx.set(n.namedSet(setHost), []nftables.SetElement{
+		{Key: native(unix.RTN_LOCAL)}, {Key: native(unix.RTN_BROADCAST)}, {Key: native(unix.RTN_ANYCAST)}, {Key: native(unix.RTN_MULTICAST)},
+	})
+	chains := []string{
+		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(),
+		chainProxy, chainDNS, chainOK, chainScreen, chainFloor, chainFloorNames,
+	}
+	for _, name := range chains {
+		tx.AddChain(n.chain(name))
+	}
+	n.addRefusals(tx)
+	n.addTransparent(tx)
+	n.addShared(tx)
+	n.addHooks(tx)
+}
+
+// addRefusals fills the chains that end in a refusal.
+func (n *Network) addRefusals(tx *transaction) {
+	tx.rules(n.chain(chainRefuse),
+		when(count(counterRefused)),
+		when(l4proto(policy.TCP), rejectTCP()),
+		when(rejectProhibited()),
+		when(drop()))
+	for _, c := range []class{classFloor, classDeny, classProxy} {
+		tx.rules(n.chain(c.chain()), logs(n.cfg.NFLogGroup, string(c)), when(goTo(chainRefuse)))
+	}
+	for _, c := range []class{classSpoof, classProtocol} {
+		tx.rules(n.chain(c.chain()), logs(n.cfg.NFLogGroup, string(c)), when(count(counterRefused), drop()))
+	}
+}
+
+// addTransparent fills the chains that hand packets to our sockets.
+func (n *Network) addTransparent(tx *transaction) {
+	loopback4, loopback6 := netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()
+	hand := func(chain string, proto policy.Proto, port uint16, mark []expr.Any) {
+		for _, a := range []netip.Addr{loopback4, loopback6} {
+			if port != 0 {
+				tx.rules(n.chain(chain), when(familyOf(a), l4proto(proto), tproxy(netip.AddrPortFrom(a, port)), mark, setMark(n.cfg.Mark), accept()))
+			}
+		}
+	}
+	hand(chainProxy, policy.TCP, n.cfg.ProxyPort, setCtMark(markProxied))
+	hand(chainDNS, policy.UDP, n.cfg.DNSPort, nil)
+	hand(chainDNS, policy.TCP, n.cfg.DNSPort, nil)
+	tx.rules(n.chain(chainProxy), when(goTo(classProxy.chain())))
+	tx.rules(n.chain(chainDNS), when(goTo(classProxy.chain())))
+}
+
+// addShared fills the chains that every slot's chain uses.
+func (n *Network) addShared(tx *transaction) {
+	tx.rules(n.chain(chainOK),
+		// What the tracker does not know would be forwarded with a sandbox's own address.
+		when(ctStateAny(expr.CtStateBitINVALID|expr.CtStateBitUNTRACKED), drop()),
+		when(l4proto(policy.UDP), dport(53), goTo(chainDNS)),
+		when(l4proto(policy.TCP), dport(53), goTo(chainDNS)),
+		// The proxy's connections stay with the proxy, whatever a later policy says.
+		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)),
+		when(setCtMark(0), accept()),
+		when(drop()))
+	tx.rules(n.chain(chainScreen),
+		// Before the operator's holes: another sandbox is never reachable.
+		when(daddrIn(n.cfg.Subnet4), goTo(classFloor.chain())),
+		when(daddrIn(n.cfg.Subnet6), goTo(classFloor.chain())),
+		when(l4proto(policy.TCP), returns()),
+		when(l4proto(policy.UDP), returns()),
+		when(icmpType(policy.ICMP, 8), returns()),
+		when(icmpType(policy.ICMPv6, 128), returns()),
+		when(goTo(classProtocol.chain())))
+	inFloor := [][]expr.Any{daddrTypeIn(setHost), daddrInSet(setFloor4, false, false), daddrInSet(setFloor6, true, false)}
+	for _, m := range inFloor {
+		tx.rules(n.chain(chainFloor), when(m, goTo(classFloor.chain())))
+		tx.rules(n.chain(chainFloorNames), when(m, goTo(chainProxy)))
+	}
+}
+
+// hook describes a base chain. All accept what they do not name: the table speaks
+// about sandboxes only.
+func (n *Network) hook(name string, hook *nftables.ChainHook, priority nftables.ChainPriority) *nftables.Chain {
+	kind := nftables.ChainTypeFilter
+	if name == chainPost {
+		kind = nftables.ChainTypeNAT
+	}
+	return &nftables.Chain{Name: name, Table: n.table(), Type: kind, Hooknum: hook, Priority: &priority}
+}
+
+// addHooks fills the chains packets enter by.
+func (n *Network) addHooks(tx *transaction) {
+	ours := n.plan.prefix()
+	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
+	pin := tx.AddChain(n.hook(chainPin, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw))
+	tx.rules(pin,
+		when(iifStartsNot(ours), accept()),
+		when(family(unix.NFPROTO_IPV4), ownKey(false), in(setOwn4), accept()),
+		when(family(unix.NFPROTO_IPV6), ownKey(true), in(setOwn6), accept()),
+		when(neighbour(135), saddrIn(linkLocal), accept()),
+		when(neighbour(136), saddrIn(linkLocal), accept()),
+		// The rest of ICMPv6 is what every stack says when a link comes up (MLD,
+		// router solicitation): not worth a line.
+		when(l4proto(policy.ICMPv6), drop()),
+		when(goTo(classSpoof.chain())))
+	pre := tx.AddChain(n.hook(chainPre, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle))
+	tx.rules(pre,
+		when(iifStartsNot(ours), accept()),
+		when(neighbour(135), accept()),
+		when(neighbour(136), accept()),
+		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
+		when(load(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}),
+			load(&expr.Lookup{SourceRegister: reg1, IsDestRegSet: true, SetName: setSlots})),
+		when(count(counterRefused), drop()))
+	fwd := tx.AddChain(n.hook(chainFwd, nftables.ChainHookForward, *nftables.ChainPriorityFilter))
+	tx.rules(fwd,
+		when(oifStarts(ours), iifStarts(ours), drop()),
+		when(oifStarts(ours), ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
+		when(oifStarts(ours), drop()),
+		when(iifStartsNot(ours), accept()),
+		when(ctMark(markTag, markTagMask|markProxied), accept()),
+		when(drop()))
+	inp := tx.AddChain(n.hook(chainInp, nftables.ChainHookInput, *nftables.ChainPriorityFilter))
+	for _, port := range []uint16{n.cfg.ProxyPort, n.cfg.DNSPort} {
+		for _, p := range []policy.Proto{policy.TCP, policy.UDP} {
+			if port != 0 {
+				tx.rules(inp, when(iifNot("lo"), markUnset(n.cfg.Mark), l4proto(p), dport(port), goTo(chainRefuse)))
+			}
+		}
+	}
+	post := tx.AddChain(n.hook(chainPost, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource))
+	tx.rules(post,
+		when(saddrIn(n.cfg.Subnet4), oifStartsNot(ours), load(&expr.Masq{})),
+		when(saddrIn(n.cfg.Subnet6), oifStartsNot(ours), load(&expr.Masq{})))
+}
+
+// ownKey loads link, hardware address and network address, as own4 and own6 have them.
+func ownKey(v6 bool) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, loadEtherSaddr(word(4)), loadSaddr(v6, word(6))}
+}
+
+var linkLocal = netip.MustParsePrefix("fe80::/10")
