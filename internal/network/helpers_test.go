@@ -3,8 +3,12 @@ package network
 import (
 	"net"
 	"net/netip"
+	"os/exec"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -41,4 +45,69 @@ func hostDial(to netip.AddrPort) (net.Conn, error) {
 // dialFromHere connects from the calling thread's namespace.
 func dialFromHere(to netip.AddrPort) (net.Conn, error) {
 	return (&net.Dialer{Timeout: 300 * time.Millisecond}).Dial("tcp", to.String())
+}
+
+// takeAway removes addresses and routes as gVisor does when it starts.
+func takeAway() error {
+	link, err := netlink.LinkByName(guestLink)
+	if err != nil {
+		return err
+	}
+	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		if err := netlink.AddrDel(link, &a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// echoICMP sends an ICMP message of a kind from a raw socket in the slot and waits
+// for an answer of any kind.
+func echoICMP(l sandbox.Lease, to netip.Addr, kind byte) error {
+	var fd int
+	err := inNamespace(l.NetNS, func() (err error) {
+		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVERR, 1); err != nil {
+		return err
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 300000}); err != nil {
+		return err
+	}
+	sa := &unix.SockaddrInet4{Addr: to.As4()}
+	if err := unix.Connect(fd, sa); err != nil {
+		return err
+	}
+	m := make([]byte, 20)
+	m[0], m[5] = kind, 1
+	sum := checksum(m)
+	m[2], m[3] = byte(sum>>8), byte(sum)
+	if _, err := unix.Write(fd, m); err != nil {
+		return err
+	}
+	_, err = unix.Read(fd, make([]byte, 200))
+	return err
+}
+
+// list prints the table as nft(8) does.
+func (w *world) list(t testing.TB) string {
+	t.Helper()
+	nft, err := exec.LookPath("nft")
+	if err != nil {
+		t.Skip("nft is not installed: the table cannot be listed")
+	}
+	out, err := exec.Command(nft, "-n", "list", "table", "inet", w.table().Name).CombinedOutput()
+	if err != nil {
+		t.Fatal("list the table:", err, string(out))
+	}
+	return string(out)
 }

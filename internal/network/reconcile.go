@@ -139,6 +139,10 @@ func (n *Network) readBack(kept []adopted) {
 		slots[k.slot.lease.Link], bySlot[k.slot.num] = k.slot, k.slot
 	}
 	err := n.kern.read(func(c *nftables.Conn) error {
+		tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+		if err != nil || !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == n.table().Name }) {
+			return err
+		}
 		marks, err := c.GetSetElements(n.namedSet(setMarks))
 		if err != nil {
 			return err
@@ -155,7 +159,7 @@ func (n *Network) readBack(kept []adopted) {
 		}
 		return readPins(c, sets, bySlot)
 	})
-	if err != nil && !absent(err) {
+	if err != nil {
 		n.cfg.Log.Warn("read the former rules", "err", err)
 	}
 }

@@ -1,0 +1,465 @@
+package network
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// open connects and reads the greeting.
+func open(t testing.TB, l sandbox.Lease, to netip.AddrPort) net.Conn {
+	t.Helper()
+	c, err := dial(l, "tcp", to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+	if _, err := c.Read(make([]byte, 64)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// echoes reports whether a connection still carries bytes both ways.
+func echoes(c net.Conn) error {
+	_ = c.SetDeadline(time.Now().Add(time.Second))
+	if _, err := c.Write([]byte("ping")); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, 4))
+	return err
+}
+
+func TestTighteningCutsLiveFlows(t *testing.T) {
+	for name, to := range map[string][2]string{
+		"IPv4": {"198.51.100.10:7777", "198.51.101.10:7777"}, "IPv6": {"[2001:db8:2::10]:7777", "[2001:db8:3::10]:7777"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := start(t)
+			w.serve(7777)
+			l := w.lease()
+			w.apply(l, policy.Input{})
+			refused, reading, kept := open(t, l, at(to[0])), open(t, l, at(to[0])), open(t, l, at(to[1]))
+			udp, err := dial(l, "udp", at(to[0]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer udp.Close()
+			if err := echoes(udp); err != nil {
+				t.Fatal("UDP before:", err)
+			}
+			ended := make(chan error, 1)
+			go func() { _, err := reading.Read(make([]byte, 1)); ended <- err }() // sends nothing itself
+			time.Sleep(20 * time.Millisecond)
+			began := time.Now()
+			w.apply(l, policy.Input{DenyOut: []string{at(to[0]).Addr().String()}})
+			select {
+			case err := <-ended:
+				if !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("the reader: %v; want reset", err)
+				}
+				t.Logf("the reader was reset after %v", time.Since(began))
+			case <-time.After(time.Second):
+				t.Error("the reader still waits after a second")
+			}
+			if err := echoes(refused); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+				t.Errorf("the refused flow: %v; want reset", err)
+			}
+			if err := echoes(udp); err == nil {
+				t.Error("UDP still echoes")
+			}
+			if err := echoes(kept); err != nil {
+				t.Errorf("the allowed flow: %v", err)
+			}
+			w.apply(l, policy.Input{}) // loosening
+			if err := echoes(kept); err != nil {
+				t.Errorf("after loosening: %v", err)
+			}
+		})
+	}
+}
+
+func TestAFailedUpdateLeavesTheFormerPolicy(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l := w.lease()
+	w.apply(l, policy.Input{DenyOut: []string{"198.51.100.0/24"}})
+	live := open(t, l, at("198.51.101.1:7777"))
+	// Someone's chain in the way: the next program's rules jump to what is gone.
+	s := w.byID[l.Sandbox]
+	taken := &nftables.Set{Table: w.table(), Name: "s" + strings.TrimPrefix(s.chain(), "s") + "_2_deny4", KeyType: nftables.TypeMark}
+	if err := w.kern.do(func(tx *transaction) { tx.set(taken, nil) }); err != nil {
+		t.Fatal(err)
+	}
+	bad := compiled(t, policy.Input{DenyOut: []string{"198.51.101.1", "198.51.103.1"}}, nil)
+	if err := w.Apply(context.Background(), l, bad); err == nil {
+		t.Fatal("an update that the kernel must refuse succeeded")
+	}
+	if _, err := dial(l, "tcp", at("198.51.100.1:7777")); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("the former denial: %v; want refused", err)
+	}
+	if err := echoes(live); err != nil {
+		t.Errorf("a live flow: %v", err)
+	}
+	if _, p, _ := w.Owner(l.Addr4.Addr()); len(p.Input().DenyOut) != 1 {
+		t.Errorf("Owner tells the policy that failed: %v", p.Input())
+	}
+	if err := w.Apply(context.Background(), l, bad); err != nil { // and the next try works
+		t.Fatal(err)
+	}
+	if err := echoes(live); err == nil {
+		t.Error("the second try did not cut the flow")
+	}
+	if err := w.dropSets([]*nftables.Set{taken}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestReleaseLeavesNothing(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l := w.lease()
+	w.apply(l, policy.Input{AllowOut: []string{"198.51.100.0/24:7777", "198.51.102.0/24"}})
+	c := open(t, l, at("198.51.100.10:7777"))
+	s := w.byID[l.Sandbox]
+	for range 2 { // it is idempotent
+		if err := w.Release(context.Background(), l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := echoes(c); err == nil {
+		t.Error("a released sandbox still speaks")
+	}
+	if _, _, ok := w.Owner(l.Addr4.Addr()); ok {
+		t.Error("the address still has an owner")
+	}
+	for end := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(l.NetNS); err != nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the namespace is still there")
+		}
+	}
+	if flows, err := w.flowsOf(s); err != nil || len(flows) > 0 {
+		t.Errorf("flows are left: %v, %v", flows, err)
+	}
+	listing := w.list(t)
+	for _, word := range []string{s.chain() + " {", s.chain() + "_", l.Link + `" .`, l.Link + `" :`} {
+		if strings.Contains(listing, word) {
+			t.Errorf("the table still knows %q:\n%s", word, listing)
+		}
+	}
+	if err := w.Apply(context.Background(), l, compiled(t, policy.Input{}, nil)); err == nil {
+		t.Error("a released lease takes a policy")
+	}
+}
+
+func TestSlotsOutliveTheServer(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	kept, spare, lost := w.lease(), w.lease(), w.lease()
+	p := w.apply(kept, policy.Input{DenyOut: []string{"198.51.102.0/24"}})
+	w.apply(lost, policy.Input{})
+	live, doomed := open(t, kept, at("198.51.100.10:7777")), open(t, lost, at("198.51.100.10:7777"))
+	w.halt()
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := echoes(live); err != nil {
+		t.Errorf("without a server: %v", err)
+	}
+	stop := make(chan struct{})
+	trouble := make(chan error, 1)
+	go func() { // traffic that must never be interrupted, and traffic that must never pass
+		var err error
+		for err == nil {
+			select {
+			case <-stop:
+				trouble <- nil
+				return
+			default:
+			}
+			if err = echoes(live); err != nil {
+				break
+			}
+			if c, derr := dial(kept, "tcp", at("198.51.102.1:7777")); derr == nil {
+				c.Close()
+				err = errors.New("a denied destination was reached")
+			}
+		}
+		trouble <- err
+	}()
+	w.boot(map[sandbox.ID]sandbox.Held{kept.Sandbox: {Lease: kept, Policy: p}, spare.Sandbox: {Lease: spare}})
+	time.Sleep(100 * time.Millisecond)
+	close(stop)
+	if err := <-trouble; err != nil {
+		t.Errorf("meanwhile: %v", err)
+	}
+	if id, _, ok := w.Owner(kept.Addr4.Addr()); !ok || id != kept.Sandbox {
+		t.Errorf("owner: %s, %t", id, ok)
+	}
+	if err := echoes(doomed); err == nil {
+		t.Error("a sandbox that nobody holds still speaks")
+	}
+	if _, err := dial(spare, "tcp", at("198.51.100.10:7777")); err == nil {
+		t.Error("a spare reaches the internet")
+	}
+	for end := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(lost.NetNS); err != nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the unknown slot is still there")
+		}
+	}
+	// The policy can be tightened, and the lease be released, as before.
+	w.apply(kept, policy.Input{DenyOut: []string{"198.51.100.10"}})
+	if err := echoes(live); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("after tightening: %v; want reset", err)
+	}
+	if err := w.Release(context.Background(), kept); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestARestartedMachineGetsItsSlotsBack(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l := w.lease()
+	p := w.apply(l, policy.Input{})
+	w.halt()
+	if err := w.destroy(w.byID[l.Sandbox]); err != nil { // as a restart does
+		t.Fatal(err)
+	}
+	w.Close()
+	w.boot(map[sandbox.ID]sandbox.Held{l.Sandbox: {Lease: l, Policy: p}})
+	if who, err := hello(l, at("198.51.100.10:7777")); err != nil {
+		t.Fatal(who, err)
+	}
+}
+
+func TestAChangedConfigurationDoesNotAdoptALease(t *testing.T) {
+	w := start(t)
+	l := w.lease()
+	l.Addr4 = netip.MustParsePrefix("10.224.0.2/30")
+	n, err := New(w.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	err = n.Reconcile(context.Background(), map[sandbox.ID]sandbox.Held{l.Sandbox: {Lease: l}})
+	if err == nil || !strings.Contains(err.Error(), "10.224.0.2") {
+		t.Errorf("%v; want an error that names the address", err)
+	}
+}
+
+func TestPinsAdmitExactlyWhatWasResolved(t *testing.T) {
+	w := start(t)
+	w.serve(5432, 7777)
+	l, other := w.lease(), w.lease()
+	rules := policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"db.example.com:5432"}}
+	p := w.apply(l, rules)
+	w.apply(other, rules)
+	if err := w.Pin(l.Sandbox, "db.example.com", public4, []uint16{5432}, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Pin(l.Sandbox, "db.example.com", public6, []uint16{5432}, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // again before it runs out
+		if err := w.Pin(l.Sandbox, "db.example.com", public4, []uint16{5432}, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, a := range []netip.Addr{public4, public6} {
+		if _, err := hello(l, netip.AddrPortFrom(a, 5432)); err != nil {
+			t.Errorf("%s: %v", a, err)
+		}
+		for what, try := range map[string]error{
+			"another port":    second(hello(l, netip.AddrPortFrom(a, 7777))),
+			"another address": second(hello(l, netip.AddrPortFrom(a.Next(), 5432))),
+			"another sandbox": second(hello(other, netip.AddrPortFrom(a, 5432))),
+		} {
+			if !errors.Is(try, syscall.ECONNREFUSED) {
+				t.Errorf("%s: %s: %v; want refused", a, what, try)
+			}
+		}
+	}
+	e := w.flows.wait(t, "pinned", func(e flowEvent) bool { return e.Reason == ReasonPinned })
+	if e.Name != "db.example.com" || e.Rule.Text != "db.example.com:5432" {
+		t.Errorf("%+v", e)
+	}
+	live := open(t, l, netip.AddrPortFrom(public4, 5432))
+	w.halt()
+	w.Close()
+	w.boot(map[sandbox.ID]sandbox.Held{l.Sandbox: {Lease: l, Policy: p}})
+	if err := echoes(live); err != nil {
+		t.Errorf("after a restart: %v", err)
+	}
+	if _, err := hello(l, netip.AddrPortFrom(public4, 5432)); err != nil {
+		t.Errorf("a new connection after a restart: %v", err)
+	}
+	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"db.example.com:5432", "b.example.com:99"}})
+	if err := echoes(live); err != nil {
+		t.Errorf("after another rule came: %v", err)
+	}
+	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"b.example.com:5432"}})
+	if err := echoes(live); err == nil {
+		t.Error("the flow outlived its name's rule")
+	}
+	if err := second(hello(l, netip.AddrPortFrom(public4, 5432))); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a pin outlived its name's rule: %v", err)
+	}
+}
+
+func second(_ string, err error) error { return err }
+
+func TestASpoofedSourceIsDropped(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l, victim := w.lease(), w.lease()
+	w.apply(l, policy.Input{})
+	w.apply(victim, policy.Input{})
+	seen := make(chan netip.AddrPort, 16)
+	var pc net.PacketConn
+	enter(t, w.internet, func() (err error) {
+		pc, err = net.ListenPacket("udp4", "198.51.100.77:7000")
+		return err
+	})
+	defer pc.Close()
+	go func() {
+		b := make([]byte, 64)
+		for {
+			k, from, err := pc.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_ = from
+			seen <- netip.AddrPortFrom(netip.MustParseAddr(string(b[:k])), 0)
+		}
+	}()
+	send := func(src netip.Addr, mac net.HardwareAddr) {
+		t.Helper()
+		payload := []byte(src.String())
+		udp := make([]byte, 8+len(payload))
+		binary.BigEndian.PutUint16(udp[0:], 4000)
+		binary.BigEndian.PutUint16(udp[2:], 7000)
+		binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)))
+		copy(udp[8:], payload)
+		ip := make([]byte, 20, 100)
+		ip[0], ip[8], ip[9] = 0x45, 64, 17
+		binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp)))
+		copy(ip[12:], src.AsSlice())
+		copy(ip[16:], netip.MustParseAddr("198.51.100.77").AsSlice())
+		binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+		frame := append(append(append([]byte{}, w.plan.mac(l.Slot, 1)...), mac...), 8, 0)
+		frame = append(append(frame, ip...), udp...)
+		enter(t, l.NetNS, func() error {
+			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			i, err := net.InterfaceByName(guestLink)
+			if err != nil {
+				return err
+			}
+			return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Protocol: bigEndian(unix.ETH_P_IP), Ifindex: i.Index, Halen: 6})
+		})
+	}
+	own := w.plan.mac(l.Slot, 2)
+	send(victim.Addr4.Addr(), own)
+	send(netip.MustParseAddr("198.51.100.1"), own)
+	send(l.Addr4.Addr(), w.plan.mac(victim.Slot, 2))
+	send(l.Addr4.Addr(), own) // the last one is honest
+	select {
+	case got := <-seen:
+		if got.Addr() != l.Addr4.Addr() {
+			t.Errorf("a packet from %s arrived", got.Addr())
+		}
+	case <-time.After(2 * time.Second):
+		t.Error("the honest packet did not arrive")
+	}
+	select {
+	case got := <-seen:
+		t.Errorf("one more packet arrived, from %s", got.Addr())
+	case <-time.After(50 * time.Millisecond):
+	}
+	e := w.flows.wait(t, "spoofed", func(e flowEvent) bool {
+		return e.Reason == ReasonSpoofed && e.Src.Addr() == victim.Addr4.Addr()
+	})
+	if e.Sandbox != string(l.Sandbox) {
+		t.Errorf("the liar is %s, logged as %s", l.Sandbox, e.Sandbox)
+	}
+}
+
+func TestARenamedSlotKeepsItsAddress(t *testing.T) {
+	w := start(t)
+	l := w.lease()
+	to := sandbox.NewID()
+	next, err := w.Rename(context.Background(), l, to)
+	if err != nil || next.Sandbox != to || next.Addr4 != l.Addr4 {
+		t.Fatal(next, err)
+	}
+	if err := w.Apply(context.Background(), l, compiled(t, policy.Input{}, nil)); err == nil {
+		t.Error("the former name still works")
+	}
+	w.apply(next, policy.Input{})
+	if id, _, _ := w.Owner(l.Addr4.Addr()); id != to {
+		t.Errorf("owner is %s", id)
+	}
+}
+
+func TestRearmBringsTheNetworkBack(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l := w.lease()
+	w.apply(l, policy.Input{})
+	enter(t, l.NetNS, func() error { return takeAway() })
+	if _, err := dial(l, "tcp", at("198.51.100.10:7777")); err == nil {
+		t.Fatal("the addresses are still there")
+	}
+	for range 2 {
+		if err := w.Rearm(context.Background(), l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, to := range []string{"198.51.100.10:7777", "[2001:db8:2::10]:7777"} {
+		if _, err := hello(l, at(to)); err != nil {
+			t.Errorf("%s: %v", to, err)
+		}
+	}
+}
+
+func TestICMP(t *testing.T) {
+	w := start(t)
+	l := w.lease()
+	w.apply(l, policy.Input{DenyOut: []string{"198.51.101.0/24"}})
+	ping := func(to string, kind byte) error { return echoICMP(l, netip.MustParseAddr(to), kind) }
+	if err := ping("198.51.100.10", 8); err != nil {
+		t.Errorf("an allowed address: %v", err)
+	}
+	if err := ping("198.51.101.10", 8); !errors.Is(err, syscall.EHOSTUNREACH) && !errors.Is(err, syscall.EACCES) {
+		t.Errorf("a denied address: %v; want prohibited", err)
+	}
+	if err := ping("198.51.100.10", 13); err == nil {
+		t.Error("a timestamp request was answered")
+	}
+	w.flows.wait(t, "protocol", func(e flowEvent) bool { return e.Reason == policy.ReasonProtocol && e.Proto == "icmp" })
+}
