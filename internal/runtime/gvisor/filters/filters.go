@@ -4,6 +4,8 @@
 // here, and are put into gVisor's table, which its Go module ships empty.
 package filters
 
+//go:generate go run ../gen .
+
 import (
 	"fmt"
 

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/seccomp"
 	"gvisor.dev/gvisor/pkg/seccomp/precompiledseccomp"
 
@@ -68,6 +69,12 @@ func sentryProgram() (precompiledseccomp.Program, error) {
 	}
 	return precompiledseccomp.Precompile(opt.ConfigKey(), names(opt.Vars()), func(vars precompiledseccomp.Values) *seccomp.Program {
 		allow, deny := bootRules(opt, vars)
+		// gVisor writes the process ID of whoever builds the rules into this
+		// one, which is the generator's. A sentry that asked for it would die.
+		allow.Remove(unix.SYS_RT_TGSIGQUEUEINFO)
+		allow.Set(unix.SYS_RT_TGSIGQUEUEINFO, seccomp.PerArg{
+			seccomp.EqualTo(vars.GetUint64("self_pid")), seccomp.AnyValue{}, seccomp.EqualTo(unix.SIGKILL),
+		})
 		return program(allow, deny, boot.SeccompOptions(opt))
 	})
 }
