@@ -1,11 +1,11 @@
 package gvisor
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"runtime/debug"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -15,9 +15,7 @@ import (
 	"gvisor.dev/gvisor/runsc/cmd/sentry/sentrycmd"
 	"gvisor.dev/gvisor/runsc/cmd/util"
 	"gvisor.dev/gvisor/runsc/config"
-	"gvisor.dev/gvisor/runsc/container"
 	"gvisor.dev/gvisor/runsc/flag"
-	"gvisor.dev/gvisor/runsc/specutils"
 
 	"github.com/cordonhq/cordon/internal/runtime/gvisor/filters"
 
@@ -52,7 +50,7 @@ var runscVersion string
 func Dispatch() {
 	switch os.Args[0] {
 	case createArg0:
-		os.Exit(runCreate(os.Args[1:]))
+		os.Exit(runCreator())
 	case sandboxArg0:
 		filters.RegisterSentry()
 	case goferArg0:
@@ -107,55 +105,6 @@ func version() string {
 	return pinned
 }
 
-// resultFD is where the create process reports why it did not succeed.
-const resultFD = 3
-
-// tableFD makes the file table of the processes of a sandbox large from the
-// start: the sentry puts its standard files at 253 to 255, and growing a table
-// that threads share waits for an RCU grace period.
-const tableFD = 300
-
-// runCreate is the create process: it makes the processes of one sandbox and
-// exits. It exists because the library that does it takes its own process for
-// granted: it moves the whole caller into the sandbox's cgroup for a while,
-// hands the caller's standard files to the sandbox and its environment to the
-// gofer. None of that may be the server's.
-//
-// args are runsc's flags, then the bundle's directory and the ID.
-func runCreate(args []string) int {
-	result := os.NewFile(resultFD, "result")
-	if err := create(args); err != nil {
-		fmt.Fprint(result, err)
-		return 1
-	}
-	return 0
-}
-
-func create(args []string) error {
-	runscVersion = version()
-	silence(io.Discard)
-	unix.CloseOnExec(resultFD)
-	if _, err := unix.FcntlInt(resultFD, unix.F_DUPFD_CLOEXEC, tableFD); err != nil {
-		return fmt.Errorf("enlarge the file table: %w", err)
-	}
-	if len(args) < 2 {
-		return errors.New("usage: " + createArg0 + " flags... bundle id")
-	}
-	flags, bundle, id := args[:len(args)-2], args[len(args)-2], args[len(args)-1]
-	conf, err := parseFlags(flags)
-	if err != nil {
-		return err
-	}
-	spec, err := specutils.ReadSpec(bundle, conf)
-	if err != nil {
-		return fmt.Errorf("read the bundle: %w", err)
-	}
-	if _, err := container.New(conf, container.Args{ID: id, Spec: spec, BundleDir: bundle}); err != nil {
-		return err
-	}
-	return nil
-}
-
 // parseFlags turns runsc's flags into its configuration.
 func parseFlags(flags []string) (*config.Config, error) {
 	fs := flag.NewFlagSet(runscArg0, flag.ContinueOnError)
@@ -174,3 +123,28 @@ func parseFlags(flags []string) (*config.Config, error) {
 // silence sends the library's own log lines to w; by default they go to
 // standard error.
 func silence(w io.Writer) { log.SetTarget(log.GoogleEmitter{Writer: &log.Writer{Next: w}}) }
+
+// tableFD is a descriptor that makes the table of the process that holds it, and
+// of the processes it makes, large enough for the sentry, which puts its
+// standard files at 253 to 255. Growing a table that threads share waits for an
+// RCU grace period, 10 ms; a process that is made with a large one need not.
+const tableFD = 300
+
+// holdTable duplicates fd to tableFD or above, for as long as the process lives.
+func holdTable(fd int) error {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, tableFD); err != nil {
+		return fmt.Errorf("enlarge the file table: %w", err)
+	}
+	return nil
+}
+
+// tableOnce enlarges the server's own table, from which the create process's is
+// made.
+var tableOnce = sync.OnceValue(func() error {
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		return fmt.Errorf("enlarge the file table: %w", err)
+	}
+	defer f.Close()
+	return holdTable(int(f.Fd()))
+})

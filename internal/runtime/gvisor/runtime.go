@@ -19,7 +19,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -64,6 +63,7 @@ type Runtime struct {
 	name   string
 	groups cgroups
 	locks  keyed
+	spare  spare
 }
 
 // New returns a Runtime. The binary's main must have called Dispatch first.
@@ -91,6 +91,9 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	groups, err := findCgroups(cfg.CgroupParent)
 	if err != nil {
+		return nil, err
+	}
+	if err := tableOnce(); err != nil {
 		return nil, err
 	}
 	return &Runtime{cfg: cfg, name: "gvisor/" + runscVersion, groups: groups}, nil
@@ -166,7 +169,11 @@ func (r *Runtime) Create(ctx context.Context, s sandbox.RuntimeSpec) (err error)
 	if err := r.writeBundle(s, flags); err != nil {
 		return fmt.Errorf("write the bundle: %w", err)
 	}
-	if err := r.spawn(ctx, s.ID, flags); err != nil {
+	c, err := r.spare.take()
+	if err != nil {
+		return err
+	}
+	if err := c.create(ctx, request{Flags: flags, Bundle: r.bundle(s.ID), ID: string(s.ID)}); err != nil {
 		return fmt.Errorf("create the sandbox's processes: %w", err)
 	}
 	return nil
@@ -195,39 +202,9 @@ func writeJSON(path string, v any) error {
 	return os.WriteFile(path, b, 0o600)
 }
 
-// spawn runs the create process, which leaves the sandbox's processes behind.
-// It gets nothing of the server: no environment, no files but the null device.
-func (r *Runtime) spawn(ctx context.Context, id sandbox.ID, flags []string) error {
-	pr, pw, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("open a pipe: %w", err)
-	}
-	defer pr.Close()
-	cmd := exec.CommandContext(ctx, "/proc/self/exe")
-	cmd.Args = append(append([]string{createArg0}, flags...), r.bundle(id), string(id))
-	cmd.Env = []string{} // nil would be the server's
-	cmd.Dir = "/"
-	cmd.ExtraFiles = []*os.File{pw}
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	err = cmd.Start()
-	pw.Close()
-	if err != nil {
-		return err
-	}
-	// The pipe is at its end when the create process is: nobody inherits it.
-	why, _ := io.ReadAll(io.LimitReader(pr, 64<<10))
-	switch err := cmd.Wait(); {
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case len(why) > 0:
-		return errors.New(string(why))
-	default:
-		return err
-	}
-}
-
 // Start implements sandbox.Runtime.
 func (r *Runtime) Start(ctx context.Context, id sandbox.ID) error {
+	defer r.spare.refill() // now, so as not to take the CPU from the start
 	return r.within(ctx, id, "start", func(c *container.Container, conf *config.Config) error {
 		if c.Status != container.Created {
 			return r.conflict(c, "started")
@@ -428,10 +405,12 @@ func (k *keyed) lock(id sandbox.ID) (unlock func()) {
 	}
 }
 
-// Close unmounts what gVisor leaves behind for all sandboxes together: the empty
-// network namespace of the gofers. Running sandboxes keep theirs and a later
-// Create makes it anew, so a server that will start again need not call it.
+// Close ends what the Runtime itself holds and unmounts what gVisor leaves behind
+// for all sandboxes together: the empty network namespace of the gofers. Running
+// sandboxes go on, and keep theirs; a later Create makes it anew. So a server
+// that will start again may call it or not.
 func (r *Runtime) Close() error {
+	r.spare.close()
 	path := filepath.Join(r.root(), specutils.NullNetNSFilename)
 	for {
 		switch err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); {
