@@ -1,0 +1,408 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvisor.dev/gvisor/pkg/seccomp/precompiledseccomp"
+	bootfilter "gvisor.dev/gvisor/runsc/boot/filter"
+	goferfilter "gvisor.dev/gvisor/runsc/fsgofer/filter"
+
+	"github.com/cordonhq/cordon/internal/runtime/gvisor/filters"
+	"github.com/cordonhq/cordon/internal/runtime/runtimetest"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// started is a running sandbox that answers.
+func started(t *testing.T, r *Runtime, s sandbox.RuntimeSpec, slot *runtimetest.Slot) {
+	t.Helper()
+	t.Cleanup(func() {
+		if err := r.Destroy(context.Background(), s.ID); err != nil {
+			t.Errorf("destroy: %v", err)
+		}
+	})
+	must(t, r.Create(t.Context(), s))
+	must(t, r.Start(t.Context(), s.ID))
+	if _, err := slot.Ask(t.Context(), "hello"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestTheVersionIsTheOneInGoMod(t *testing.T) {
+	b, err := os.ReadFile("../../../go.mod")
+	must(t, err)
+	m := regexp.MustCompile(regexp.QuoteMeta(module) + ` (v\S+)`).FindSubmatch(b)
+	if m == nil || string(m[1]) != pinned {
+		t.Errorf("go.mod has %q, dispatch.go %q: change it and run go generate", m, pinned)
+	}
+}
+
+// The keys say which configuration a filter is for; that the processes of a
+// sandbox ask for these keys is TestNoFilterIsCompiledAtStart's.
+func TestPrecompiledFiltersAreFound(t *testing.T) {
+	filters.RegisterSentry()
+	filters.RegisterGofer()
+	opt, err := filters.SentryOptions()
+	must(t, err)
+	for name, find := range map[string]func() (precompiledseccomp.Program, bool){
+		"sentry": func() (precompiledseccomp.Program, bool) { return bootfilter.GetPrecompiled(opt.ConfigKey()) },
+		"gofer": func() (precompiledseccomp.Program, bool) {
+			return goferfilter.GetPrecompiled(filters.GoferOptions().ConfigKey())
+		},
+	} {
+		if p, ok := find(); !ok || len(p.Bytecode32) < 100 {
+			t.Errorf("%s: found %v, %d words: run go generate", name, ok, len(p.Bytecode32))
+		}
+	}
+}
+
+// A filter that no longer fits its gVisor would be a hole or a crash.
+func TestCommittedFiltersAreWhatTheGeneratorMakes(t *testing.T) {
+	dir := t.TempDir()
+	cmd := exec.CommandContext(t.Context(), "go", "run", "./gen", dir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("generate: %v\n%s", err, out)
+	}
+	made, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	must(t, err)
+	if len(made) != 1 {
+		t.Fatalf("generated %q", made)
+	}
+	want, err := os.ReadFile(made[0])
+	must(t, err)
+	got, err := os.ReadFile(filepath.Join("filters", filepath.Base(made[0])))
+	must(t, err)
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s differs: run go generate ./internal/runtime/gvisor/...", filepath.Base(made[0]))
+	}
+}
+
+func TestNoFilterIsCompiledAtStart(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Debug, cfg.LogDir = true, t.TempDir()
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	logs, err := filepath.Glob(filepath.Join(cfg.LogDir, string(s.ID), "*"))
+	must(t, err)
+	var loaded int
+	for _, path := range logs {
+		b, err := os.ReadFile(path)
+		must(t, err)
+		if i := bytes.Index(b, []byte("No precompiled program found")); i >= 0 {
+			t.Errorf("%s: %s", filepath.Base(path), b[i:min(i+500, len(b))])
+		}
+		loaded += bytes.Count(b, []byte("Loaded precompiled seccomp instructions"))
+	}
+	if loaded != 2 {
+		t.Errorf("%d programs loaded (from %d logs), want the sentry's and the gofer's", loaded, len(logs))
+	}
+}
+
+// TestNothingOfTheServerReachesASandbox looks at the host's side of a sandbox:
+// its processes hold no file, no environment and no standard file of the server.
+func TestNothingOfTheServerReachesASandbox(t *testing.T) {
+	const secret = "CORDON_SECRET=do-not-leak"
+	t.Setenv("CORDON_SECRET", "do-not-leak")
+	canary := filepath.Join(t.TempDir(), "canary")
+	fd, err := unix.Open(canary, unix.O_CREAT|unix.O_RDWR, 0o600) // without O_CLOEXEC
+	must(t, err)
+	defer unix.Close(fd)
+
+	r, slot := open(t, testConfig(t)), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	own, err := os.Readlink("/proc/self/ns/net")
+	must(t, err)
+	pids := r.groups.pids(s.ID)
+	if len(pids) < 2 {
+		t.Fatalf("%d processes, want a sentry and a gofer at least", len(pids))
+	}
+	for _, pid := range pids {
+		proc := fmt.Sprintf("/proc/%d", pid)
+		env, err := os.ReadFile(proc + "/environ")
+		must(t, err)
+		if bytes.Contains(env, []byte(secret)) {
+			t.Errorf("process %d has the server's environment", pid)
+		}
+		fds, err := filepath.Glob(proc + "/fd/*")
+		must(t, err)
+		for _, fd := range fds {
+			name, _ := os.Readlink(fd)
+			if name == canary {
+				t.Errorf("process %d has the server's file", pid)
+			}
+			if n := filepath.Base(fd); len(n) == 1 && n < "3" && name != "/dev/null" && name != "/null" {
+				t.Errorf("process %d has %s as standard file %s", pid, name, n)
+			}
+		}
+		if ns, _ := os.Readlink(proc + "/ns/net"); ns == own || ns == "" {
+			t.Errorf("process %d is in network namespace %q, the server's is %q", pid, ns, own)
+		}
+		status, err := os.ReadFile(proc + "/status")
+		must(t, err)
+		if !bytes.Contains(status, []byte("\nSeccomp:\t2\n")) {
+			t.Errorf("process %d has no seccomp filter", pid)
+		}
+		if link("/proc/self/ns/user") == link(proc+"/ns/user") {
+			t.Errorf("process %d is in the server's user namespace", pid)
+		}
+		if sid, err := unix.Getsid(pid); err == nil {
+			if mine, _ := unix.Getsid(0); sid == mine {
+				t.Errorf("process %d is in the server's session", pid)
+			}
+		}
+	}
+}
+
+func link(path string) string {
+	s, _ := os.Readlink(path)
+	return s
+}
+
+// TestTheHostIsInvisibleInside reads every file of /proc, /sys and /dev inside.
+func TestTheHostIsInvisibleInside(t *testing.T) {
+	cfg := testConfig(t)
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	rootfs := runtimetest.Rootfs(t)
+	s := spec(rootfs, slot)
+	started(t, r, s, slot)
+	var uts unix.Utsname
+	must(t, unix.Uname(&uts))
+	secrets := map[string]string{
+		"the host's kernel":      unix.ByteSliceToString(uts.Release[:]),
+		"the state's folder":     cfg.StateDir,
+		"the data's folder":      cfg.DataDir,
+		"the image's folder":     rootfs,
+		"the cgroup":             cfg.CgroupParent,
+		"the namespace's folder": slot.NetNS,
+		"the sandbox's ID":       string(s.ID),
+	}
+	for _, root := range []string{"/proc", "/sys"} {
+		text, err := slot.Ask(t.Context(), "walk", root)
+		must(t, err)
+		if len(text) < 100 {
+			t.Errorf("%s: only %d bytes to read", root, len(text))
+		}
+		for what, secret := range secrets {
+			if i := strings.Index(text, secret); i >= 0 {
+				t.Errorf("%s shows %s: %q", root, what, text[max(0, i-200):min(len(text), i+100)])
+			}
+		}
+	}
+	name, err := slot.Ask(t.Context(), "cat", "/proc/sys/kernel/hostname")
+	if err == nil && strings.TrimSpace(name) != s.Hostname {
+		t.Errorf("host name: %q", name)
+	}
+	devices, err := slot.Ask(t.Context(), "ls", "/dev")
+	must(t, err)
+	for _, d := range []string{"kvm", "sda", "vda", "nvme0n1", "mem", "kmsg"} {
+		if slices.Contains(strings.Split(devices, "\n"), d) {
+			t.Errorf("/dev has the host's %s", d)
+		}
+	}
+}
+
+// TestRootInsideIsNotRootOfTheHost tries what a root of the host could.
+func TestRootInsideIsNotRootOfTheHost(t *testing.T) {
+	r, slot := open(t, testConfig(t)), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	for _, c := range [][]string{
+		{"mount", "/home"}, {"rawsocket"}, {"write", "/proc/sys/kernel/core_pattern", "|/x"},
+		{"write", "/proc/sysrq-trigger", "b"}, {"write", "/sys/kernel/uevent_helper", "/x"}, {"ls", "/proc/1/root/../../../../host"},
+	} {
+		if out, err := slot.Ask(t.Context(), c[0], c[1:]...); err == nil {
+			t.Errorf("%q succeeded: %q", c, out)
+		}
+	}
+	// A block device made inside is a name, not the host's disk.
+	if _, err := slot.Ask(t.Context(), "mknod", "/home/disk", "8", "0"); err == nil {
+		if out, err := slot.Ask(t.Context(), "cat", "/home/disk"); err == nil {
+			t.Errorf("read %d bytes from a block device", len(out))
+		}
+	}
+	// What a process sees as its own program is the image's file.
+	if out, err := slot.Ask(t.Context(), "ls", "/proc/1/map_files"); err == nil {
+		t.Errorf("map_files: %q", out)
+	}
+}
+
+// TestSandboxesOutliveTheServer starts a sandbox from a process that is then
+// killed, and adopts it.
+func TestSandboxesOutliveTheServer(t *testing.T) {
+	const key = "CORDON_TEST_SERVER"
+	if args := os.Getenv(key); args != "" {
+		f := strings.Split(args, "|")
+		r, err := New(Config{StateDir: f[0], DataDir: f[1], CgroupParent: f[2]})
+		must(t, err)
+		s := spec(f[3], nil)
+		s.NetNS, s.ID = f[4], sandbox.ID(f[5])
+		must(t, r.Create(t.Context(), s))
+		must(t, r.Start(t.Context(), s.ID))
+		must(t, unix.Kill(os.Getpid(), unix.SIGKILL))
+	}
+	cfg := testConfig(t)
+	rootfs, slot, id := runtimetest.Rootfs(t), runtimetest.NewSlot(t, 1), sandbox.NewID()
+	server := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestSandboxesOutliveTheServer$")
+	server.Args[0] = os.Args[0]
+	server.Env = append(os.Environ(), key+"="+strings.Join([]string{cfg.StateDir, cfg.DataDir, cfg.CgroupParent, rootfs, slot.NetNS, string(id)}, "|"))
+	out, err := server.CombinedOutput()
+	if ws, ok := server.ProcessState.Sys().(interface{ Signal() unix.Signal }); !ok || ws.Signal() != unix.SIGKILL {
+		t.Fatalf("the server ended by %v\n%s", err, out)
+	}
+	r := open(t, cfg)
+	if _, err := slot.Ask(t.Context(), "hello"); err != nil {
+		t.Fatalf("after the server's end: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := r.Wait(ctx, id); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("wait: %v", err)
+	}
+	must(t, r.Destroy(t.Context(), id))
+	clean(t, r, cfg, id)
+}
+
+// clean fails when anything of a sandbox is left on the host.
+func clean(t *testing.T, r *Runtime, cfg Config, id sandbox.ID) {
+	t.Helper()
+	for _, dir := range r.groups.dirs(id) {
+		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("left the cgroup %s (%v)", dir, err)
+		}
+	}
+	for _, dir := range []string{cfg.StateDir, cfg.DataDir} {
+		must(t, filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
+			if strings.Contains(path, string(id)) {
+				t.Errorf("left the file %s", path)
+			}
+			return err
+		}))
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	must(t, err)
+	if strings.Contains(string(b), string(id)) {
+		t.Error("left a mount")
+	}
+	cmdlines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	must(t, err)
+	for _, path := range cmdlines {
+		if b, err := os.ReadFile(path); err == nil && bytes.Contains(b, []byte(id)) && !strings.HasPrefix(path, fmt.Sprintf("/proc/%d/", os.Getpid())) {
+			t.Errorf("left the process %s: %q", path, b)
+		}
+	}
+}
+
+func TestDestroyLeavesNothing(t *testing.T) {
+	cfg := testConfig(t)
+	rootfs := runtimetest.Rootfs(t)
+	r := open(t, cfg)
+	state := func(id sandbox.ID) string {
+		return filepath.Join(r.root(), string(id)+"_sandbox:"+string(id)+".state")
+	}
+	for name, damage := range map[string]func(*testing.T, sandbox.ID){
+		"a running sandbox":                  func(*testing.T, sandbox.ID) {},
+		"a sandbox whose state file is lost": func(t *testing.T, id sandbox.ID) { must(t, os.Remove(state(id))) },
+		"a sandbox whose state file is cut":  func(t *testing.T, id sandbox.ID) { must(t, os.Truncate(state(id), 10)) },
+		"a sandbox whose bundle is lost":     func(t *testing.T, id sandbox.ID) { must(t, os.RemoveAll(r.bundle(id))) },
+		"a sandbox whose sentry was killed": func(t *testing.T, id sandbox.ID) {
+			pid, err := r.sentry(id)
+			must(t, err)
+			must(t, unix.Kill(pid, unix.SIGKILL))
+		},
+		"a sandbox whose sentry hangs": func(t *testing.T, id sandbox.ID) {
+			pid, err := r.sentry(id)
+			must(t, err)
+			must(t, unix.Kill(pid, unix.SIGSTOP))
+		},
+		"a paused sandbox": func(t *testing.T, id sandbox.ID) { must(t, r.Pause(t.Context(), id)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			slot := runtimetest.NewSlot(t, 1)
+			s := spec(rootfs, slot)
+			started(t, r, s, slot)
+			damage(t, s.ID)
+			must(t, r.Destroy(t.Context(), s.ID))
+			clean(t, r, cfg, s.ID)
+		})
+	}
+	t.Run("a sandbox that was never started", func(t *testing.T) {
+		slot := runtimetest.NewSlot(t, 1)
+		s := spec(rootfs, slot)
+		must(t, r.Create(t.Context(), s))
+		must(t, r.Destroy(t.Context(), s.ID))
+		clean(t, r, cfg, s.ID)
+	})
+}
+
+// TestAHangingStepDoesNotKeepDestroyWaiting stops the sentry, so that a pause
+// never gets an answer.
+func TestAHangingStepDoesNotKeepDestroyWaiting(t *testing.T) {
+	cfg := testConfig(t)
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	pid, err := r.sentry(s.ID)
+	must(t, err)
+	must(t, unix.Kill(pid, unix.SIGSTOP))
+	paused := make(chan error, 1)
+	go func() { paused <- r.Pause(t.Context(), s.ID) }()
+	time.Sleep(100 * time.Millisecond)
+	begin := time.Now()
+	must(t, r.Destroy(t.Context(), s.ID))
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("destroy took %v", took)
+	}
+	if err := <-paused; err == nil {
+		t.Error("paused a sandbox that hangs")
+	}
+	clean(t, r, cfg, s.ID)
+}
+
+// TestAStrangersProcessIsLeftAlone plays a host where the sentry's process ID
+// was given to somebody else while the server was away.
+func TestAStrangersProcessIsLeftAlone(t *testing.T) {
+	cfg := testConfig(t)
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	pid, err := r.sentry(s.ID)
+	must(t, err)
+	stranger := exec.Command("sleep", "60")
+	must(t, stranger.Start())
+	defer func() { _ = stranger.Process.Kill(); _ = stranger.Wait() }()
+	path := filepath.Join(r.root(), string(s.ID)+"_sandbox:"+string(s.ID)+".state")
+	b, err := os.ReadFile(path)
+	must(t, err)
+	old, wrong := fmt.Sprintf(`"pid":%d`, pid), fmt.Sprintf(`"pid":%d`, stranger.Process.Pid)
+	if !strings.Contains(string(b), old) {
+		t.Fatalf("no %s in the state", old)
+	}
+	must(t, os.WriteFile(path, []byte(strings.Replace(string(b), old, wrong, 1)), 0o600))
+	must(t, r.Wait(t.Context(), s.ID)) // it has ended, as far as anybody can know
+	must(t, r.Destroy(t.Context(), s.ID))
+	if err := stranger.Process.Signal(unix.Signal(0)); err != nil {
+		t.Errorf("the stranger is gone: %v", err)
+	}
+	clean(t, r, cfg, s.ID)
+}
