@@ -372,18 +372,27 @@ func (p *process) kill() {
 	p.release()
 }
 
-// signal sends sig; os.ErrProcessDone when it is dead and its output has ended.
-func (p *process) signal(sig syscall.Signal) error {
-	if sig == syscall.SIGKILL {
-		select {
-		case <-p.done:
-			return os.ErrProcessDone
-		default:
-			p.kill()
-			return nil
-		}
+// signal sends sig; os.ErrProcessDone when it is dead and, for SIGKILL, its
+// output has ended too. After a SIGKILL the process is gone and reaped, so that
+// whoever killed it finds no trace of it.
+func (p *process) signal(ctx context.Context, sig syscall.Signal) error {
+	if sig != syscall.SIGKILL {
+		return p.kids.signal(p.pid, sig)
 	}
-	return p.kids.signal(p.pid, sig)
+	select {
+	case <-p.done:
+		return os.ErrProcessDone
+	default:
+	}
+	p.kill()
+	const patience = 2 * time.Second // a process in an uninterruptible sleep dies later
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // endEvent words an exit as Go's os.ProcessState does, which clients parse.

@@ -231,14 +231,14 @@ func (s processService) CloseStdin(_ context.Context, req *connect.Request[pb.Cl
 	return connect.NewResponse(&pb.CloseStdinResponse{}), nil
 }
 
-func (s processService) SendSignal(_ context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
+func (s processService) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
 	p, err := s.find(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
 	}
 	switch sig := req.Msg.GetSignal(); sig {
 	case pb.Signal_SIGNAL_SIGKILL, pb.Signal_SIGNAL_SIGTERM:
-		err = p.signal(syscall.Signal(sig))
+		err = p.signal(ctx, syscall.Signal(sig))
 	default:
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("signal %d: only SIGNAL_SIGTERM and SIGNAL_SIGKILL can be sent", sig))
 	}

@@ -36,7 +36,7 @@ type watch struct {
 	recursive bool
 	entries   bool
 	notify    *fsnotify.Watcher
-	dirs      int
+	dirs      map[string]struct{} // watched
 	// seen are entries found by listing a new directory, whose own event may still
 	// come and must not be told twice.
 	seen map[string]struct{}
@@ -52,7 +52,7 @@ func (a *Agent) openWatch(h http.Header, spec watchSpec) (*watch, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &watch{place: at, recursive: spec.GetRecursive(), entries: spec.GetIncludeEntry(), seen: map[string]struct{}{}}
+	w := &watch{place: at, recursive: spec.GetRecursive(), entries: spec.GetIncludeEntry(), dirs: map[string]struct{}{}, seen: map[string]struct{}{}}
 	if w.notify, err = fsnotify.NewWatcher(); err != nil {
 		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("open a watch: %w", err))
 	}
@@ -97,14 +97,31 @@ func (w *watch) add(dir string) (found []string, err error) {
 }
 
 func (w *watch) addOne(dir string) error {
-	if w.dirs++; w.dirs > maxWatchDirs {
+	if len(w.dirs) >= maxWatchDirs {
 		return connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("more than %d directories to watch: watch a smaller tree", maxWatchDirs))
 	}
 	err := w.notify.Add(dir)
 	if errors.Is(err, syscall.ENOSPC) {
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("the kernel's limit of watches is reached (fs.inotify.max_user_watches)"))
 	}
+	if err == nil {
+		w.dirs[dir] = struct{}{}
+	}
 	return err
+}
+
+// drop forgets a directory that was removed or renamed, and all below it, which
+// would go on reporting under names that are no longer theirs.
+func (w *watch) drop(dir string) {
+	if _, ok := w.dirs[dir]; !ok {
+		return
+	}
+	for d := range w.dirs {
+		if d == dir || strings.HasPrefix(d, dir+"/") {
+			_ = w.notify.Remove(d) // the kernel dropped it already if it is gone
+			delete(w.dirs, d)
+		}
+	}
 }
 
 // translate turns one kernel event into the SDKs' events.
@@ -127,6 +144,9 @@ func (w *watch) translate(ev fsnotify.Event) ([]*pb.FilesystemEvent, error) {
 		if ev.Has(k.op) {
 			out = append(out, w.event(ev.Name, k.as))
 		}
+	}
+	if ev.Has(fsnotify.Remove) || ev.Has(fsnotify.Rename) {
+		w.drop(ev.Name)
 	}
 	if !w.recursive || !ev.Has(fsnotify.Create) {
 		return out, nil
