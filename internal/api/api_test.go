@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/cordonhq/cordon/internal/api"
+	"github.com/cordonhq/cordon/internal/api/apitest"
 	"github.com/cordonhq/cordon/internal/auth"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
@@ -32,17 +33,19 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type bench struct {
 	t         testing.TB
 	handler   http.Handler
-	sandboxes *fakeSandboxes
-	keys      *fakeKeys
+	sandboxes *apitest.Sandboxes
+	keys      *apitest.Keys
 	flows     *flowlog.Log
 	log       *bytes.Buffer
 	admin     string // secrets
 	user      string
+	adminID   string
+	userID    string
 }
 
 func newBench(t testing.TB, change ...func(*api.Config)) *bench {
 	t.Helper()
-	b := &bench{t: t, sandboxes: newFakeSandboxes(), keys: &fakeKeys{}, log: &bytes.Buffer{}}
+	b := &bench{t: t, sandboxes: apitest.NewSandboxes(), keys: &apitest.Keys{}, log: &bytes.Buffer{}}
 	var err error
 	if b.flows, err = flowlog.New(flowlog.Config{}); err != nil {
 		t.Fatal(err)
@@ -50,7 +53,12 @@ func newBench(t testing.TB, change ...func(*api.Config)) *bench {
 	var admin, user auth.Key
 	admin, b.admin = auth.NewKey("admin", true, time.Now())
 	user, b.user = auth.NewKey("user", false, time.Now())
-	b.keys.keys = []auth.Key{admin, user}
+	for _, k := range []auth.Key{admin, user} {
+		if err := b.keys.PutKey(t.Context(), k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.adminID, b.userID = admin.ID, user.ID
 	cfg := api.Config{
 		Sandboxes: b.sandboxes, Snapshots: b.sandboxes, Keys: b.keys, Flows: b.flows,
 		Domain: "sbx.test:8443", Version: "1.2.3", Log: slog.New(slog.NewTextHandler(b.log, nil)),
@@ -180,9 +188,9 @@ func TestCreatePassesOnWhatWasAsked(t *testing.T) {
 		"allow_internet_access":false,
 		"network":{"allowOut":["1.1.1.1","*.example.com"],"denyOut":["0.0.0.0/0"],"allowPublicTraffic":false,
 			"maskRequestHost":"localhost:${PORT}","dns":"open","onDeny":"explain","mode":"observe","allow_internet_access":true}}`)
-	got := b.sandboxes.created[0]
+	got := b.sandboxes.Created[0]
 	want := sandbox.CreateRequest{
-		Owner: b.keys.keys[1].ID, Template: "base", Timeout: time.Minute,
+		Owner: b.userID, Template: "base", Timeout: time.Minute,
 		Metadata: map[string]string{"a": "1"}, EnvVars: map[string]string{"K": "v=w"},
 		AllowPublicTraffic: &no, MaskRequestHost: "localhost:${PORT}",
 		OnTimeout: sandbox.PauseOnTimeout, AutoResume: true, Secure: true,
@@ -195,7 +203,7 @@ func TestCreatePassesOnWhatWasAsked(t *testing.T) {
 		t.Fatal(diff)
 	}
 	b.create(`{"templateID":"base","allow_internet_access":true}`)
-	if got := b.sandboxes.created[1].Egress.AllowInternetAccess; got == nil || *got != yes {
+	if got := b.sandboxes.Created[1].Egress.AllowInternetAccess; got == nil || *got != yes {
 		t.Fatal("allow_internet_access: true was lost")
 	}
 }
@@ -245,7 +253,7 @@ func TestCreateRefuses(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			b := newBench(t)
 			b.want(b.do("POST", "/v2/sandboxes", tt.body), tt.status, tt.message)
-			if n := len(b.sandboxes.records); n != 0 {
+			if n := b.sandboxes.Len(); n != 0 {
 				t.Fatalf("%d sandboxes were created", n)
 			}
 		})
@@ -263,7 +271,7 @@ func TestTenThousandRulesFit(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.want(b.do("POST", "/v2/sandboxes", string(body)), 201, "")
-	if got := len(b.sandboxes.created[0].Egress.DenyOut); got != 10_000 {
+	if got := len(b.sandboxes.Created[0].Egress.DenyOut); got != 10_000 {
 		t.Fatalf("%d rules arrived", got)
 	}
 	b.want(b.do("POST", "/sandboxes/quota/pause", strings.Repeat(" ", 1<<20)+"{}"), 413, "over 1048576 bytes")
@@ -288,7 +296,7 @@ func TestWhoMayAsk(t *testing.T) {
 		{"a key as a bearer, lower case", header("Authorization", "bearer "+b.user), 200, ""},
 		{"nothing", header("X-Other", "x"), 401, "no API key"},
 		{"an unknown key", header("X-API-KEY", "e2b_0000000000000000000000000000000000000000"), 401, "not valid"},
-		{"the ID of a key", header("X-API-KEY", b.keys.keys[0].ID), 401, "not valid"},
+		{"the ID of a key", header("X-API-KEY", b.adminID), 401, "not valid"},
 		{"another scheme", header("Authorization", "Basic "+b.user), 401, "no API key"},
 		{"an empty bearer", header("Authorization", "Bearer "), 401, "no API key"},
 	}
@@ -312,7 +320,7 @@ func TestWhoMayAsk(t *testing.T) {
 		}
 	})
 	t.Run("a revoked key", func(t *testing.T) {
-		b.want(b.do("DELETE", "/keys/"+b.keys.keys[1].ID, "", b.asAdmin), 204, "")
+		b.want(b.do("DELETE", "/keys/"+b.userID, "", b.asAdmin), 204, "")
 		b.want(b.do("GET", "/v2/sandboxes", ""), 401, "not valid")
 	})
 }
@@ -344,7 +352,7 @@ func TestEveryErrorKindHasItsStatus(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.err.Error(), func(t *testing.T) {
 			b := newBench(t)
-			b.sandboxes.broken = tt.err
+			b.sandboxes.Broken = tt.err
 			r := b.do("GET", "/sandboxes/"+string(sandbox.NewID()), "")
 			b.want(r, tt.status, "")
 			if r.body["message"] != tt.message || r.Header().Get("Retry-After") != tt.retryAfter {
@@ -362,7 +370,7 @@ func TestFaultsOfOursShowAnIDOnly(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)
-			b.sandboxes.broken = broken
+			b.sandboxes.Broken = broken
 			r := b.do("POST", "/sandboxes", `{}`)
 			b.want(r, 500, "internal error, id ")
 			if strings.Contains(r.Body.String(), "secret") {
@@ -814,7 +822,7 @@ func TestKeys(t *testing.T) {
 	}
 	b.want(b.do("DELETE", "/keys/"+made.body["id"].(string), "", b.asAdmin), 204, "")
 	b.want(b.do("GET", "/v2/sandboxes", "", func(r *http.Request) { r.Header.Set("X-API-KEY", secret) }), 401, "")
-	b.want(b.do("DELETE", "/keys/"+b.keys.keys[0].ID, "", b.asAdmin), 409, "last admin key")
+	b.want(b.do("DELETE", "/keys/"+b.adminID, "", b.asAdmin), 409, "last admin key")
 	b.want(b.do("DELETE", "/keys/none", "", b.asAdmin), 404, "doesn't exist")
 	b.want(b.do("POST", "/keys", `{"name":""}`, b.asAdmin), 400, "name has 0 characters")
 	b.want(b.do("POST", "/keys", `{"name":"`+strings.Repeat("n", 101)+`"}`, b.asAdmin), 400, "name has 101 characters")
@@ -822,7 +830,7 @@ func TestKeys(t *testing.T) {
 
 func TestLimitReached(t *testing.T) {
 	b := newBench(t)
-	b.sandboxes.limit = 1
+	b.sandboxes.Limit = 1
 	b.create(`{}`)
 	r := b.do("POST", "/v2/sandboxes", `{}`)
 	b.want(r, 429, "limit of 1 sandboxes")

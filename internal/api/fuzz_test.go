@@ -39,10 +39,10 @@ func FuzzCreateBody(f *testing.F) {
 		}
 		switch rec.Code {
 		case http.StatusCreated:
-			checkFaithful(t, body, b.sandboxes.created[0])
+			checkFaithful(t, body, b.sandboxes.Created[0])
 		case http.StatusBadRequest, http.StatusNotFound, http.StatusNotImplemented, http.StatusRequestEntityTooLarge:
-			if len(b.sandboxes.records) != 0 || answer["message"] == "" {
-				t.Fatalf("refused with %s, and %d sandboxes", rec.Body, len(b.sandboxes.records))
+			if b.sandboxes.Len() != 0 || answer["message"] == "" {
+				t.Fatalf("refused with %s, and %d sandboxes", rec.Body, b.sandboxes.Len())
 			}
 		default:
 			t.Fatalf("status %d: %s", rec.Code, rec.Body)

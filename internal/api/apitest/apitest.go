@@ -1,4 +1,6 @@
-package api_test
+// Package apitest hides a control plane without sandboxes: fakes that keep state
+// as the real manager and key store do, for tests of what talks to the API.
+package apitest
 
 import (
 	"cmp"
@@ -9,37 +11,53 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/api"
 	"github.com/cordonhq/cordon/internal/auth"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
-// fakeSandboxes keeps sandboxes in memory with the manager's rules about
-// owners, states, timeouts and policies, but runs nothing.
-type fakeSandboxes struct {
-	mu       sync.Mutex
+// Sandboxes keeps sandboxes in memory with the manager's rules about owners,
+// states, timeouts and policies, but runs nothing. The fields may be set and read
+// while no call is under way.
+type Sandboxes struct {
+	Limit   int                     // how many there may be at once
+	Broken  error                   // if set, what every call returns
+	Created []sandbox.CreateRequest // every request that arrived
+
+	mu       sync.Mutex // guards all below, and Created
 	records  map[sandbox.ID]*sandbox.Record
 	policies map[sandbox.ID]*policy.Compiled
 	events   []sandbox.Event
 	snaps    []sandbox.Snapshot
-	created  []sandbox.CreateRequest
-	limit    int
-	// broken, if set, is what every call returns.
-	broken error
 }
 
-func newFakeSandboxes() *fakeSandboxes {
-	return &fakeSandboxes{
+// NewSandboxes returns none, with room for ten.
+func NewSandboxes() *Sandboxes {
+	return &Sandboxes{
+		Limit:    10,
 		records:  map[sandbox.ID]*sandbox.Record{},
 		policies: map[sandbox.ID]*policy.Compiled{},
-		limit:    10,
 	}
 }
 
-func (f *fakeSandboxes) find(owner string, id sandbox.ID) (*sandbox.Record, error) {
-	if f.broken != nil {
-		return nil, f.broken
+// Len returns how many sandboxes there are.
+func (f *Sandboxes) Len() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.records)
+}
+
+var (
+	_ api.Sandboxes = (*Sandboxes)(nil)
+	_ api.Snapshots = (*Sandboxes)(nil)
+	_ api.Keys      = (*Keys)(nil)
+)
+
+func (f *Sandboxes) find(owner string, id sandbox.ID) (*sandbox.Record, error) {
+	if f.Broken != nil {
+		return nil, f.Broken
 	}
 	rec, ok := f.records[id]
 	if !ok || owner != "" && owner != rec.Owner {
@@ -48,18 +66,19 @@ func (f *fakeSandboxes) find(owner string, id sandbox.ID) (*sandbox.Record, erro
 	return rec, nil
 }
 
-func (f *fakeSandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sandbox.Record, error) {
+// Create implements the API's interface.
+func (f *Sandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sandbox.Record, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.broken != nil {
-		return sandbox.Record{}, f.broken
+	if f.Broken != nil {
+		return sandbox.Record{}, f.Broken
 	}
-	f.created = append(f.created, req)
+	f.Created = append(f.Created, req)
 	switch {
 	case req.Template == "nowhere":
 		return sandbox.Record{}, errs.New(errs.NotFound, "template %q doesn't exist", req.Template)
-	case len(f.records) >= f.limit:
-		return sandbox.Record{}, errs.New(errs.Exhausted, "this server runs its limit of %d sandboxes", f.limit)
+	case len(f.records) >= f.Limit:
+		return sandbox.Record{}, errs.New(errs.Exhausted, "this server runs its limit of %d sandboxes", f.Limit)
 	case req.Timeout > 24*time.Hour:
 		return sandbox.Record{}, errs.New(errs.Invalid, "timeout is %d seconds, this server allows at most 86400", int64(req.Timeout.Seconds()))
 	}
@@ -70,7 +89,7 @@ func (f *fakeSandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sa
 	rec := &sandbox.Record{
 		ID: sandbox.NewID(), Owner: req.Owner, TemplateID: "tmpl1", Template: cmp.Or(req.Template, "base"),
 		State: sandbox.Running, Metadata: req.Metadata, EnvVars: req.EnvVars,
-		Created: time.Now(), Started: time.Now().Add(time.Duration(len(f.created)) * time.Millisecond),
+		Created: time.Now(), Started: time.Now().Add(time.Duration(len(f.Created)) * time.Millisecond),
 		Expires:   time.Now().Add(cmp.Or(req.Timeout, sandbox.DefaultTimeout)),
 		OnTimeout: req.OnTimeout, AutoResume: req.AutoResume,
 		Resources: sandbox.Resources{CPUs: 2, MemoryMB: 512, DiskMB: 1024},
@@ -89,13 +108,14 @@ func (f *fakeSandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sa
 	return *rec, nil
 }
 
-func (f *fakeSandboxes) event(rec *sandbox.Record, name string) {
+func (f *Sandboxes) event(rec *sandbox.Record, name string) {
 	f.events = append(f.events, sandbox.Event{
 		ID: strconv.Itoa(len(f.events)), Time: time.Now(), Sandbox: rec.ID, Template: rec.Template, Name: name, State: rec.State,
 	})
 }
 
-func (f *fakeSandboxes) Get(_ context.Context, owner string, id sandbox.ID) (sandbox.Record, error) {
+// Get implements the API's interface.
+func (f *Sandboxes) Get(_ context.Context, owner string, id sandbox.ID) (sandbox.Record, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -105,11 +125,12 @@ func (f *fakeSandboxes) Get(_ context.Context, owner string, id sandbox.ID) (san
 	return *rec, nil
 }
 
-func (f *fakeSandboxes) List(_ context.Context, req sandbox.ListRequest) (page []sandbox.Record, next string, err error) {
+// List implements the API's interface.
+func (f *Sandboxes) List(_ context.Context, req sandbox.ListRequest) (page []sandbox.Record, next string, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.broken != nil {
-		return nil, "", f.broken
+	if f.Broken != nil {
+		return nil, "", f.Broken
 	}
 	var all []sandbox.Record
 	for _, rec := range f.records {
@@ -141,7 +162,8 @@ func (f *fakeSandboxes) List(_ context.Context, req sandbox.ListRequest) (page [
 	return all[from:to], next, nil
 }
 
-func (f *fakeSandboxes) Connect(_ context.Context, owner string, id sandbox.ID, timeout time.Duration) (sandbox.Record, bool, error) {
+// Connect implements the API's interface.
+func (f *Sandboxes) Connect(_ context.Context, owner string, id sandbox.ID, timeout time.Duration) (sandbox.Record, bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -156,7 +178,8 @@ func (f *fakeSandboxes) Connect(_ context.Context, owner string, id sandbox.ID, 
 	return *rec, resumed, nil
 }
 
-func (f *fakeSandboxes) SetTimeout(_ context.Context, owner string, id sandbox.ID, d time.Duration) error {
+// SetTimeout implements the API's interface.
+func (f *Sandboxes) SetTimeout(_ context.Context, owner string, id sandbox.ID, d time.Duration) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -166,7 +189,8 @@ func (f *fakeSandboxes) SetTimeout(_ context.Context, owner string, id sandbox.I
 	return err
 }
 
-func (f *fakeSandboxes) SetNetwork(_ context.Context, owner string, id sandbox.ID, in policy.Input) error {
+// SetNetwork implements the API's interface.
+func (f *Sandboxes) SetNetwork(_ context.Context, owner string, id sandbox.ID, in policy.Input) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -183,7 +207,8 @@ func (f *fakeSandboxes) SetNetwork(_ context.Context, owner string, id sandbox.I
 	return nil
 }
 
-func (f *fakeSandboxes) Pause(_ context.Context, owner string, id sandbox.ID) error {
+// Pause implements the API's interface.
+func (f *Sandboxes) Pause(_ context.Context, owner string, id sandbox.ID) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -198,7 +223,8 @@ func (f *fakeSandboxes) Pause(_ context.Context, owner string, id sandbox.ID) er
 	return nil
 }
 
-func (f *fakeSandboxes) Kill(_ context.Context, owner string, id sandbox.ID) error {
+// Kill implements the API's interface.
+func (f *Sandboxes) Kill(_ context.Context, owner string, id sandbox.ID) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -210,7 +236,8 @@ func (f *fakeSandboxes) Kill(_ context.Context, owner string, id sandbox.ID) err
 	return err
 }
 
-func (f *fakeSandboxes) Metrics(_ context.Context, owner string, id sandbox.ID) ([]sandbox.Metrics, error) {
+// Metrics implements the API's interface.
+func (f *Sandboxes) Metrics(_ context.Context, owner string, id sandbox.ID) ([]sandbox.Metrics, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if _, err := f.find(owner, id); err != nil {
@@ -222,7 +249,8 @@ func (f *fakeSandboxes) Metrics(_ context.Context, owner string, id sandbox.ID) 
 	}, nil
 }
 
-func (f *fakeSandboxes) Events(_ context.Context, req sandbox.EventsRequest) ([]sandbox.Event, int, error) {
+// Events implements the API's interface.
+func (f *Sandboxes) Events(_ context.Context, req sandbox.EventsRequest) ([]sandbox.Event, int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var all []sandbox.Event
@@ -238,20 +266,23 @@ func (f *fakeSandboxes) Events(_ context.Context, req sandbox.EventsRequest) ([]
 	return all[from:min(len(all), from+cmp.Or(req.Limit, 10))], len(all), nil
 }
 
-func (f *fakeSandboxes) Quota(context.Context, string) (sandbox.Quota, error) {
+// Quota implements the API's interface.
+func (f *Sandboxes) Quota(context.Context, string) (sandbox.Quota, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return sandbox.Quota{MaxSandboxes: f.limit, MaxLifetime: 24 * time.Hour, Sandboxes: len(f.records)}, nil
+	return sandbox.Quota{MaxSandboxes: f.Limit, MaxLifetime: 24 * time.Hour, Sandboxes: len(f.records)}, nil
 }
 
-func (f *fakeSandboxes) Policy(id sandbox.ID) (*policy.Compiled, bool) {
+// Policy implements the API's interface.
+func (f *Sandboxes) Policy(id sandbox.ID) (*policy.Compiled, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p, ok := f.policies[id]
 	return p, ok
 }
 
-func (f *fakeSandboxes) CreateSnapshot(_ context.Context, owner string, id sandbox.ID, name string) (sandbox.Snapshot, error) {
+// CreateSnapshot implements the API's interface.
+func (f *Sandboxes) CreateSnapshot(_ context.Context, owner string, id sandbox.ID, name string) (sandbox.Snapshot, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if _, err := f.find(owner, id); err != nil {
@@ -265,7 +296,8 @@ func (f *fakeSandboxes) CreateSnapshot(_ context.Context, owner string, id sandb
 	return s, nil
 }
 
-func (f *fakeSandboxes) ListSnapshots(_ context.Context, req sandbox.SnapshotsRequest) ([]sandbox.Snapshot, string, error) {
+// ListSnapshots implements the API's interface.
+func (f *Sandboxes) ListSnapshots(_ context.Context, req sandbox.SnapshotsRequest) ([]sandbox.Snapshot, string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	from, _ := strconv.Atoi(req.Cursor)
@@ -277,7 +309,8 @@ func (f *fakeSandboxes) ListSnapshots(_ context.Context, req sandbox.SnapshotsRe
 	return f.snaps[from:to], next, nil
 }
 
-func (f *fakeSandboxes) DeleteSnapshot(_ context.Context, _, snapshotID string) error {
+// DeleteSnapshot implements the API's interface.
+func (f *Sandboxes) DeleteSnapshot(_ context.Context, _, snapshotID string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	n := len(f.snaps)
@@ -288,7 +321,8 @@ func (f *fakeSandboxes) DeleteSnapshot(_ context.Context, _, snapshotID string) 
 	return nil
 }
 
-func (f *fakeSandboxes) Fork(ctx context.Context, owner string, id sandbox.ID, req sandbox.ForkRequest) ([]sandbox.Forked, error) {
+// Fork implements the API's interface.
+func (f *Sandboxes) Fork(ctx context.Context, owner string, id sandbox.ID, req sandbox.ForkRequest) ([]sandbox.Forked, error) {
 	f.mu.Lock()
 	rec, err := f.find(owner, id)
 	f.mu.Unlock()
@@ -308,7 +342,8 @@ func (f *fakeSandboxes) Fork(ctx context.Context, owner string, id sandbox.ID, r
 	return out, nil
 }
 
-func (f *fakeSandboxes) Reset(_ context.Context, owner string, id sandbox.ID, req sandbox.ResetRequest) (sandbox.Record, error) {
+// Reset implements the API's interface.
+func (f *Sandboxes) Reset(_ context.Context, owner string, id sandbox.ID, req sandbox.ResetRequest) (sandbox.Record, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
@@ -328,26 +363,29 @@ func (f *fakeSandboxes) Reset(_ context.Context, owner string, id sandbox.ID, re
 	return *rec, nil
 }
 
-// fakeKeys keeps keys in memory.
-type fakeKeys struct {
-	mu   sync.Mutex
+// Keys keeps API keys in memory.
+type Keys struct {
+	mu   sync.Mutex // guards keys
 	keys []auth.Key
 }
 
-func (f *fakeKeys) Keys(context.Context) ([]auth.Key, error) {
+// Keys implements the API's interface.
+func (f *Keys) Keys(context.Context) ([]auth.Key, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.keys), nil
 }
 
-func (f *fakeKeys) PutKey(_ context.Context, k auth.Key) error {
+// PutKey implements the API's interface.
+func (f *Keys) PutKey(_ context.Context, k auth.Key) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.keys = append(f.keys, k)
 	return nil
 }
 
-func (f *fakeKeys) DeleteKey(_ context.Context, id string) error {
+// DeleteKey implements the API's interface.
+func (f *Keys) DeleteKey(_ context.Context, id string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.keys = slices.DeleteFunc(f.keys, func(k auth.Key) bool { return k.ID == id })
