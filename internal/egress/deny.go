@@ -1,0 +1,140 @@
+package egress
+
+import (
+	"cmp"
+	"encoding/json"
+	"io"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// farewell is how long a denied client has to read why, and how much of what it
+// still sends is read away: closing with unread data would reset the connection
+// and take the answer along.
+const (
+	farewell      = time.Second
+	farewellBytes = 256 << 10
+)
+
+// alertAccessDenied is a fatal TLS alert (RFC 8446 section 6.2, access_denied).
+var alertAccessDenied = [...]byte{21, 3, 3, 0, 2, 2, 49}
+
+// denial is why a flow is refused.
+type denial struct {
+	rule   policy.Rule
+	reason policy.Reason
+	name   string // as shown, if one was
+	detail string
+}
+
+// deny records the denial and answers the client as its protocol and policy
+// demand: an alert on TLS, else a reset or, if the policy explains, a 403.
+func (f *flow) deny(c *policy.Compiled, d denial) {
+	f.record(flowlog.Denied, event{policy: c, name: d.name, rule: d.rule, reason: d.reason, detail: d.detail})
+	f.p.sniffed(f)
+	f.in.release()
+	switch {
+	case d.reason == ReasonBudget: // answering is work, and work is what is short
+	case f.proto == "tls":
+		f.answer(alertAccessDenied[:])
+		return
+	case f.proto == "http" && c.OnDeny() == policy.OnDenyExplain:
+		f.answer(f.explanation(d))
+		return
+	}
+	f.drain() // answers to earlier requests of the connection
+	reset(f.client)
+}
+
+// answer sends b as the last bytes of the connection.
+func (f *flow) answer(b []byte) {
+	_ = f.client.SetDeadline(time.Now().Add(farewell))
+	n, err := f.client.Write(b)
+	f.bytesIn.Add(int64(n))
+	if err != nil {
+		reset(f.client)
+		return
+	}
+	lingerClose(f.client)
+}
+
+// lingerClose sends FIN and reads away what still comes.
+func lingerClose(c *net.TCPConn) {
+	_ = c.SetDeadline(time.Now().Add(farewell))
+	if c.CloseWrite() == nil {
+		_, _ = io.CopyN(io.Discard, c, farewellBytes)
+	}
+	c.Close()
+}
+
+// explanation is the 403 of policy.OnDenyExplain.
+func (f *flow) explanation(d denial) []byte {
+	rule := strings.TrimSpace(d.rule.ID + " " + d.rule.Text)
+	body, err := json.Marshal(struct {
+		Error   string        `json:"error"`
+		Host    string        `json:"host"`
+		Rule    string        `json:"rule"`
+		Reason  policy.Reason `json:"reason"`
+		Sandbox string        `json:"sandbox"`
+	}{"denied by the sandbox's network policy", cmp.Or(d.name, f.dst.String()), rule, d.reason, f.sandbox})
+	if err != nil {
+		body = []byte("{}") // strings always marshal
+	}
+	var b strings.Builder
+	b.WriteString("HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nCache-Control: no-store\r\nConnection: close\r\nX-Cordon-Deny: ")
+	b.WriteString(printable(rule))
+	b.WriteString("\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n")
+	if !f.headRequest {
+		b.Write(body)
+	}
+	return []byte(b.String())
+}
+
+// printable makes s fit for a header: a rule may be written in any script.
+func printable(s string) string {
+	quoted := strconv.QuoteToASCII(s)
+	return strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`)
+}
+
+// event is what record needs beside the flow.
+type event struct {
+	policy   *policy.Compiled
+	name     string
+	rule     policy.Rule
+	reason   policy.Reason
+	detail   string
+	upstream netip.AddrPort
+}
+
+// record writes one entry to the flow log.
+func (f *flow) record(v flowlog.Verdict, e event) {
+	out := flowlog.Event{
+		Time: time.Now(), Sandbox: f.sandbox, Layer: flowlog.LayerProxy, Verdict: v, Rule: e.rule, Reason: e.reason, Proto: f.proto,
+		Src: f.src, Dst: f.dst, Upstream: e.upstream, Name: e.name, Detail: e.detail,
+	}
+	if e.policy != nil {
+		out.Generation = e.policy.Generation()
+	}
+	if v == flowlog.Closed || v == flowlog.Failed {
+		out.BytesOut, out.BytesIn, out.Duration = f.bytesOut.Load(), f.bytesIn.Load(), time.Since(f.started)
+	}
+	f.p.cfg.Flows.Record(out)
+}
+
+// recordAllowed records a ruling that lets the flow pass.
+func (f *flow) recordAllowed(r ruling, detail string) {
+	v := flowlog.Allowed
+	if r.Observed {
+		v = flowlog.Observed
+	}
+	f.mu.Lock()
+	up := f.upAddr
+	f.mu.Unlock()
+	f.record(v, event{policy: r.policy, name: r.name, rule: r.Rule, reason: r.Reason, detail: detail, upstream: up})
+}

@@ -1,0 +1,75 @@
+package egress
+
+import (
+	"bytes"
+	"errors"
+)
+
+// errBadResponse says that the upstream does not speak HTTP/1 as it should.
+var errBadResponse = errors.New("the upstream's answer is no well-formed HTTP/1 response")
+
+// response is what must be known of a response head to find its end.
+type response struct {
+	status  int
+	length  int64 // of the body; -1: until the connection ends, unless chunked or bodyless
+	chunked bool
+	close   bool // the upstream closes after it
+	fields  []field
+}
+
+// parse reads a complete response head.
+func (s *response) parse(head []byte) error {
+	*s = response{length: -1, fields: s.fields[:0]}
+	line, rest, _ := bytes.Cut(head, crlf)
+	// "HTTP/1.1 200 OK"; the phrase and its space may be missing.
+	if len(line) < len("HTTP/1.1 200") || !bytes.HasPrefix(line, []byte("HTTP/1.")) || line[8] != ' ' || len(line) > 12 && line[12] != ' ' {
+		return errBadResponse
+	}
+	for _, c := range line[9:12] {
+		if c < '0' || c > '9' {
+			return errBadResponse
+		}
+		s.status = s.status*10 + int(c-'0')
+	}
+	var err error
+	if s.fields, err = parseFields(s.fields, rest); err != nil {
+		return errors.Join(errBadResponse, err)
+	}
+	return s.readFields(line[7] == '0')
+}
+
+func (s *response) readFields(http10 bool) error {
+	closes, keeps := false, false
+	for _, f := range s.fields {
+		switch {
+		case is(f.name, "content-length"):
+			n, err := parseLength(f.value)
+			if err != nil || s.length >= 0 && s.length != n {
+				return errBadResponse
+			}
+			s.length = n
+		case is(f.name, "transfer-encoding"):
+			if s.chunked || !is(f.value, "chunked") {
+				return errBadResponse
+			}
+			s.chunked = true
+		case is(f.name, "connection"):
+			for option := range bytes.SplitSeq(f.value, []byte(",")) {
+				option = bytes.Trim(option, " \t")
+				closes = closes || is(option, "close")
+				keeps = keeps || is(option, "keep-alive")
+			}
+		}
+	}
+	if s.chunked && s.length >= 0 {
+		return errBadResponse // RFC 9112 section 6.3: it may be smuggling
+	}
+	s.close = closes || http10 && !keeps
+	return nil
+}
+
+// bodyless reports whether no body follows, whatever the fields say (RFC 9112
+// section 6.3); head: it answers a HEAD request.
+func (s *response) bodyless(head bool) bool {
+	return head || s.status < 200 || s.status == 204 || s.status == 304
+}
