@@ -111,7 +111,8 @@ func (g cgroups) holds(id sandbox.ID, pid int) bool {
 		return false
 	}
 	for line := range strings.Lines(string(b)) {
-		if strings.HasSuffix(strings.TrimSpace(line), ":"+g.path(id)) {
+		// Inside a container the line may have the container's own path in front.
+		if strings.HasSuffix(strings.TrimSpace(line), g.path(id)) {
 			return true
 		}
 	}

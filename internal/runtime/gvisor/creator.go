@@ -165,6 +165,9 @@ func createOne() error {
 	if err := unix.Dup3(int(null.Fd()), 0, 0); err != nil {
 		return fmt.Errorf("let go of standard input: %w", err)
 	}
+	if err := limitProcesses(); err != nil {
+		return err
+	}
 	conf, err := parseFlags(req.Flags)
 	if err != nil {
 		return err
@@ -175,4 +178,26 @@ func createOne() error {
 	}
 	_, err = container.New(conf, container.Args{ID: req.ID, Spec: spec, BundleDir: req.Bundle})
 	return err
+}
+
+// limitProcesses sets what the sentry and the gofer inherit: no core dumps, which
+// would be files on the host as large as a sandbox's memory, and as many open
+// files as the host allows, for each file of the image that is open inside is
+// one of the sentry's.
+func limitProcesses() error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	if unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: openFiles, Max: openFiles}) == nil {
+		return nil
+	}
+	var now unix.Rlimit // without CAP_SYS_RESOURCE, the hard limit has to do
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &now); err != nil {
+		return fmt.Errorf("read the limit of open files: %w", err)
+	}
+	now.Cur = now.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &now); err != nil {
+		return fmt.Errorf("raise the limit of open files: %w", err)
+	}
+	return nil
 }

@@ -95,6 +95,9 @@ func (r *Runtime) Stats(_ context.Context, id sandbox.ID) (sandbox.Stats, error)
 	return s, nil
 }
 
+// layerPrefix begins the names of the files that back writable layers.
+const layerPrefix = "runsc-filestore-"
+
 // layerBytes adds up the space of the files that back the writable layer. They
 // have no names: the sentry's descriptors are all there is.
 func layerBytes(pid int) (int64, error) {
@@ -108,7 +111,7 @@ func layerBytes(pid int) (int64, error) {
 	for _, fd := range fds {
 		path := filepath.Join(dir, fd.Name())
 		name, err := os.Readlink(path)
-		if err != nil || !strings.Contains(name, "runsc-filestore-") {
+		if err != nil || !strings.Contains(name, layerPrefix) {
 			continue
 		}
 		var st unix.Stat_t

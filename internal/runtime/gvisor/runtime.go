@@ -23,7 +23,6 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/config"
@@ -43,14 +42,16 @@ type Config struct {
 	StateDir string
 	// DataDir holds the writable layers, so it belongs on a disk. The files in
 	// it are unlinked as soon as they are open and never outlive their sandbox.
+	// A checkpoint is restored only with the DataDir it was made with.
 	DataDir string
 	// CgroupParent is the cgroup all sandboxes' cgroups are made in, from the
 	// root of the hierarchy: "/cordon/main". No two Runtimes may share it
 	// unless they share StateDir.
 	CgroupParent string
-	// LogDir, if set, gets a file for each sandbox whose sentry panicked, and
-	// with Debug the logs of all sentries and gofers. Debug logs contain what
-	// sandboxes do and slow them down.
+	// LogDir, if set, holds a file for each sandbox that the sentry writes to
+	// when it panics; what it says is logged when the sandbox is destroyed. With
+	// Debug, it keeps the logs of all sentries and gofers: they contain what
+	// sandboxes do, slow them down and are never removed.
 	LogDir string
 	Debug  bool
 	Log    *slog.Logger
@@ -89,6 +90,9 @@ func New(cfg Config) (*Runtime, error) {
 			return nil, fmt.Errorf("make the runtime's folders: %w", err)
 		}
 	}
+	if err := sweep(cfg.DataDir); err != nil {
+		return nil, fmt.Errorf("sweep the data folder: %w", err)
+	}
 	groups, err := findCgroups(cfg.CgroupParent)
 	if err != nil {
 		return nil, err
@@ -125,7 +129,7 @@ func (r *Runtime) flags(s sandbox.RuntimeSpec) []string {
 		"--root=" + r.root(),
 		"--platform=systrap", // probing /dev/kvm hangs on some nested hosts
 		"--network=" + network,
-		fmt.Sprintf("--overlay2=all:dir=%s,size=%dm", r.dataDir(s.ID), s.Resources.DiskMB),
+		fmt.Sprintf("--overlay2=all:dir=%s,size=%dm", r.cfg.DataDir, quotas(s).bind),
 		"--allow-suid",                   // sudo
 		"--file-access=exclusive",        // nobody changes an image under a sandbox
 		"--file-access-mounts=exclusive", // nor what is bound into it
@@ -180,18 +184,15 @@ func (r *Runtime) Create(ctx context.Context, s sandbox.RuntimeSpec) (err error)
 }
 
 func (r *Runtime) writeBundle(s sandbox.RuntimeSpec, flags []string) error {
-	for _, dir := range []string{r.dataDir(s.ID), r.logDir(s.ID)} {
-		if dir == string(s.ID) { // no LogDir
-			continue
-		}
-		if err := os.MkdirAll(dir, 0o700); err != nil {
+	if r.cfg.LogDir != "" {
+		if err := os.MkdirAll(r.logDir(s.ID), 0o700); err != nil {
 			return err
 		}
 	}
 	if err := writeJSON(filepath.Join(r.bundle(s.ID), flagsFile), flags); err != nil {
 		return err
 	}
-	return writeJSON(filepath.Join(r.bundle(s.ID), specFile), ociSpec(s, r.groups.path(s.ID)))
+	return writeJSON(filepath.Join(r.bundle(s.ID), specFile), r.ociSpec(s))
 }
 
 func writeJSON(path string, v any) error {
@@ -233,28 +234,6 @@ func (r *Runtime) Resume(ctx context.Context, id sandbox.ID) error {
 	})
 }
 
-// ExportUpper implements sandbox.Runtime. Files changed below a bind are not
-// part of it.
-func (r *Runtime) ExportUpper(ctx context.Context, id sandbox.ID, w io.Writer) error {
-	return r.within(ctx, id, "export", func(c *container.Container, _ *config.Config) error {
-		pr, pw, err := os.Pipe()
-		if err != nil {
-			return fmt.Errorf("open a pipe: %w", err)
-		}
-		defer pr.Close()
-		stop := context.AfterFunc(ctx, func() { pr.SetReadDeadline(time.Now()) })
-		defer stop()
-		done := make(chan error, 1)
-		go func() {
-			defer pw.Close()
-			done <- c.TarRootfsUpperLayer(pw)
-		}()
-		_, err = io.Copy(w, pr)
-		pr.Close() // whoever still writes gets EPIPE
-		return errors.Join(err, <-done)
-	})
-}
-
 // List implements sandbox.Runtime.
 func (r *Runtime) List(context.Context) ([]sandbox.ID, error) {
 	entries, err := os.ReadDir(filepath.Join(r.cfg.StateDir, "sandboxes"))
@@ -293,13 +272,10 @@ func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
 	for _, path := range []string{
 		name + ".state", name + ".lock",
 		filepath.Join(r.root(), "runsc-"+string(id)+".sock"),
-		r.dataDir(id),
 	} {
 		failed = append(failed, os.RemoveAll(path))
 	}
-	if r.cfg.LogDir != "" && !r.cfg.Debug {
-		os.Remove(r.logDir(id)) // only when it is empty: a panic is kept
-	}
+	failed = append(failed, r.reportPanic(id))
 	if err := errors.Join(failed...); err != nil {
 		return fmt.Errorf("remove the sandbox's files: %w", err)
 	}
@@ -307,6 +283,51 @@ func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
 		return fmt.Errorf("remove the bundle: %w", err)
 	}
 	return nil
+}
+
+// panicText is how much of a sentry's last words is logged.
+const panicText = 8 << 10
+
+// reportPanic logs what the sentry said before it died, if it did, and removes
+// its file. A sandbox can make its sentry panic as often as it likes, so nothing
+// of it may pile up.
+func (r *Runtime) reportPanic(id sandbox.ID) error {
+	if r.cfg.LogDir == "" || r.cfg.Debug {
+		return nil
+	}
+	files, err := filepath.Glob(filepath.Join(r.logDir(id), "*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range files {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		text, err := io.ReadAll(io.LimitReader(f, panicText))
+		f.Close()
+		if err != nil {
+			return err
+		}
+		if len(text) > 0 {
+			r.cfg.Log.Error("sentry panicked", "sandbox", string(id), "panic", string(text))
+		}
+	}
+	return os.RemoveAll(r.logDir(id))
+}
+
+// sweep removes files of writable layers that a create process was killed
+// before it could unlink. Whoever uses one holds it open.
+func sweep(dataDir string) error {
+	files, err := filepath.Glob(filepath.Join(dataDir, layerPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, path := range files {
+		failed = append(failed, os.Remove(path))
+	}
+	return errors.Join(failed...)
 }
 
 // within runs one step on a sandbox that exists, one at a time for each sandbox.

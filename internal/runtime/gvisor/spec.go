@@ -9,6 +9,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"gvisor.dev/gvisor/runsc/boot"
+
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -84,14 +86,52 @@ func check(s sandbox.RuntimeSpec) error {
 	return nil
 }
 
+// rootSize is the annotation with the size of the root's writable layer.
+const rootSize = boot.RootfsPrefix + "options"
+
+// quota is the size of each writable layer, in MiB. gVisor gives every mount a
+// layer and a size of its own; only the root's may differ from the others'.
+type quota struct{ root, bind int64 }
+
+// quotas divides the disk. Files that are bound get next to nothing, just enough
+// to be edited. Directories share half of the disk.
+func quotas(s sandbox.RuntimeSpec) quota {
+	disk := s.Resources.DiskMB
+	var dirs int64
+	for _, b := range s.Binds {
+		if fi, err := os.Stat(b.Host); err == nil && fi.IsDir() {
+			dirs++
+		}
+	}
+	if dirs == 0 {
+		return quota{root: disk, bind: 1}
+	}
+	return quota{root: max(disk/2, 1), bind: max(disk/2/dirs, 1)}
+}
+
+// rootQuota reads back the root's quota, in bytes.
+func rootQuota(s *specs.Spec) (int64, error) {
+	var mib int64
+	if _, err := fmt.Sscanf(s.Annotations[rootSize], "size=%dm", &mib); err != nil || mib < 1 {
+		return 0, fmt.Errorf("the sandbox's state has no disk quota: %q", s.Annotations[rootSize])
+	}
+	return mib << 20, nil
+}
+
 // ociSpec describes the sandbox in OCI's terms. A checkpoint is restored only
 // under the same args, capabilities and mounts, so nothing here depends on the
 // sandbox's ID but the cgroup's path.
-func ociSpec(s sandbox.RuntimeSpec, cgroup string) *specs.Spec {
+func (r *Runtime) ociSpec(s sandbox.RuntimeSpec) *specs.Spec {
 	return &specs.Spec{
 		Version:  specs.Version,
 		Hostname: s.Hostname,
 		Root:     &specs.Root{Path: s.Rootfs},
+		Annotations: map[string]string{ // the root's layer has another size than the binds'
+			boot.RootfsPrefix + "source":  s.Rootfs,
+			boot.RootfsPrefix + "type":    "bind",
+			boot.RootfsPrefix + "overlay": "dir=" + r.cfg.DataDir,
+			rootSize:                      fmt.Sprintf("size=%dm", quotas(s).root),
+		},
 		Process: &specs.Process{
 			Args:         s.Args,
 			Env:          s.Env,
@@ -101,12 +141,11 @@ func ociSpec(s sandbox.RuntimeSpec, cgroup string) *specs.Spec {
 			Rlimits: []specs.POSIXRlimit{
 				{Type: "RLIMIT_NOFILE", Hard: openFiles, Soft: softFiles},
 				{Type: "RLIMIT_NPROC", Hard: uint64(s.Resources.Processes), Soft: uint64(s.Resources.Processes)},
-				{Type: "RLIMIT_CORE", Hard: 0, Soft: 0},
 			},
 		},
 		Mounts: mounts(s),
 		Linux: &specs.Linux{
-			CgroupsPath: cgroup,
+			CgroupsPath: r.groups.path(s.ID),
 			Namespaces:  namespaces(s.NetNS),
 			Resources:   limits(s.Resources),
 		},
