@@ -1,0 +1,325 @@
+// Package resolver hides how the names a sandbox asks for become answers: the
+// only DNS server that a sandbox can reach. It judges the one question of each
+// message, asks the operator's servers with a fresh message of its own, removes
+// from the answer what would lead a sandbox astray, pins addresses for rules that
+// name a port, and keeps every sandbox within a budget.
+//
+// Nothing of a sandbox's message but the judged name and type ever leaves the
+// host: not its ID, its options, the case of its letters, nor a second record.
+package resolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/dns"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// The reasons the resolver adds to those of package policy.
+const (
+	ReasonLocal       policy.Reason = "local"             // answered without asking anyone
+	ReasonQueryType   policy.Reason = "query-type"        // a type, class or opcode that is not served
+	ReasonBadName     policy.Reason = "bad-name"          // not a name that a host can have
+	ReasonMalformed   policy.Reason = "malformed"         // not one well-formed question
+	ReasonRebinding   policy.Reason = "rebinding"         // every address of the answer was in the floor
+	ReasonRate        policy.Reason = "budget-queries"    // too many queries a second
+	ReasonLabels      policy.Reason = "budget-labels"     // too many names below one rule in a minute
+	ReasonConcurrency policy.Reason = "budget-concurrent" // too many queries or connections at once
+	ReasonUpstream    policy.Reason = "upstream"          // no upstream answered
+)
+
+// Config is what a Resolver needs. Owner, Policy, Upstreams, Flows and Log are required.
+type Config struct {
+	// Owner returns the sandbox that a source address belongs to, and its policy.
+	Owner func(netip.Addr) (sandbox string, p *policy.Compiled, ok bool)
+	// Policy returns the policy in force of a sandbox, for Resolve.
+	Policy func(sandbox string) (*policy.Compiled, bool)
+	// Upstreams are the servers to ask, in order of preference, over UDP and TCP.
+	Upstreams []netip.AddrPort
+	// Pin opens ports of an address to a sandbox, because name was just answered
+	// with it; ttl is the life of the answer. Nil: rules with ports open nothing.
+	Pin func(Pin) error
+	// Dial reaches the upstreams; nil dials from this process's own namespace.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// IPv6 says whether the host can reach the IPv6 internet. If it cannot, no
+	// sandbox is told an IPv6 address.
+	IPv6   bool
+	Budget Budget
+	Flows  flowlog.Recorder
+	Log    *slog.Logger
+}
+
+// Pin is an address that a name was answered with, and the ports to open there.
+type Pin struct {
+	Sandbox string
+	Name    string // canonical
+	Addr    netip.Addr
+	Ports   []policy.PinPort
+	TTL     time.Duration
+}
+
+// Resolver answers sandboxes' DNS queries. It is safe for concurrent use.
+type Resolver struct {
+	cfg       Config
+	cache     *cache
+	budgets   *budgets
+	flight    singleflight.Group
+	preferred atomic.Uint32 // index of the upstream that answered last
+}
+
+// New returns a resolver; ServeUDP and ServeTCP make it answer.
+func New(cfg Config) (*Resolver, error) {
+	if cfg.Owner == nil || cfg.Policy == nil || cfg.Flows == nil || cfg.Log == nil {
+		return nil, errors.New("resolver: Owner, Policy, Flows and Log are required")
+	}
+	if len(cfg.Upstreams) == 0 {
+		return nil, errs.New(errs.Invalid, "dns.upstreams is empty: name at least one server, for example 8.8.8.8:53")
+	}
+	for _, u := range cfg.Upstreams {
+		if !u.IsValid() || u.Port() == 0 {
+			return nil, errs.New(errs.Invalid, "dns.upstreams holds %q: use an IP address and a port, for example 8.8.8.8:53", u)
+		}
+	}
+	if cfg.Dial == nil {
+		cfg.Dial = (&net.Dialer{}).DialContext
+	}
+	cfg.Upstreams = slices.Clone(cfg.Upstreams)
+	return &Resolver{cfg: cfg, cache: newCache(), budgets: newBudgets(cfg.Budget)}, nil
+}
+
+// Resolve returns the addresses of a canonical name for the egress proxy to
+// dial, those that AnswerAllowed lets through; IPv4 first. Whether the sandbox may
+// use the name is the proxy's to judge.
+func (r *Resolver) Resolve(ctx context.Context, sandbox, name string) ([]netip.Addr, error) {
+	p, ok := r.cfg.Policy(sandbox)
+	if !ok {
+		return nil, errs.New(errs.NotFound, "sandbox %s is not known to the resolver", sandbox)
+	}
+	if p.IsSelf(name) {
+		return []netip.Addr{policy.ServiceAddr4}, nil
+	}
+	types := []uint16{dns.TypeA}
+	if r.cfg.IPv6 {
+		types = append(types, dns.TypeAAAA)
+	}
+	type result struct {
+		addrs []netip.Addr
+		err   error
+	}
+	results := make([]chan result, len(types))
+	for i, qtype := range types {
+		results[i] = make(chan result, 1)
+		go func() {
+			a, err := r.lookup(ctx, question{name, qtype})
+			if err != nil {
+				results[i] <- result{err: err}
+				return
+			}
+			results[i] <- result{addrs: a.addrs()}
+		}()
+	}
+	var all, usable []netip.Addr
+	var err error
+	for _, c := range results {
+		res := <-c
+		all = append(all, res.addrs...)
+		err = errors.Join(err, res.err)
+	}
+	for _, a := range all {
+		if p.AnswerAllowed(name, a) {
+			usable = append(usable, a)
+		}
+	}
+	switch {
+	case len(usable) > 0:
+		return usable, nil
+	case len(all) > 0:
+		return nil, errs.New(errs.Forbidden, "%s resolves to %s only, which no sandbox may reach", name, all[0])
+	case err != nil:
+		return nil, fmt.Errorf("resolve %s: %w", name, err)
+	}
+	return nil, errs.New(errs.NotFound, "%s has no address", name)
+}
+
+// transport says how a query came in.
+type transport struct {
+	proto policy.Proto   // TCP or UDP
+	src   netip.AddrPort // the sandbox
+	dst   netip.AddrPort // the server it addressed
+}
+
+// query is one message on its way through the resolver.
+type query struct {
+	transport
+	sandbox string
+	policy  *policy.Compiled
+	began   time.Time
+	msg     *dns.Msg // nil when it could not be read
+	name    string   // canonical, or as good as it gets
+	size    int      // of the message
+}
+
+// outcome is what a query came to: the reply and the line in the log.
+type outcome struct {
+	reply    *dns.Msg // nil: say nothing
+	verdict  policy.Verdict
+	failed   bool
+	upstream netip.AddrPort
+}
+
+// answer judges one message and returns the reply, packed, or nil for none. It
+// blocks for as long as the upstreams take.
+func (r *Resolver) answer(ctx context.Context, t transport, wire []byte) []byte {
+	sandbox, p, ok := r.cfg.Owner(t.src.Addr().Unmap())
+	if !ok {
+		r.cfg.Log.Debug("dns query from nobody", "src", t.src, "dst", t.dst)
+		return nil
+	}
+	q := &query{transport: t, sandbox: sandbox, policy: p, began: time.Now(), size: len(wire)}
+	b := r.budgets.of(sandbox)
+	var out outcome
+	if reason := b.enter(); reason != "" {
+		out = q.overBudget(wire, reason)
+		r.warnBudget(q, b, reason)
+	} else {
+		out = r.decide(ctx, q, b, wire)
+		b.leave()
+	}
+	return r.finish(q, out)
+}
+
+// decide reads and judges a message.
+func (r *Resolver) decide(ctx context.Context, q *query, b *budget, wire []byte) outcome {
+	if out, done := q.read(wire); done {
+		return out
+	}
+	asked := q.msg.Question[0]
+	// The kernel sends only allowed flows here; a policy may have changed meanwhile.
+	if v := q.policy.Decide(policy.Flow{Proto: q.proto, Dst: q.dst}); !v.Allow {
+		return q.refuse(v)
+	}
+	if v, ok := q.checkKind(asked); !ok {
+		return q.refuse(v)
+	}
+	owner, attribute, ok := q.checkName(asked.Name)
+	if !ok {
+		return q.refuse(verdict(ReasonBadName, "a name of letters, digits, hyphens and dots"))
+	}
+	if asked.Qtype == dns.TypePTR && privateReverse(q.name) {
+		return q.local(dns.RcodeNameError)
+	}
+	v := q.policy.DecideQuery(owner)
+	if !v.Allow {
+		return q.refuse(v)
+	}
+	if out, done := q.fixed(v); done {
+		return out
+	}
+	if q.strict() {
+		if rule, ok := budgetRule(q.policy, owner, attribute, v.Rule); ok && !b.label(rule, q.name) {
+			r.warnBudget(q, b, ReasonLabels)
+			return q.refuse(policy.Verdict{Rule: v.Rule, Reason: ReasonLabels})
+		}
+	}
+	if asked.Qtype == dns.TypeAAAA && !r.cfg.IPv6 {
+		return q.local(dns.RcodeSuccess)
+	}
+	return r.ask(ctx, q, v)
+}
+
+// budgetRule returns the rule under which distinct names are counted: a wildcard
+// that the name matched, or any rule when the name has attribute labels, which
+// whoever asks can choose freely. "*" lists every name, so nothing is smuggled past it.
+func budgetRule(p *policy.Compiled, owner string, attribute bool, listed policy.Rule) (string, bool) {
+	if rule, ok := p.WildcardOf(owner); ok {
+		return rule.ID, rule.Text != "*"
+	}
+	return listed.ID, attribute
+}
+
+// ask gets the answer from the cache or the upstreams and makes it fit for the sandbox.
+func (r *Resolver) ask(ctx context.Context, q *query, v policy.Verdict) outcome {
+	found, err := r.lookup(ctx, question{q.name, q.msg.Question[0].Qtype})
+	if err != nil {
+		r.cfg.Log.Debug("dns upstreams", "sandbox", q.sandbox, "host", q.name, "err", err)
+		m := q.reply(dns.RcodeServerFailure)
+		q.explain(m, dns.ExtendedErrorCodeNoReachableAuthority, "no upstream answered")
+		return outcome{reply: m, verdict: policy.Verdict{Allow: true, Observed: v.Observed, Rule: v.Rule, Reason: ReasonUpstream}, failed: true}
+	}
+	m := q.reply(found.rcode)
+	removed := r.fill(m, q, found)
+	out := outcome{reply: m, verdict: v, upstream: found.upstream}
+	if removed > 0 && len(addrsOf(m.Answer)) == 0 {
+		m.Answer = slices.DeleteFunc(m.Answer, func(rr dns.RR) bool { return rr.Header().Rrtype == dns.TypeCNAME })
+		q.explain(m, dns.ExtendedErrorCodeFiltered, "the name leads to private addresses only")
+		out.verdict = policy.Verdict{Rule: policy.Rule{ID: "floor", Text: "private addresses in an answer"}, Reason: ReasonRebinding}
+		return out
+	}
+	r.pin(q, m)
+	return out
+}
+
+// pin opens the ports that rules name for the addresses of the reply.
+func (r *Resolver) pin(q *query, m *dns.Msg) {
+	if r.cfg.Pin == nil {
+		return
+	}
+	ports := q.policy.PinPorts(q.name)
+	if len(ports) == 0 {
+		return
+	}
+	ttl := lifetime(m.Answer)
+	for _, a := range addrsOf(m.Answer) {
+		if err := r.cfg.Pin(Pin{Sandbox: q.sandbox, Name: q.name, Addr: a, Ports: ports, TTL: ttl}); err != nil {
+			// The kernel then keeps refusing the address.
+			r.cfg.Log.Warn("dns answer not pinned", "sandbox", q.sandbox, "host", q.name, "dst", a, "err", err)
+		}
+	}
+}
+
+// finish records what a query came to and packs its reply.
+func (r *Resolver) finish(q *query, out outcome) []byte {
+	var wire []byte
+	rcode := "no reply"
+	if out.reply != nil {
+		wire = q.pack(out.reply)
+		rcode = dns.RcodeToString[out.reply.Rcode]
+	}
+	e := flowlog.Event{
+		Time: q.began, Sandbox: q.sandbox, Generation: q.policy.Generation(),
+		Layer: flowlog.LayerResolver, Verdict: flowlog.Denied, Rule: out.verdict.Rule, Reason: out.verdict.Reason,
+		Proto: "dns", Src: q.src, Dst: q.dst, Upstream: out.upstream, Name: q.name,
+		Detail: strings.TrimSpace(q.kind() + " " + rcode), BytesOut: int64(q.size), BytesIn: int64(len(wire)),
+		Duration: time.Since(q.began),
+	}
+	switch {
+	case out.failed:
+		e.Verdict = flowlog.Failed
+	case out.verdict.Observed:
+		e.Verdict = flowlog.Observed
+	case out.verdict.Allow:
+		e.Verdict = flowlog.Allowed
+	}
+	r.cfg.Flows.Record(e)
+	return wire
+}
+
+// warnBudget logs that a sandbox ran into a limit, once a minute.
+func (r *Resolver) warnBudget(q *query, b *budget, reason policy.Reason) {
+	if b.warn() {
+		r.cfg.Log.Warn("dns budget reached", "sandbox", q.sandbox, "host", q.name, "reason", reason)
+	}
+}

@@ -1,0 +1,168 @@
+package resolver
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// How long the upstreams may take: one of them, and all together.
+const (
+	tryTimeout   = 2 * time.Second
+	totalTimeout = 5 * time.Second
+)
+
+// lookup answers a question from the cache or from the upstreams, asking once
+// however many wait for it.
+func (r *Resolver) lookup(ctx context.Context, q question) (*answers, error) {
+	if a, ok := r.cache.get(q); ok {
+		return a, nil
+	}
+	key := fmt.Sprintf("%d %s", q.qtype, q.name)
+	// The exchange outlives whoever started it: others may be waiting.
+	shared := context.WithoutCancel(ctx)
+	done := r.flight.DoChan(key, func() (any, error) {
+		ctx, cancel := context.WithTimeout(shared, totalTimeout)
+		defer cancel()
+		a, err := r.exchange(ctx, q)
+		if err == nil {
+			r.cache.put(q, a)
+		}
+		return a, err
+	})
+	select {
+	case res := <-done:
+		if res.Err != nil {
+			return nil, res.Err
+		}
+		return res.Val.(*answers), nil //nolint:errcheck // the function above returns nothing else
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// exchange asks the upstreams in turn, beginning with the one that answered last,
+// until one gives an answer that means something.
+func (r *Resolver) exchange(ctx context.Context, q question) (*answers, error) {
+	first := int(r.preferred.Load())
+	var errs []error
+	for i := range r.cfg.Upstreams {
+		at := (first + i) % len(r.cfg.Upstreams)
+		server := r.cfg.Upstreams[at]
+		m, err := r.askOne(ctx, server, q)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("upstream %s: %w", server, err))
+			if ctx.Err() != nil {
+				break
+			}
+			continue
+		}
+		// One server's trouble (SERVFAIL, REFUSED, …) may not be the next one's.
+		if m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError {
+			errs = append(errs, fmt.Errorf("upstream %s: %s", server, dns.RcodeToString[m.Rcode]))
+			continue
+		}
+		r.preferred.Store(uint32(at))
+		a := readAnswers(q, m, time.Now())
+		a.upstream = server
+		return a, nil
+	}
+	return nil, errors.Join(errs...)
+}
+
+// askOne asks one upstream over UDP, and over TCP when the answer is too long.
+func (r *Resolver) askOne(ctx context.Context, server netip.AddrPort, q question) (*dns.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
+	defer cancel()
+	m, err := r.roundTrip(ctx, "udp", server, q)
+	if err == nil && m.Truncated {
+		m, err = r.roundTrip(ctx, "tcp", server, q)
+	}
+	return m, err
+}
+
+// roundTrip sends a fresh query on a fresh socket: the source port and the ID are
+// both random (RFC 5452), and what a sandbox sent is in neither.
+func (r *Resolver) roundTrip(ctx context.Context, network string, server netip.AddrPort, q question) (*dns.Msg, error) {
+	c, err := r.cfg.Dial(ctx, network, server.String())
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := c.SetDeadline(deadline); err != nil {
+			return nil, fmt.Errorf("set deadline: %w", err)
+		}
+	}
+	out, id, err := freshQuery(q)
+	if err != nil {
+		return nil, err
+	}
+	if network == "tcp" {
+		out = append(binary.BigEndian.AppendUint16(nil, uint16(len(out))), out...)
+	}
+	if _, err := c.Write(out); err != nil {
+		return nil, err
+	}
+	return readReply(c, network, id, q)
+}
+
+// readReply waits for the reply to a query. Over UDP, what does not match is
+// somebody else's, and is passed over.
+func readReply(c net.Conn, network string, id uint16, q question) (*dns.Msg, error) {
+	buf := make([]byte, dns.MaxMsgSize)
+	for {
+		n, err := readMessage(c, network, buf)
+		if err != nil {
+			return nil, err
+		}
+		var m dns.Msg
+		if err := m.Unpack(buf[:n]); err == nil && matches(&m, id, q) {
+			return &m, nil
+		}
+		if network == "tcp" {
+			return nil, errors.New("the reply does not match the question")
+		}
+	}
+}
+
+func readMessage(c net.Conn, network string, buf []byte) (int, error) {
+	if network != "tcp" {
+		return c.Read(buf)
+	}
+	if _, err := io.ReadFull(c, buf[:2]); err != nil {
+		return 0, err
+	}
+	n := int(binary.BigEndian.Uint16(buf))
+	return io.ReadFull(c, buf[:n])
+}
+
+// freshQuery builds the message to an upstream from nothing but the question.
+func freshQuery(q question) (wire []byte, id uint16, err error) {
+	var b [2]byte
+	_, _ = rand.Read(b[:]) // never fails
+	m := new(dns.Msg).SetQuestion(dns.Fqdn(q.name), q.qtype)
+	m.Id = binary.BigEndian.Uint16(b[:])
+	m.SetEdns0(maxUDP, false)
+	wire, err = m.Pack()
+	if err != nil {
+		return nil, 0, fmt.Errorf("pack the query: %w", err)
+	}
+	return wire, m.Id, nil
+}
+
+// matches reports whether m is a reply to the question.
+func matches(m *dns.Msg, id uint16, q question) bool {
+	return m.Response && m.Id == id && m.Opcode == dns.OpcodeQuery && len(m.Question) == 1 &&
+		m.Question[0].Qtype == q.qtype && m.Question[0].Qclass == dns.ClassINET &&
+		strings.EqualFold(m.Question[0].Name, dns.Fqdn(q.name))
+}
