@@ -1,0 +1,355 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// maxText bounds the small text files of an image that are read and edited.
+const maxText = 1 << 20
+
+// sharedFiles are the same in every image: a sandbox's names and resolver, and
+// the mount point of the agent, which the runtime would else have to create in an
+// image that is never written to. The runtime shows the sandbox's own hostname in
+// /etc/hosts over this one.
+func sharedFiles() []file {
+	return []file{
+		{"/.cordon/cordon-agent", 0o755, ""},
+		{"/etc/resolv.conf", 0o644, "nameserver 8.8.8.8\nnameserver 1.1.1.1\n"},
+		{"/etc/hosts", 0o644, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"},
+		{"/etc/hostname", 0o644, "sandbox\n"},
+		{"/etc/machine-id", 0o444, ""},
+	}
+}
+
+// packageFiles are for images whose user land we choose ourselves.
+func packageFiles() []file {
+	return []file{
+		{"/etc/nsswitch.conf", 0o644, "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\nservices: files\n"},
+		{"/etc/default/locale", 0o644, "LANG=" + locale + "\n"},
+		{"/etc/profile.d/cordon.sh", 0o644, "umask 022\nexport LANG=\"${LANG:-" + locale + "}\"\n"},
+		{"/etc/sudoers.d/" + userName, 0o440, sudoRule},
+	}
+}
+
+const sudoRule = userName + " ALL=(ALL:ALL) NOPASSWD: ALL\n"
+
+// tree edits a root file system. Names are absolute paths in it; links in the
+// tree are followed as a process with that root would, never out of it.
+type tree struct{ root *os.Root }
+
+// resolve returns name, relative to the root, with every link in its directory
+// part replaced; the last element is left alone.
+func (t tree) resolve(name string) (string, error) {
+	done := "."
+	rest := strings.Split(strings.TrimPrefix(path.Clean("/"+name), "/"), "/")
+	for hops := 0; len(rest) > 1; {
+		next := path.Join(done, rest[0])
+		if rest[0] == ".." { // from a link; the root is its own parent
+			done, rest = path.Dir(done), rest[1:]
+			continue
+		}
+		target, err := t.root.Readlink(next)
+		if err != nil { // not a link, or not there yet
+			done, rest = next, rest[1:]
+			continue
+		}
+		if hops++; hops > 40 { // as the kernel: path_resolution(7)
+			return "", fmt.Errorf("%s: too many links", name)
+		}
+		if path.IsAbs(target) {
+			done = "."
+		}
+		rest = slices.Concat(strings.FieldsFunc(target, func(r rune) bool { return r == '/' }), rest[1:])
+	}
+	if len(rest) == 0 || rest[0] == "" {
+		return done, nil
+	}
+	return path.Join(done, rest[0]), nil
+}
+
+// write creates or replaces a file.
+func (t tree) write(f file) (err error) {
+	defer func() { err = step("write "+f.Path, err) }()
+	name, err := t.place(f.Path)
+	if err != nil {
+		return err
+	}
+	w, err := t.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(w, f.Text)
+	if err := errors.Join(err, w.Close()); err != nil {
+		return err
+	}
+	return t.root.Chmod(name, fs.FileMode(f.Mode)) // past the umask
+}
+
+// link creates or replaces a symbolic link.
+func (t tree) link(l link) (err error) {
+	defer func() { err = step("link "+l.Path, err) }()
+	name, err := t.place(l.Path)
+	if err != nil {
+		return err
+	}
+	return t.root.Symlink(l.Target, name)
+}
+
+// place makes the directories above name and removes what is there under it.
+func (t tree) place(name string) (string, error) {
+	rel, err := t.resolve(name)
+	if err != nil {
+		return "", err
+	}
+	if err := t.mkdir(path.Dir(rel)); err != nil {
+		return "", err
+	}
+	return rel, t.root.RemoveAll(rel)
+}
+
+// mkdir makes the missing directories of a resolved path with mode 0755.
+func (t tree) mkdir(rel string) error {
+	if rel == "." {
+		return nil
+	}
+	if err := t.mkdir(path.Dir(rel)); err != nil {
+		return err
+	}
+	err := t.root.Mkdir(rel, 0o755)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return t.root.Chmod(rel, 0o755)
+}
+
+// read returns a small text file, or nothing when there is none.
+func (t tree) read(name string) (string, error) {
+	rel, err := t.resolve(name)
+	if err != nil {
+		return "", step("read "+name, err)
+	}
+	fi, err := t.root.Lstat(rel)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", step("read "+name, err)
+	}
+	if !fi.Mode().IsRegular() || fi.Size() > maxText {
+		return "", fmt.Errorf("read %s: not a regular file of at most %d bytes", name, maxText)
+	}
+	b, err := t.root.ReadFile(rel)
+	return string(b), step("read "+name, err)
+}
+
+// strip removes what a build leaves behind and what must not be shared by all
+// sandboxes of an image: caches, logs, device nodes, identities.
+func (t tree) strip() error {
+	for _, dir := range []string{"/dev", "/proc", "/sys", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache/apt", "/var/cache/debconf", "/var/lib/apt/lists"} {
+		if err := t.empty(dir); err != nil {
+			return step("empty "+dir, err)
+		}
+	}
+	for _, name := range []string{
+		"/var/lib/dbus/machine-id", "/var/lib/dpkg/status-old", "/var/lib/dpkg/available-old", "/etc/apt/apt.conf.d/99mmdebstrap",
+		"/etc/passwd-", "/etc/group-", "/etc/shadow-", "/etc/gshadow-", "/etc/.pwd.lock", "/var/cache/ldconfig/aux-cache",
+	} {
+		if err := t.root.RemoveAll(strings.TrimPrefix(name, "/")); err != nil {
+			return step("remove "+name, err)
+		}
+	}
+	return t.freePip()
+}
+
+// freePip lets pip install outside a virtual environment (PEP 668): a sandbox is
+// thrown away, there is no system to protect from its user.
+func (t tree) freePip() error {
+	dirs, err := fs.Glob(t.root.FS(), "usr/lib/python3*/EXTERNALLY-MANAGED")
+	if err != nil {
+		return step("look for EXTERNALLY-MANAGED", err)
+	}
+	for _, name := range dirs {
+		if err := t.root.Remove(name); err != nil {
+			return step("remove "+name, err)
+		}
+	}
+	return nil
+}
+
+// empty removes the contents of a directory, if there is one.
+func (t tree) empty(dir string) error {
+	rel := strings.TrimPrefix(dir, "/")
+	entries, err := fs.ReadDir(t.root.FS(), rel)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := t.root.RemoveAll(path.Join(rel, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addUser makes sure that the user commands run as exists, with a home, and may
+// become root where sudo is installed. An image that has the user keeps it.
+func (t tree) addUser() error {
+	passwd, err := t.read("/etc/passwd")
+	if err != nil {
+		return err
+	}
+	uid := userID
+	if line, ok := entry(passwd, userName); ok {
+		if uid, err = strconv.Atoi(line[2]); err != nil || len(line) < 7 {
+			return fmt.Errorf("/etc/passwd of the image has a malformed entry for %s", userName)
+		}
+	} else {
+		group, err := t.read("/etc/group")
+		if err != nil {
+			return err
+		}
+		for taken(passwd, uid) || taken(group, uid) {
+			uid++
+		}
+		if err := t.enroll(passwd, group, uid); err != nil {
+			return err
+		}
+	}
+	if err := t.home(uid); err != nil {
+		return err
+	}
+	if _, err := t.root.Stat("etc/sudoers.d"); err != nil {
+		return nil // no sudo here
+	}
+	return t.write(file{"/etc/sudoers.d/" + userName, 0o440, sudoRule})
+}
+
+// enroll adds the user and its group of the same number.
+func (t tree) enroll(passwd, group string, uid int) error {
+	if passwd == "" {
+		passwd = "root:x:0:0:root:/root:/bin/sh\n"
+	}
+	if group == "" {
+		group = "root:x:0:\n"
+	}
+	shell := "/bin/bash"
+	if _, err := t.root.Stat("bin/bash"); err != nil {
+		shell = "/bin/sh"
+	}
+	edits := []struct {
+		name, text, line string
+		mode             uint32
+	}{
+		{"/etc/passwd", passwd, fmt.Sprintf("%s:x:%d:%d::%s:%s", userName, uid, uid, userHome, shell), 0o644},
+		{"/etc/group", group, fmt.Sprintf("%s:x:%d:", userName, uid), 0o644},
+		{"/etc/shadow", "", userName + ":*:19000:0:99999:7:::", 0o640},
+		{"/etc/gshadow", "", userName + ":!::", 0o640},
+	}
+	for _, e := range edits {
+		if e.text == "" {
+			var err error
+			if e.text, err = t.read(e.name); err != nil {
+				return err
+			}
+			if e.text == "" {
+				continue // an image without shadow passwords does without
+			}
+		}
+		if !strings.HasSuffix(e.text, "\n") {
+			e.text += "\n"
+		}
+		if err := t.write(file{e.name, e.mode, e.text + e.line + "\n"}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// home makes the user's home, with the files of /etc/skel when it is new.
+func (t tree) home(uid int) error {
+	rel, err := t.resolve(userHome)
+	if err != nil {
+		return step("make home", err)
+	}
+	if fi, err := t.root.Lstat(rel); err != nil {
+		if err := t.mkdir(rel); err != nil {
+			return step("make home", err)
+		}
+		if err := t.copySkel(rel, uid); err != nil {
+			return step("copy /etc/skel", err)
+		}
+	} else if !fi.IsDir() {
+		return fmt.Errorf("make home: %s is no directory in the image", userHome)
+	}
+	return step("own home", t.root.Lchown(rel, uid, uid))
+}
+
+// copySkel copies the plain files of /etc/skel.
+func (t tree) copySkel(home string, uid int) error {
+	entries, err := fs.ReadDir(t.root.FS(), "etc/skel")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			continue
+		}
+		text, err := t.read("/etc/skel/" + e.Name())
+		if err != nil {
+			return err
+		}
+		name := path.Join(home, e.Name())
+		if err := t.write(file{name, 0o644, text}); err != nil {
+			return err
+		}
+		if err := t.root.Lchown(name, uid, uid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// entry returns the fields of a name's line in passwd(5) or group(5).
+func entry(text, name string) ([]string, bool) {
+	for line := range strings.Lines(text) {
+		if f := strings.Split(strings.TrimSpace(line), ":"); f[0] == name && len(f) > 2 {
+			return f, true
+		}
+	}
+	return nil, false
+}
+
+// taken reports whether a number is used in passwd(5) or group(5).
+func taken(text string, id int) bool {
+	for line := range strings.Lines(text) {
+		if f := strings.Split(line, ":"); len(f) > 2 && f[2] == strconv.Itoa(id) {
+			return true
+		}
+	}
+	return false
+}
+
+// step wraps err with what was being done.
+func step(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
