@@ -53,6 +53,8 @@ var (
 // onlyA allows a.example and nothing else.
 var onlyA = policy.Input{AllowOut: []string{"a.example", "*.sub.example"}, DenyOut: []string{"0.0.0.0/0"}}
 
+var discard = slog.New(slog.NewTextHandler(io.Discard, nil))
+
 var operator = &policy.Operator{SelfDomains: []string{"cordon.localhost"}}
 
 func newLab(t testing.TB, in policy.Input, tune ...func(*Config)) *lab {
@@ -66,7 +68,7 @@ func newLab(t testing.TB, in policy.Input, tune ...func(*Config)) *lab {
 	l.apply(in)
 	cfg := Config{
 		Owner: l.owner, Resolve: l.resolve, OriginalDst: l.originalDst, Flows: l,
-		Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Log:    discard,
 		Limits: Limits{SniffTimeout: 500 * time.Millisecond, DialTimeout: 2 * time.Second},
 	}
 	for _, f := range tune {
