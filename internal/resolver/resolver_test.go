@@ -129,6 +129,13 @@ func (u *upstream) ServeDNS(w dns.ResponseWriter, r *dns.Msg) {
 	_ = w.WriteMsg(m)
 }
 
+// set looks at or changes how the server behaves.
+func (u *upstream) set(f func(*upstream)) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	f(u)
+}
+
 // questions returns what was asked so far, "name type", and forgets it.
 func (u *upstream) questions() []string {
 	u.mu.Lock()
@@ -433,7 +440,8 @@ func TestNothingOfTheClientsMessageGoesUpstream(t *testing.T) {
 	if r := f.send(t, m); r.Rcode != 0 {
 		t.Fatal(r)
 	}
-	got := f.up.asked[0]
+	var got *dns.Msg
+	f.up.set(func(u *upstream) { got = u.asked[0] })
 	opt := got.IsEdns0()
 	if got.Id == 4242 || got.CheckingDisabled || got.AuthenticatedData || got.Zero || opt == nil || len(opt.Option) != 0 || opt.Do() || opt.UDPSize() != maxUDP {
 		t.Errorf("upstream received %v", got)
@@ -488,7 +496,9 @@ func TestRepliesFitTheClient(t *testing.T) {
 			t.Errorf("%s: %d octets, truncated %v, %d records", c.name, len(reply), r.Truncated, len(r.Answer))
 		}
 	}
-	if f.up.tcp == 0 {
+	tcp := 0
+	f.up.set(func(u *upstream) { tcp = u.tcp })
+	if tcp == 0 {
 		t.Error("the truncated answer of the upstream was not fetched over TCP")
 	}
 }
@@ -719,7 +729,7 @@ func TestATunnelBelowAnAllowedWildcardRunsOutOfBudget(t *testing.T) {
 
 func TestQueriesForOneNameAtOnceAreAskedOnce(t *testing.T) {
 	f := newFixture(t, strictInput)
-	f.up.delay = 100 * time.Millisecond
+	f.up.set(func(u *upstream) { u.delay = 100 * time.Millisecond })
 	var wg sync.WaitGroup
 	for range 20 {
 		wg.Go(func() {
@@ -741,7 +751,7 @@ func TestUpstreamFailures(t *testing.T) {
 	}
 	defer dead.Close()
 	broken := newUpstream(t, "")
-	broken.rcode = dns.RcodeServerFailure
+	broken.set(func(u *upstream) { u.rcode = dns.RcodeServerFailure })
 	f := newFixture(t, strictInput, func(c *Config) {
 		c.Upstreams = append([]netip.AddrPort{netip.MustParseAddrPort(dead.LocalAddr().String()), broken.addr}, c.Upstreams...)
 	})
@@ -757,7 +767,7 @@ func TestUpstreamFailures(t *testing.T) {
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("the server that answered is not preferred: %v", took)
 	}
-	f.up.rcode = dns.RcodeRefused
+	f.up.set(func(u *upstream) { u.rcode = dns.RcodeRefused })
 	f.cfg.Upstreams = []netip.AddrPort{broken.addr, f.up.addr}
 	if r := f.send(t, ask("long.test", dns.TypeA)); r.Rcode != dns.RcodeServerFailure {
 		t.Errorf("got %v", r)
@@ -831,7 +841,7 @@ func TestResolveForTheProxy(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	f.up.delay = 50 * time.Millisecond
+	f.up.set(func(u *upstream) { u.delay = 50 * time.Millisecond })
 	if _, err := f.Resolve(ctx, "s1", "y.wild.test"); err == nil {
 		t.Error("a cancelled lookup must end")
 	}

@@ -25,8 +25,8 @@ func ListenTransparentTCP(ctx context.Context, addr netip.AddrPort) (net.Listene
 	return l, nil
 }
 
-// Limits of the sockets that replies are sent from: one for each server that
-// sandboxes address, closed when it was not used for a while.
+// Limits of the sockets that replies are sent from and that are kept: one for
+// each server that sandboxes address, closed when it was not used for a while.
 const (
 	maxReplySockets = 64
 	replySocketIdle = 30 * time.Second
@@ -116,19 +116,17 @@ func originalDst(oob []byte) (netip.AddrPort, error) {
 
 // Reply implements Datagrams.
 func (u *TransparentUDP) Reply(msg []byte, from, to netip.AddrPort) error {
-	s, err := u.socketFor(from)
+	s, err := u.take(from)
 	if err != nil {
-		return err
+		return fmt.Errorf("reply as %s: %w", from, err)
 	}
 	_, err = s.conn.WriteToUDPAddrPort(msg, to)
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	s.busy--
-	return err
+	return errors.Join(err, u.put(from, s))
 }
 
-// socketFor returns the socket bound to a server's address, marked busy.
-func (u *TransparentUDP) socketFor(from netip.AddrPort) (*replySocket, error) {
+// take returns the socket bound to a server's address, marked busy. When all
+// places are taken by busy ones, it is a socket for one reply.
+func (u *TransparentUDP) take(from netip.AddrPort) (*replySocket, error) {
 	now := time.Now()
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -137,24 +135,37 @@ func (u *TransparentUDP) socketFor(from netip.AddrPort) (*replySocket, error) {
 	}
 	s, ok := u.replies[from]
 	if !ok {
-		u.makeRoom(now)
-		if len(u.replies) >= maxReplySockets {
-			return nil, fmt.Errorf("reply as %s: %d addresses are in use already", from, maxReplySockets)
-		}
 		p, err := u.listen.ListenPacket(context.Background(), u.network, from.String())
 		if err != nil {
-			return nil, fmt.Errorf("reply as %s: %w", from, err)
+			return nil, err
 		}
-		conn, ok := p.(*net.UDPConn)
-		if !ok {
-			return nil, errors.Join(fmt.Errorf("reply as %s: %T is no UDP socket", from, p), p.Close())
+		conn, isUDP := p.(*net.UDPConn)
+		if !isUDP {
+			return nil, errors.Join(fmt.Errorf("%T is no UDP socket", p), p.Close())
 		}
 		s = &replySocket{conn: conn}
-		u.replies[from] = s
+		u.makeRoom(now)
+		if len(u.replies) < maxReplySockets {
+			u.replies[from] = s
+		}
 	}
 	s.used = now
 	s.busy++
 	return s, nil
+}
+
+// put ends one use of a socket.
+func (u *TransparentUDP) put(from netip.AddrPort, s *replySocket) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	s.busy--
+	if u.replies[from] == s {
+		return nil
+	}
+	if err := s.conn.Close(); !errors.Is(err, net.ErrClosed) { // Close was quicker
+		return err
+	}
+	return nil
 }
 
 // makeRoom closes the sockets that were idle for long, and the longest idle one
