@@ -83,10 +83,7 @@ func (r *Runtime) Restore(ctx context.Context, s sandbox.RuntimeSpec, dir string
 	if err := r.Create(ctx, s); err != nil {
 		return err
 	}
-	defer r.spare.refill()
-	err = r.within(ctx, s.ID, "restore", func(c *container.Container, conf *config.Config) error {
-		return c.Restore(conf, dir, false, false, nil)
-	})
+	err = r.run(ctx, request{Step: stepRestore, ID: string(s.ID), Image: dir})
 	if err != nil {
 		return errors.Join(err, r.Destroy(context.WithoutCancel(ctx), s.ID))
 	}

@@ -25,7 +25,7 @@ import (
 // The names under which this binary executes itself. The first is ours, the
 // others are gVisor's; "/proc/self/exe" is its helper that unmounts /proc.
 const (
-	createArg0  = "cordon-create"
+	workerArg0  = "cordon-worker"
 	runscArg0   = "runsc"
 	sandboxArg0 = "runsc-sandbox"
 	goferArg0   = "runsc-gofer"
@@ -49,8 +49,8 @@ var runscVersion string
 // whatever package initialisation costs, a start pays four times.
 func Dispatch() {
 	switch os.Args[0] {
-	case createArg0:
-		os.Exit(runCreator())
+	case workerArg0:
+		os.Exit(runWorker())
 	case sandboxArg0:
 		filters.RegisterSentry()
 	case goferArg0:
@@ -138,7 +138,7 @@ func holdTable(fd int) error {
 	return nil
 }
 
-// tableOnce enlarges the server's own table, from which the create process's is
+// tableOnce enlarges the server's own table, from which the workers' are
 // made.
 var tableOnce = sync.OnceValue(func() error {
 	f, err := os.Open(os.DevNull)

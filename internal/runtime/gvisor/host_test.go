@@ -5,11 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +24,7 @@ import (
 	bootfilter "gvisor.dev/gvisor/runsc/boot/filter"
 	goferfilter "gvisor.dev/gvisor/runsc/fsgofer/filter"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/runtime/gvisor/filters"
 	"github.com/cordonhq/cordon/internal/runtime/runtimetest"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -160,6 +165,18 @@ func TestNothingOfTheServerReachesASandbox(t *testing.T) {
 		}
 		status, err := os.ReadFile(proc + "/status")
 		must(t, err)
+		limits, err := os.ReadFile(proc + "/limits")
+		must(t, err)
+		if !regexp.MustCompile(`Max core file size +0 +0 `).Match(limits) {
+			t.Errorf("process %d may dump core: %s", pid, limits)
+		}
+		mounts, err := os.ReadFile(proc + "/mountinfo")
+		must(t, err)
+		for line := range strings.Lines(string(mounts)) {
+			if f := strings.Fields(line); !strings.HasPrefix(f[5], "ro") {
+				t.Errorf("process %d could write to %q", pid, line)
+			}
+		}
 		if !bytes.Contains(status, []byte("\nSeccomp:\t2\n")) {
 			t.Errorf("process %d has no seccomp filter", pid)
 		}
@@ -405,4 +422,184 @@ func TestAStrangersProcessIsLeftAlone(t *testing.T) {
 		t.Errorf("the stranger is gone: %v", err)
 	}
 	clean(t, r, cfg, s.ID)
+}
+
+// TestManyUsersDoNotMakeManyProcesses tries to get around the limit of processes,
+// which on Linux is per user. If that worked, the host's limit of threads must hold.
+func TestManyUsersDoNotMakeManyProcesses(t *testing.T) {
+	cfg := testConfig(t)
+	r := open(t, cfg)
+	rootfs, slot, other := runtimetest.Rootfs(t), runtimetest.NewSlot(t, 1), runtimetest.NewSlot(t, 2)
+	s, neighbour := spec(rootfs, slot), spec(rootfs, other)
+	s.Resources.Processes, s.Resources.MemoryMB = 16, 1024
+	started(t, r, s, slot)
+	started(t, r, neighbour, other)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	out, err := slot.Ask(ctx, "crowd", "100", "4")
+	t.Logf("started %s processes, %v; %d threads on the host, limit %d", out, err, len(threadIDs(r, s.ID)), threads(s.Resources))
+	if n := len(threadIDs(r, s.ID)); n > int(threads(s.Resources)) {
+		t.Errorf("%d threads on the host, with a limit of %d", n, threads(s.Resources))
+	}
+	if _, err := other.Ask(t.Context(), "hello"); err != nil {
+		t.Errorf("the neighbour: %v", err)
+	}
+	must(t, r.Destroy(t.Context(), s.ID))
+	clean(t, r, cfg, s.ID)
+}
+
+func TestSparseFilesDoNotMakeAnEndlessExport(t *testing.T) {
+	r, slot := open(t, testConfig(t)), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	s.Resources.DiskMB, s.Resources.MemoryMB = 4, 512
+	started(t, r, s, slot)
+	for i := range 8 {
+		if _, err := slot.Ask(t.Context(), "truncate", fmt.Sprint("/home/holes", i), strconv.Itoa(50<<20)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var n counter
+	err := r.ExportUpper(t.Context(), s.ID, &n)
+	if errs.KindOf(err) != errs.Exhausted || n < 256<<20 || n > 300<<20 {
+		t.Errorf("exported %d MiB, %v", n>>20, err)
+	}
+	if _, err := slot.Ask(t.Context(), "hello"); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+type counter int64
+
+func (c *counter) Write(b []byte) (int, error) { *c += counter(len(b)); return len(b), nil }
+
+// TestBoundDirectoriesShareTheDisk fills every layer there is.
+func TestBoundDirectoriesShareTheDisk(t *testing.T) {
+	r, slot := open(t, testConfig(t)), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	file := filepath.Join(t.TempDir(), "file")
+	must(t, os.WriteFile(file, nil, 0o644))
+	s.Binds = []sandbox.Bind{{Host: t.TempDir(), Guest: "/one"}, {Host: t.TempDir(), Guest: "/two"}, {Host: file, Guest: "/etc/file"}}
+	started(t, r, s, slot)
+	for _, path := range []string{"/one/x", "/two/x", "/home/x", "/etc/file"} {
+		if out, err := slot.Ask(t.Context(), "fill", path, "100"); err == nil {
+			t.Errorf("%s took %s MiB", path, out)
+		}
+	}
+	st, err := r.Stats(t.Context(), s.ID)
+	must(t, err)
+	if most := (s.Resources.DiskMB + 2) << 20; st.DiskBytes > most || st.DiskBytes < most*3/4 {
+		t.Errorf("%d MiB in use, want %d", st.DiskBytes>>20, s.Resources.DiskMB)
+	}
+}
+
+// TestASentrysLastWordsAreLogged makes a sentry panic, by a file too large to
+// export.
+func TestASentrysLastWordsAreLogged(t *testing.T) {
+	cfg := testConfig(t)
+	var log bytes.Buffer
+	cfg.Log, cfg.LogDir = slog.New(slog.NewTextHandler(&log, nil)), t.TempDir()
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	if _, err := slot.Ask(t.Context(), "truncate", "/home/holes", strconv.Itoa(1<<55)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.ExportUpper(t.Context(), s.ID, io.Discard); errs.KindOf(err) != errs.Exhausted {
+		t.Errorf("export: %v", err)
+	}
+	must(t, r.Destroy(t.Context(), s.ID))
+	if got := log.String(); !strings.Contains(got, "sentry panicked") || !strings.Contains(got, "goroutine") || len(got) > 4*panicText {
+		t.Errorf("log of %d bytes: %.300s", len(got), got)
+	}
+	if left, _ := filepath.Glob(filepath.Join(cfg.LogDir, "*")); len(left) > 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+func TestRunCLIIsGVisorsOwnCommandLine(t *testing.T) {
+	const key = "CORDON_TEST_CLI"
+	if dir := os.Getenv(key); dir != "" {
+		t.Fatal(RunCLI(dir, []string{"list", "-quiet"}, nil))
+	}
+	cfg := testConfig(t)
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestRunCLIIsGVisorsOwnCommandLine$")
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), key+"="+cfg.StateDir)
+	if out, err := cmd.CombinedOutput(); err != nil || strings.TrimSpace(string(out)) != string(s.ID) {
+		t.Errorf("runsc list says %q, %v; want %s", out, err, s.ID)
+	}
+}
+
+// TestACheckpointThatIsNotOneLeavesNothing restores what was cut short, and what
+// another version made.
+func TestACheckpointThatIsNotOneLeavesNothing(t *testing.T) {
+	cfg := testConfig(t)
+	r, slot := open(t, cfg), runtimetest.NewSlot(t, 1)
+	s := spec(runtimetest.Rootfs(t), slot)
+	started(t, r, s, slot)
+	for name, c := range map[string]struct {
+		damage func(dir string) error
+		want   errs.Kind
+	}{
+		"memory cut short": {func(dir string) error { return os.Truncate(filepath.Join(dir, "pages.img"), 4096) }, errs.Internal},
+		"state cut short":  {func(dir string) error { return os.Truncate(filepath.Join(dir, "checkpoint.img"), 100) }, errs.Internal},
+		"another version": {func(dir string) error {
+			return writeJSON(filepath.Join(dir, metaFile), checkpointMeta{Runtime: "gvisor/v0.0.0-20200101000000-000000000000"})
+		}, errs.Conflict},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "image")
+			must(t, r.Checkpoint(t.Context(), s.ID, dir, true))
+			must(t, c.damage(dir))
+			next := runtimetest.NewSlot(t, 2)
+			clone := spec(s.Rootfs, next)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			if err := r.Restore(ctx, clone, dir); err == nil || errs.KindOf(err) != c.want {
+				t.Errorf("got %v, want %v", err, c.want)
+			}
+			clean(t, r, cfg, clone.ID)
+		})
+	}
+}
+
+// TestTheServerLosesNothingToSandboxes counts what is left in this process.
+func TestTheServerLosesNothingToSandboxes(t *testing.T) {
+	r := open(t, testConfig(t))
+	rootfs, slot := runtimetest.Rootfs(t), runtimetest.NewSlot(t, 1)
+	cycle := func() {
+		slot.Rearm(t)
+		s := spec(rootfs, slot)
+		must(t, r.Create(t.Context(), s))
+		must(t, r.Start(t.Context(), s.ID))
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		_ = r.Wait(ctx, s.ID)
+		cancel()
+		must(t, r.ExportUpper(t.Context(), s.ID, io.Discard))
+		must(t, r.Pause(t.Context(), s.ID))
+		must(t, r.Resume(t.Context(), s.ID))
+		must(t, r.Destroy(t.Context(), s.ID))
+	}
+	count := func() (files, goroutines int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		must(t, err)
+		return len(fds), runtime.NumGoroutine()
+	}
+	cycle()
+	files, goroutines := count()
+	for range 3 {
+		cycle()
+	}
+	if f, g := count(); f > files || g > goroutines {
+		t.Errorf("after three sandboxes %d files and %d goroutines, before %d and %d", f, g, files, goroutines)
+	}
+	children, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", os.Getpid()))
+	must(t, err)
+	if n := len(strings.Fields(string(children))); n > 1 { // the waiting worker
+		out, _ := exec.Command("ps", "--ppid", fmt.Sprint(os.Getpid()), "-o", "pid,stat,args").Output()
+		t.Errorf("%d children left:\n%s", n, out)
+	}
 }

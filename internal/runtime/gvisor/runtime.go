@@ -20,7 +20,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 
@@ -60,11 +59,11 @@ type Config struct {
 // Runtime runs sandboxes on gVisor. Its methods may be called concurrently,
 // also for one sandbox.
 type Runtime struct {
-	cfg    Config
-	name   string
-	groups cgroups
-	locks  keyed
-	spare  spare
+	cfg     Config
+	name    string
+	groups  cgroups
+	locks   keyed
+	workers workers
 }
 
 // New returns a Runtime. The binary's main must have called Dispatch first.
@@ -173,13 +172,15 @@ func (r *Runtime) Create(ctx context.Context, s sandbox.RuntimeSpec) (err error)
 	if err := r.writeBundle(s, flags); err != nil {
 		return fmt.Errorf("write the bundle: %w", err)
 	}
-	c, err := r.spare.take()
+	w, err := r.workers.take(s.ID)
 	if err != nil {
 		return err
 	}
-	if err := c.create(ctx, request{Flags: flags, Bundle: r.bundle(s.ID), ID: string(s.ID)}); err != nil {
+	if err := w.do(ctx, request{Step: stepCreate, Flags: flags, Bundle: r.bundle(s.ID), ID: string(s.ID)}); err != nil {
+		w.end()
 		return fmt.Errorf("create the sandbox's processes: %w", err)
 	}
+	r.workers.keep(s.ID, w)
 	return nil
 }
 
@@ -205,12 +206,27 @@ func writeJSON(path string, v any) error {
 
 // Start implements sandbox.Runtime.
 func (r *Runtime) Start(ctx context.Context, id sandbox.ID) error {
-	defer r.spare.refill() // now, so as not to take the CPU from the start
-	return r.within(ctx, id, "start", func(c *container.Container, conf *config.Config) error {
+	return r.run(ctx, request{Step: stepStart, ID: string(id)})
+}
+
+// run has a worker start or restore a sandbox that is created. What a context
+// that ends leaves half done can only be destroyed.
+func (r *Runtime) run(ctx context.Context, req request) error {
+	id := sandbox.ID(req.ID)
+	return r.within(ctx, id, req.Step, func(c *container.Container, _ *config.Config) error {
 		if c.Status != container.Created {
 			return r.conflict(c, "started")
 		}
-		return c.Start(conf)
+		w, err := r.workers.take(id)
+		if err != nil {
+			return err
+		}
+		defer r.workers.refill() // now, so as not to take the CPU from the start
+		defer w.end()
+		if req.Flags, err = r.readFlags(id); err != nil {
+			return err
+		}
+		return w.do(ctx, req)
 	})
 }
 
@@ -256,6 +272,7 @@ func (r *Runtime) Destroy(ctx context.Context, id sandbox.ID) error {
 		return errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
 	}
 	r.groups.kill(id)
+	r.workers.forget(id)
 	defer r.locks.lock(id)()
 	return r.erase(ctx, id)
 }
@@ -264,6 +281,7 @@ func (r *Runtime) Destroy(ctx context.Context, id sandbox.ID) error {
 // bundle goes last: while it is there, the sandbox is listed and can be
 // destroyed again.
 func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
+	r.workers.forget(id)
 	if err := r.groups.remove(ctx, id); err != nil {
 		return fmt.Errorf("end the sandbox's processes: %w", err)
 	}
@@ -316,7 +334,7 @@ func (r *Runtime) reportPanic(id sandbox.ID) error {
 	return os.RemoveAll(r.logDir(id))
 }
 
-// sweep removes files of writable layers that a create process was killed
+// sweep removes files of writable layers that a worker was killed
 // before it could unlink. Whoever uses one holds it open.
 func sweep(dataDir string) error {
 	files, err := filepath.Glob(filepath.Join(dataDir, layerPrefix+"*"))
@@ -330,11 +348,7 @@ func sweep(dataDir string) error {
 	return errors.Join(failed...)
 }
 
-// within runs one step on a sandbox that exists, one at a time for each sandbox.
-//
-// gVisor's library visits network namespaces on the thread it is called on.
-// The thread is therefore one that ends afterwards: had it failed to come back,
-// the server would go on in the sandbox's namespace.
+// within takes one step on a sandbox that exists, one at a time for each sandbox.
 func (r *Runtime) within(ctx context.Context, id sandbox.ID, step string, do func(*container.Container, *config.Config) error) error {
 	defer r.locks.lock(id)()
 	if err := ctx.Err(); err != nil {
@@ -344,12 +358,7 @@ func (r *Runtime) within(ctx context.Context, id sandbox.ID, step string, do fun
 	if err != nil {
 		return err
 	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // and never unlocked
-		done <- do(c, conf)
-	}()
-	if err := <-done; err != nil {
+	if err := do(c, conf); err != nil {
 		if errs.KindOf(err) != errs.Internal {
 			return err
 		}
@@ -363,28 +372,43 @@ func (r *Runtime) load(id sandbox.ID) (*container.Container, *config.Config, err
 	if !id.Valid() {
 		return nil, nil, errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
 	}
-	b, err := os.ReadFile(filepath.Join(r.bundle(id), flagsFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil, errs.New(errs.NotFound, "sandbox %s does not exist", id)
-	} else if err != nil {
-		return nil, nil, fmt.Errorf("read the sandbox's flags: %w", err)
-	}
-	var flags []string
-	if err := json.Unmarshal(b, &flags); err != nil {
-		return nil, nil, fmt.Errorf("read the sandbox's flags: %w", err)
+	flags, err := r.readFlags(id)
+	if err != nil {
+		return nil, nil, err
 	}
 	conf, err := parseFlags(flags)
 	if err != nil {
 		return nil, nil, err
 	}
-	full := container.FullID{SandboxID: string(id), ContainerID: string(id)}
-	c, err := container.Load(r.root(), full, container.LoadOpts{Exact: true, SkipCheck: true})
+	c, err := loadContainer(r.root(), string(id))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil, errs.New(errs.NotFound, "sandbox %s does not exist", id)
 	} else if err != nil {
 		return nil, nil, fmt.Errorf("load the sandbox's state: %w", err)
 	}
 	return c, conf, nil
+}
+
+// readFlags returns runsc's flags as the sandbox was created with, which may
+// have been by a Runtime with another Config.
+func (r *Runtime) readFlags(id sandbox.ID) ([]string, error) {
+	b, err := os.ReadFile(filepath.Join(r.bundle(id), flagsFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, errs.New(errs.NotFound, "sandbox %s does not exist", id)
+	} else if err != nil {
+		return nil, fmt.Errorf("read the sandbox's flags: %w", err)
+	}
+	var flags []string
+	if err := json.Unmarshal(b, &flags); err != nil {
+		return nil, fmt.Errorf("read the sandbox's flags: %w", err)
+	}
+	return flags, nil
+}
+
+// loadContainer reads gVisor's state of a sandbox, without asking whether it runs.
+func loadContainer(root, id string) (*container.Container, error) {
+	full := container.FullID{SandboxID: id, ContainerID: id}
+	return container.Load(root, full, container.LoadOpts{Exact: true, SkipCheck: true})
 }
 
 func (r *Runtime) conflict(c *container.Container, done string) error {
@@ -431,7 +455,7 @@ func (k *keyed) lock(id sandbox.ID) (unlock func()) {
 // sandboxes go on, and keep theirs; a later Create makes it anew. So a server
 // that will start again may call it or not.
 func (r *Runtime) Close() error {
-	r.spare.close()
+	r.workers.close()
 	path := filepath.Join(r.root(), specutils.NullNetNSFilename)
 	for {
 		switch err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); {

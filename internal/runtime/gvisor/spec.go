@@ -94,19 +94,15 @@ const rootSize = boot.RootfsPrefix + "options"
 type quota struct{ root, bind int64 }
 
 // quotas divides the disk. Files that are bound get next to nothing, just enough
-// to be edited. Directories share half of the disk.
+// to be edited. With a directory among them, the binds share half of the disk.
 func quotas(s sandbox.RuntimeSpec) quota {
 	disk := s.Resources.DiskMB
-	var dirs int64
 	for _, b := range s.Binds {
 		if fi, err := os.Stat(b.Host); err == nil && fi.IsDir() {
-			dirs++
+			return quota{root: max(disk/2, 1), bind: max(disk/2/int64(len(s.Binds)), 1)}
 		}
 	}
-	if dirs == 0 {
-		return quota{root: disk, bind: 1}
-	}
-	return quota{root: max(disk/2, 1), bind: max(disk/2/dirs, 1)}
+	return quota{root: disk, bind: 1}
 }
 
 // rootQuota reads back the root's quota, in bytes.

@@ -46,6 +46,7 @@ func Run(t *testing.T, open func(*testing.T) sandbox.Runtime) {
 		{"binds show files of the host and take no writes", s.binds},
 		{"users inside may become root by a set-user-ID program", s.setUID},
 		{"files carry user attributes", s.attributes},
+		{"processes run on terminals", s.terminals},
 		{"the changed files are exported as a tar stream", s.export},
 		{"wait returns when the sandbox exits", s.wait},
 		{"pause stops it and resume continues it", s.pause},
@@ -59,6 +60,7 @@ func Run(t *testing.T, open func(*testing.T) sandbox.Runtime) {
 		{"a specification that cannot be is invalid and leaves nothing", s.invalid},
 		{"a create that fails or is cancelled leaves nothing", s.failedCreate},
 		{"the disk quota ends writes, not the sandbox", s.diskLimit},
+		{"files in memory have a limit too", s.sharedMemoryLimit},
 		{"the memory limit ends the sandbox and nothing else", s.memoryLimit},
 		{"the limit of processes refuses more", s.processLimit},
 		{"the CPU limit slows it down", s.cpuLimit},
@@ -238,6 +240,13 @@ func (s *suite) attributes(t *testing.T) {
 		if got := ask(t, slot, "getxattr", path, "user.key"); got != "value" {
 			t.Errorf("%s: got %q", path, got)
 		}
+	}
+}
+
+func (s *suite) terminals(t *testing.T) {
+	_, slot := s.sandbox(t, s.open(t), nil)
+	if got := ask(t, slot, "terminal"); got != "hello" {
+		t.Errorf("through the terminal: got %q", got)
 	}
 }
 
@@ -540,6 +549,15 @@ func (s *suite) diskLimit(t *testing.T) {
 	}
 	ask(t, slot, "remove", "/home/user/large")
 	ask(t, slot, "fill", "/tmp/large", "16")
+}
+
+func (s *suite) sharedMemoryLimit(t *testing.T) {
+	_, slot := s.sandbox(t, s.open(t), nil)
+	out, err := slot.Ask(t.Context(), "fill", "/dev/shm/large", "192")
+	if err == nil || !strings.Contains(err.Error(), "no space") {
+		t.Errorf("filling /dev/shm: got %v after %s MiB, want no space", err, out)
+	}
+	ask(t, slot, "hello")
 }
 
 func (s *suite) memoryLimit(t *testing.T) {

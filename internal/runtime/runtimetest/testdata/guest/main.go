@@ -16,6 +16,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 type request struct {
@@ -86,53 +87,87 @@ func num(a []string, i int) int {
 }
 
 func do(r request) (string, error) {
-	a := r.Args
-	switch r.Do {
-	case "hello":
+	if f, ok := commands[r.Do]; ok {
+		return f(r.Args)
+	}
+	return "", fmt.Errorf("guest cannot %q", r.Do)
+}
+
+var commands = map[string]func(a []string) (string, error){
+	"hello": func(a []string) (string, error) {
 		return "hello", nil
-	case "exit":
+	},
+	"exit": func(a []string) (string, error) {
 		time.AfterFunc(20*time.Millisecond, func() { os.Exit(num(a, 0)) })
 		return "", nil
-	case "hostname":
+	},
+	"hostname": func(a []string) (string, error) {
 		return os.Hostname()
-	case "env":
+	},
+	"env": func(a []string) (string, error) {
 		return strings.Join(os.Environ(), "\n"), nil
-	case "cat":
+	},
+	"cat": func(a []string) (string, error) {
 		b, err := os.ReadFile(arg(a, 0))
 		return string(b), err
-	case "write":
+	},
+	"write": func(a []string) (string, error) {
 		return "", os.WriteFile(arg(a, 0), []byte(arg(a, 1)), 0o644)
-	case "mkdir":
+	},
+	"mkdir": func(a []string) (string, error) {
 		return "", os.Mkdir(arg(a, 0), 0o755)
-	case "fill": // path, MiB: writes until it is full
+	},
+	"fill": func(a []string) (string, error) { // path, MiB: writes until it is full
 		return fill(arg(a, 0), num(a, 1))
-	case "remove":
+	},
+	"truncate": func(a []string) (string, error) { // path, bytes: a file of holes
+		f, err := os.Create(arg(a, 0))
+		if err != nil {
+			return "", err
+		}
+		defer f.Close()
+		return "", f.Truncate(int64(num(a, 1)))
+	},
+	"terminal": func(a []string) (string, error) {
+		return terminal()
+	},
+	"crowd": func(a []string) (string, error) { // users, processes of each
+		return crowd(num(a, 0), num(a, 1))
+	},
+	"remove": func(a []string) (string, error) {
 		return "", os.Remove(arg(a, 0))
-	case "ls":
+	},
+	"ls": func(a []string) (string, error) {
 		entries, err := os.ReadDir(arg(a, 0))
 		var names []string
 		for _, e := range entries {
 			names = append(names, e.Name())
 		}
 		return strings.Join(names, "\n"), err
-	case "fds":
+	},
+	"fds": func(a []string) (string, error) {
 		return fds()
-	case "setxattr":
+	},
+	"setxattr": func(a []string) (string, error) {
 		return "", syscall.Setxattr(arg(a, 0), arg(a, 1), []byte(arg(a, 2)), 0)
-	case "getxattr":
+	},
+	"getxattr": func(a []string) (string, error) {
 		b := make([]byte, 4096)
 		n, err := syscall.Getxattr(arg(a, 0), arg(a, 1), b)
 		return string(b[:max(n, 0)]), err
-	case "remember":
+	},
+	"remember": func(a []string) (string, error) {
 		memory.Lock()
 		defer memory.Unlock()
 		memory.text = arg(a, 0)
 		return "", nil
-	case "recall":
+	},
+	"recall": func(a []string) (string, error) {
 		memory.Lock()
 		defer memory.Unlock()
 		return memory.text, nil
-	case "allocate": // MiB, kept
+	},
+	"allocate": func(a []string) (string, error) { // MiB, kept
 		memory.Lock()
 		defer memory.Unlock()
 		for range num(a, 0) {
@@ -143,40 +178,50 @@ func do(r request) (string, error) {
 			memory.held = append(memory.held, b)
 		}
 		return "", nil
-	case "burn": // milliseconds of CPU
+	},
+	"burn": func(a []string) (string, error) { // milliseconds of CPU
 		for end := time.Now().Add(time.Duration(num(a, 0)) * time.Millisecond); time.Now().Before(end); {
 		}
 		return "", nil
-	case "ids":
+	},
+	"ids": func(a []string) (string, error) {
 		return fmt.Sprint(os.Getuid(), os.Geteuid()), nil
-	case "as": // uid, program, args
+	},
+	"as": func(a []string) (string, error) { // uid, program, args
 		return as(num(a, 0), a[1:])
-	case "forks": // how many processes may live at once, at most n
+	},
+	"forks": func(a []string) (string, error) { // how many processes may live at once, at most n
 		return forks(num(a, 0))
-	case "sleep":
+	},
+	"sleep": func(a []string) (string, error) {
 		time.Sleep(time.Duration(num(a, 0)) * time.Second)
 		return "", nil
-	case "mount":
+	},
+	"mount": func(a []string) (string, error) {
 		return "", syscall.Mount("none", arg(a, 0), "tmpfs", 0, "")
-	case "mknod": // path, major, minor of a block device
+	},
+	"mknod": func(a []string) (string, error) { // path, major, minor of a block device
 		return "", syscall.Mknod(arg(a, 0), syscall.S_IFBLK|0o600, num(a, 1)<<8|num(a, 2))
-	case "rawsocket":
+	},
+	"rawsocket": func(a []string) (string, error) {
 		fd, err := syscall.Socket(syscall.AF_PACKET, syscall.SOCK_RAW, 0)
 		if err == nil {
 			syscall.Close(fd)
 		}
 		return "", err
-	case "statfs":
+	},
+	"statfs": func(a []string) (string, error) {
 		var st syscall.Statfs_t
 		err := syscall.Statfs(arg(a, 0), &st)
 		return strconv.FormatUint(st.Blocks*uint64(st.Bsize)>>20, 10), err
-	case "walk": // every file below a path that can be read, by name
+	},
+	"walk": func(a []string) (string, error) { // every file below a path that can be read, by name
 		return walk(arg(a, 0))
-	case "addresses":
+	},
+	"addresses": func(a []string) (string, error) {
 		addrs, err := net.InterfaceAddrs()
 		return fmt.Sprint(addrs), err
-	}
-	return "", fmt.Errorf("guest cannot %q", r.Do)
+	},
 }
 
 func fill(path string, mib int) (string, error) {
@@ -227,6 +272,54 @@ func forks(n int) (string, error) {
 		children = append(children, c)
 	}
 	return strconv.Itoa(n), nil
+}
+
+// crowd starts processes under many users, each of which has a limit of its own.
+func crowd(users, each int) (string, error) {
+	var started int
+	for u := range users {
+		for range each {
+			c := exec.Command("/guest", "sleep", "600")
+			c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(10000 + u), Gid: 1}}
+			if err := c.Start(); err != nil {
+				break
+			}
+			started++
+		}
+	}
+	return strconv.Itoa(started), nil
+}
+
+// terminal opens a pseudo-terminal and sends a line through it.
+func terminal() (string, error) {
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		return "", err
+	}
+	defer master.Close()
+	var n, unlock uint32
+	for _, c := range []struct {
+		req uintptr
+		arg *uint32
+	}{{syscall.TIOCGPTN, &n}, {syscall.TIOCSPTLCK, &unlock}} {
+		if _, _, e := syscall.Syscall(syscall.SYS_IOCTL, master.Fd(), c.req, uintptr(unsafe.Pointer(c.arg))); e != 0 {
+			return "", e
+		}
+	}
+	cmd := exec.Command("/guest", "hello")
+	tty, err := os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		return "", err
+	}
+	defer tty.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Run(); err != nil {
+		return "", err
+	}
+	b := make([]byte, 64)
+	m, err := master.Read(b)
+	return string(b[:m]), err
 }
 
 func walk(root string) (string, error) {
