@@ -170,19 +170,19 @@ func (n *Network) admit(s *slot) error {
 }
 
 func (n *Network) addOwn(tx *transaction, s *slot) {
-	tx.add(n.namedSet(setOwn4), []nftables.SetElement{ownKeyOf(s, s.lease.Addr4.Addr())})
-	if s.lease.Addr6.IsValid() {
-		tx.add(n.namedSet(setOwn6), []nftables.SetElement{ownKeyOf(s, s.lease.Addr6.Addr())})
-	}
+	own4, own6 := ownKeys(s)
+	tx.add(n.namedSet(setOwn4), own4)
+	tx.add(n.namedSet(setOwn6), own6)
 }
 
 // withdraw takes everything away that lets the slot's packets pass. The caller
 // holds s.mu.
 func (n *Network) withdraw(s *slot) error {
 	return n.kern.do(func(tx *transaction) {
-		tx.remove(n.namedSet(setOwn4), ownKeyOf(s, s.lease.Addr4.Addr()))
-		if s.lease.Addr6.IsValid() {
-			tx.remove(n.namedSet(setOwn6), ownKeyOf(s, s.lease.Addr6.Addr()))
+		own4, own6 := ownKeys(s)
+		tx.remove(n.namedSet(setOwn4), own4...)
+		if len(own6) > 0 {
+			tx.remove(n.namedSet(setOwn6), own6...)
 		}
 		if !s.applied {
 			return

@@ -21,6 +21,7 @@ const (
 	ReasonSpoofed  policy.Reason = "spoofed-source" // the packet did not carry the sandbox's own addresses
 	ReasonNoSocket policy.Reason = "no-listener"    // the proxy or the resolver does not run
 	ReasonPinned   policy.Reason = "pinned"         // a host:port rule, by the address the resolver answered
+	ReasonTooMany  policy.Reason = "too-many-flows" // Config.MaxFlows
 	ReasonReplaced policy.Reason = "replaced"       // decided by a policy that is no longer in force
 )
 
@@ -185,8 +186,8 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 		return
 	}
 	o := n.owners[s.num].Load()
-	if o == nil {
-		return // in the pool: a runtime's own chatter
+	if o == nil || o.gone {
+		return // in the pool or released: nobody's traffic
 	}
 	n.stats.logged.Add(1)
 	out := flowlog.Event{
@@ -208,6 +209,9 @@ func judgeRefusal(out *flowlog.Event, c class, p *policy.Compiled, pkt packet) {
 		return
 	case classProxy:
 		out.Rule, out.Reason = policy.Rule{ID: "listener", Text: "the proxy or the resolver must run"}, ReasonNoSocket
+		return
+	case classLimit:
+		out.Rule, out.Reason = policy.Rule{ID: "limit", Text: "flows of one sandbox at a time"}, ReasonTooMany
 		return
 	case classProtocol:
 		out.Rule, out.Reason = policy.Rule{ID: "protocol", Text: "only TCP, UDP and ICMP are forwarded"}, policy.ReasonProtocol

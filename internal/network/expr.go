@@ -291,6 +291,16 @@ func logs(group uint16, prefix string) rule {
 	}
 }
 
+// tooMany matches a connection beyond the slot's share of the tracker's table.
+func tooMany(limit uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		&expr.Dynset{SrcRegKey: reg1, SetName: setFlows, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: []expr.Any{
+			&expr.Connlimit{Count: limit, Flags: expr.NFT_CONNLIMIT_F_INV},
+		}},
+	}
+}
+
 // counterOf reads the packets of a counter object.
 func counterOf(o nftables.Obj) uint64 {
 	switch c := o.(type) {

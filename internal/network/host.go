@@ -193,7 +193,7 @@ func (n *Network) Check() []string {
 		}
 	}
 	for _, f := range []string{"ip_tables_names", "ip6_tables_names"} {
-		if b, err := os.ReadFile("/proc/net/" + f); err == nil && strings.Contains(string(b), "filter") {
+		if b, err := os.ReadFile("/proc/thread-self/net/" + f); err == nil && strings.Contains(string(b), "filter") {
 			out = append(out, "Legacy iptables rules are loaded; they cannot be listed from here. Check that FORWARD lets links named "+n.plan.prefix()+"* pass.")
 			break
 		}

@@ -463,3 +463,107 @@ func TestICMP(t *testing.T) {
 	}
 	w.flows.wait(t, "protocol", func(e flowEvent) bool { return e.Reason == policy.ReasonProtocol && e.Proto == "icmp" })
 }
+
+func TestADeletedTableComesBack(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l, bare := w.lease(), w.lease()
+	w.apply(l, policy.Input{DenyOut: []string{"198.51.100.0/24"}})
+	live := open(t, l, at("198.51.101.1:7777"))
+	other := &kernel{}
+	defer other.close()
+	for range 3 {
+		if err := other.do(func(tx *transaction) { tx.FlushRuleset() }); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(2 * time.Second); ; time.Sleep(time.Millisecond) {
+			if there, err := w.hasTable(); err == nil && there {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("the table is still gone")
+			}
+		}
+		if _, err := dial(l, "tcp", at("198.51.100.1:7777")); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("a denied destination: %v; want refused", err)
+		}
+		if err := echoes(live); err != nil {
+			t.Errorf("a live flow: %v", err)
+		}
+	}
+	if _, err := dial(bare, "tcp", at("198.51.101.1:7777")); err == nil {
+		t.Error("a slot without a policy passes")
+	}
+	w.apply(l, policy.Input{DenyOut: []string{"198.51.101.0/24"}})
+	if err := echoes(live); err == nil {
+		t.Error("tightening afterwards cut nothing")
+	}
+	if err := w.Release(context.Background(), l); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOneSandboxCannotFillTheTracker(t *testing.T) {
+	w := start(t, func(c *Config) { c.MaxFlows = 20 })
+	w.serve(7777)
+	l, other := w.lease(), w.lease()
+	w.apply(l, policy.Input{})
+	w.apply(other, policy.Input{})
+	passed := 0
+	for range 40 {
+		c, err := dial(l, "tcp", at("198.51.100.10:7777"))
+		if err != nil {
+			continue
+		}
+		defer c.Close()
+		passed++
+	}
+	if passed < 15 || passed > 21 {
+		t.Errorf("%d of 40 flows passed; want 20", passed)
+	}
+	w.flows.wait(t, "too many", func(e flowEvent) bool { return e.Reason == ReasonTooMany && e.Sandbox == string(l.Sandbox) })
+	if _, err := hello(other, at("198.51.100.10:7777")); err != nil {
+		t.Errorf("another sandbox: %v", err)
+	}
+}
+
+func TestManyAtATime(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	done := make(chan error)
+	for i := range 8 {
+		go func() {
+			for range 4 {
+				l, err := w.Acquire(context.Background(), sandbox.NewID())
+				if err != nil {
+					done <- err
+					return
+				}
+				mine := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(10 + i)}), 7777)
+				p := compiled(t, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{mine.Addr().String()}}, nil)
+				if err := w.Apply(context.Background(), l, p); err != nil {
+					done <- err
+					return
+				}
+				if _, err := hello(l, mine); err != nil {
+					done <- err
+					return
+				}
+				if _, err := dial(l, "tcp", at("198.51.100.9:7777")); !errors.Is(err, syscall.ECONNREFUSED) {
+					done <- err
+					return
+				}
+				if err := w.Release(context.Background(), l); err != nil {
+					done <- err
+					return
+				}
+			}
+			done <- nil
+		}()
+	}
+	for range 8 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}

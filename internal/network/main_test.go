@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -133,8 +134,10 @@ func start(t testing.TB, change ...func(*Config)) *world {
 		c(&w.cfg)
 	}
 	w.internet = makeInternet(t)
-	w.boot(nil)
 	t.Cleanup(func() {
+		if w.Network == nil {
+			return
+		}
 		w.halt()
 		if err := w.Teardown(context.Background()); err != nil {
 			t.Error("tear down:", err)
@@ -144,6 +147,7 @@ func start(t testing.TB, change ...func(*Config)) *world {
 		}
 		nothingLeft(t, w.cfg)
 	})
+	w.boot(nil)
 	return w
 }
 
@@ -154,13 +158,25 @@ func (w *world) boot(inUse map[sandbox.ID]sandbox.Held) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.Network = n
+	ctx, cancel := context.WithCancel(context.Background())
+	w.Network, w.cancel, w.done = n, cancel, make(chan error, 1)
+	go func() { w.done <- n.Run(ctx) }()
 	if err := n.Reconcile(context.Background(), inUse); err != nil {
 		w.t.Fatal("reconcile:", err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	w.cancel, w.done = cancel, make(chan error, 1)
-	go func() { w.done <- n.Run(ctx) }()
+	// What happens before Run listens is not in the flow log.
+	listening := func(file, line string) bool {
+		b, _ := os.ReadFile(file)
+		return regexp.MustCompile(`(?m)^` + line).Match(b)
+	}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if listening("/proc/thread-self/net/netfilter/nfnetlink_log", fmt.Sprintf(` *%d `, n.cfg.NFLogGroup)) && listening("/proc/thread-self/net/netlink", `\S+ 12 +\d+ +00000005 `) {
+			return
+		}
+		if time.Now().After(end) {
+			w.t.Fatal("Run does not listen")
+		}
+	}
 }
 
 // halt ends Run, as the end of the server does.
@@ -263,7 +279,7 @@ func makeInternet(t testing.TB) string {
 	return path
 }
 
-// enter runs fn in the namespace at path, on a thread that ends with it.
+// enter runs fn in the namespace at path.
 func enter(t testing.TB, path string, fn func() error) {
 	t.Helper()
 	if err := inNamespace(path, fn); err != nil {
@@ -280,11 +296,21 @@ func inNamespace(path string, fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
+		home, err := netns.Get()
+		if err != nil {
+			done <- err
+			return
+		}
+		defer home.Close()
 		if err := netns.Set(ns); err != nil {
 			done <- err
 			return
 		}
-		done <- fn()
+		err = fn()
+		if back := netns.Set(home); back == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
 	}()
 	return <-done
 }

@@ -65,6 +65,9 @@ type Config struct {
 	NFLogGroup uint16
 	// PoolSize is how many slots are kept ready; default 16.
 	PoolSize int
+	// MaxFlows is how many flows one sandbox may have at a time, so that none fills
+	// the host's connection tracker; default 8192.
+	MaxFlows uint32
 	// Quarantine is how long a released slot's addresses rest; default one minute.
 	Quarantine time.Duration
 	Flows      flowlog.Recorder // required
@@ -102,6 +105,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.PoolSize == 0 {
 		c.PoolSize = 16
+	}
+	if c.MaxFlows == 0 {
+		c.MaxFlows = 8192
 	}
 	if c.Quarantine == 0 {
 		c.Quarantine = time.Minute
@@ -236,6 +242,7 @@ func (n *Network) Run(ctx context.Context) error {
 	g.Go(func() error { return n.emptyTrash(ctx) })
 	g.Go(func() error { return n.followFlows(ctx) })
 	g.Go(func() error { return n.followLogs(ctx) })
+	g.Go(func() error { return n.guardTable(ctx) })
 	return g.Wait()
 }
 
@@ -247,6 +254,9 @@ func (n *Network) Close() error {
 	n.link.Close()
 	return nil
 }
+
+// HasIPv6 reports whether slots get IPv6 addresses.
+func (n *Network) HasIPv6() bool { return n.v6 }
 
 // Owner returns the sandbox that has addr, IPv4 or IPv6, and the policy it is
 // under. It takes no lock. False: nobody, or nobody with a policy in force yet.

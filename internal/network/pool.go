@@ -85,7 +85,7 @@ func (n *Network) Rearm(_ context.Context, l sandbox.Lease) error {
 		return fmt.Errorf("open namespace of slot %s: %w", s.lease.Link, err)
 	}
 	defer ns.Close()
-	if err := arm(ns, s.lease); err != nil {
+	if err := n.arm(ns, s); err != nil {
 		return fmt.Errorf("rearm slot %s: %w", s.lease.Link, err)
 	}
 	return nil

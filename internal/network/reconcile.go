@@ -138,11 +138,11 @@ func (n *Network) readBack(kept []adopted) {
 	for _, k := range kept {
 		slots[k.slot.lease.Link], bySlot[k.slot.num] = k.slot, k.slot
 	}
-	err := n.kern.read(func(c *nftables.Conn) error {
-		tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
-		if err != nil || !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == n.table().Name }) {
-			return err
-		}
+	there, err := n.hasTable()
+	if err == nil && !there {
+		return
+	}
+	err = n.kern.read(func(c *nftables.Conn) error {
 		marks, err := c.GetSetElements(n.namedSet(setMarks))
 		if err != nil {
 			return err

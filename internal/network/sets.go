@@ -90,10 +90,21 @@ func withPort(a netip.Addr, port uint16) []byte {
 	return append(a.AsSlice(), byte(port>>8), byte(port), 0, 0)
 }
 
-// ownKeyOf is the element of own4 or own6 that admits a source address.
-func ownKeyOf(s *slot, addr netip.Addr) nftables.SetElement {
-	key := append(ifname(s.lease.Link), s.mac...)
-	return nftables.SetElement{Key: append(append(key, 0, 0), addr.AsSlice()...)}
+// ownKeys are the elements of own4 and own6 that admit the slot's own addresses.
+// For IPv6 the link-local one (RFC 4291, appendix A) is among them: neighbour
+// discovery uses it.
+func ownKeys(s *slot) (own4, own6 []nftables.SetElement) {
+	key := func(a netip.Addr) nftables.SetElement {
+		k := append(append(ifname(s.lease.Link), s.mac...), 0, 0)
+		return nftables.SetElement{Key: append(k, a.AsSlice()...)}
+	}
+	own4 = []nftables.SetElement{key(s.lease.Addr4.Addr())}
+	if s.lease.Addr6.IsValid() {
+		m := s.mac
+		local := netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+		own6 = []nftables.SetElement{key(s.lease.Addr6.Addr()), key(local)}
+	}
+	return own4, own6
 }
 
 // nameOf reads an interface name's key.

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -144,7 +145,40 @@ func (n *Network) build(s *slot) (err error) {
 	if err := n.configureHostSide(s, veth); err != nil {
 		return err
 	}
-	return arm(ns, s.lease)
+	if err := n.arm(ns, s); err != nil {
+		return err
+	}
+	if err := settle(n.link, s.lease.Link); err != nil {
+		return err
+	}
+	return inside(ns, func(h *netlink.Handle) error { return settle(h, guestLink) })
+}
+
+// settle waits until the kernel has put a link into operation, which it does in
+// the background: a packet sent before that is lost, and a second with it.
+func settle(h *netlink.Handle, name string) error {
+	for end := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
+		l, err := h.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("watch link %s: %w", name, err)
+		}
+		if l.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("link %s does not come into operation: it is %s", name, l.Attrs().OperState)
+		}
+	}
+}
+
+// inside runs fn with a connection into a namespace.
+func inside(ns netns.NsHandle, fn func(*netlink.Handle) error) error {
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("enter namespace: %w", err)
+	}
+	defer h.Close()
+	return fn(h)
 }
 
 // configureHostSide gives the host's end its addresses. The sandbox's hardware
@@ -181,42 +215,42 @@ func (n *Network) configureHostSide(s *slot, link netlink.Link) error {
 	if err := n.link.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring up %s: %w", s.lease.Link, err)
 	}
-	err := n.link.NeighSet(&netlink.Neigh{
-		LinkIndex: int(s.ifindex), State: netlink.NUD_PERMANENT, IP: s.lease.Addr4.Addr().AsSlice(), HardwareAddr: s.mac,
-	})
-	if err != nil {
-		return fmt.Errorf("fix neighbour %s: %w", s.lease.Addr4.Addr(), err)
-	}
-	return nil
-}
-
-// arm gives the sandbox's end of a lease its addresses and routes. It may be
-// called again: gVisor takes both away when it starts (its stack owns them then).
-func arm(ns netns.NsHandle, l sandbox.Lease) error {
-	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("enter namespace: %w", err)
-	}
-	defer h.Close()
-	for _, name := range []string{"lo", guestLink} {
-		link, err := h.LinkByName(name)
-		if err != nil {
-			return fmt.Errorf("find %s in the namespace: %w", name, err)
-		}
-		if name == guestLink {
-			if err := address(h, link, l); err != nil {
-				return err
-			}
+	for _, a := range []netip.Prefix{s.lease.Addr4, s.lease.Addr6} {
+		if !a.IsValid() {
 			continue
 		}
-		if err := h.LinkSetUp(link); err != nil {
-			return fmt.Errorf("bring up lo in the namespace: %w", err)
+		err := n.link.NeighSet(&netlink.Neigh{
+			LinkIndex: int(s.ifindex), State: netlink.NUD_PERMANENT, IP: a.Addr().AsSlice(), HardwareAddr: s.mac,
+		})
+		if err != nil {
+			return fmt.Errorf("fix neighbour %s: %w", a.Addr(), err)
 		}
 	}
 	return nil
 }
 
-func address(h *netlink.Handle, link netlink.Link, l sandbox.Lease) error {
+// arm gives the sandbox's end of a slot its addresses, routes and the gateways'
+// hardware address. It may be called again: gVisor takes addresses and routes away
+// when it starts (its stack owns them then).
+func (n *Network) arm(ns netns.NsHandle, s *slot) error {
+	return inside(ns, func(h *netlink.Handle) error {
+		lo, err := h.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("find lo in the namespace: %w", err)
+		}
+		if err := h.LinkSetUp(lo); err != nil {
+			return fmt.Errorf("bring up lo in the namespace: %w", err)
+		}
+		link, err := h.LinkByName(guestLink)
+		if err != nil {
+			return fmt.Errorf("find %s in the namespace: %w", guestLink, err)
+		}
+		return n.address(h, link, s)
+	})
+}
+
+func (n *Network) address(h *netlink.Handle, link netlink.Link, s *slot) error {
+	l := s.lease
 	addrs := []netip.Prefix{l.Addr4}
 	gates := []netip.Addr{l.Gate4}
 	if l.Addr6.IsValid() {
@@ -234,6 +268,12 @@ func address(h *netlink.Handle, link netlink.Link, l sandbox.Lease) error {
 		r := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: g.AsSlice(), Dst: ipNet(everything(g)).IPNet}
 		if err := h.RouteReplace(r); err != nil {
 			return fmt.Errorf("add default route by %s in the namespace: %w", g, err)
+		}
+		err := h.NeighSet(&netlink.Neigh{
+			LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: g.AsSlice(), HardwareAddr: n.plan.mac(s.num, 1),
+		})
+		if err != nil {
+			return fmt.Errorf("fix neighbour %s in the namespace: %w", g, err)
 		}
 	}
 	return nil
@@ -257,8 +297,7 @@ func ipNet(p netip.Prefix) *netlink.Addr {
 	return a
 }
 
-// createNetns makes an empty network namespace and binds it to path. It works on
-// a thread of its own, which ends with the goroutine because it stays locked.
+// createNetns makes an empty network namespace and binds it to path.
 func createNetns(path string) (netns.NsHandle, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return netns.None(), fmt.Errorf("make the namespaces' directory: %w", err)
@@ -269,10 +308,7 @@ func createNetns(path string) (netns.NsHandle, error) {
 	}
 	f.Close()
 	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		done <- bindNewNetns(path)
-	}()
+	go func() { done <- bindNewNetns(path) }()
 	if err := <-done; err != nil {
 		return netns.None(), err
 	}
@@ -283,13 +319,28 @@ func createNetns(path string) (netns.NsHandle, error) {
 	return ns, nil
 }
 
+// bindNewNetns must be the last call of its goroutine: a thread that cannot go
+// back to its namespace stays locked and ends with the goroutine. Letting every
+// thread end would do as well, were it not for the first one: it cannot end, and
+// /proc/self would show the sandbox's namespace as the server's.
 func bindNewNetns(path string) error {
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		return fmt.Errorf("open this thread's namespace: %w", err)
+	}
+	defer home.Close()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("unshare network namespace: %w", err)
 	}
 	if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("bind namespace to %s: %w", path, err)
+		err = fmt.Errorf("bind namespace to %s: %w", path, err)
+		return errors.Join(err, netns.Set(home))
 	}
+	if err := netns.Set(home); err != nil {
+		return fmt.Errorf("go back to this thread's namespace: %w", err)
+	}
+	runtime.UnlockOSThread()
 	return nil
 }
 

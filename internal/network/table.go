@@ -16,7 +16,7 @@ import (
 //	pin (prerouting, before connection tracking)
 //	    not one of our links → out of our sight
 //	    link, hardware and network address belong together → on
-//	    neighbour discovery → on; anything else → drop, logged as "spoof"
+//	    anything else → drop, logged as "spoof"
 //	pre (prerouting, after connection tracking)
 //	    neighbour discovery → on
 //	    an answer to what the host opened → on
@@ -24,7 +24,8 @@ import (
 //	s<n> (one per slot under a policy, rules.go)
 //	    the flow carries the slot's mark: accepted before under this policy → on
 //	    screen, floor, rules → ok, proxy or no_…
-//	ok      port 53 → dns; a flow of the proxy → proxy; mark the flow → on
+//	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
+//	        mark the flow → on
 //	proxy, dns   hand to the transparent socket; nobody listens → no_proxy
 //	no_…    log at a bounded rate, then refuse: TCP reset, else ICMP prohibited
 //	fwd (forward)
@@ -47,10 +48,10 @@ const (
 	chainDNS        = "dns"
 	chainRefuse     = "refuse"
 
-	setSlots, setMarks, setLogs = "slots", "marks", "logs"
-	setOwn4, setOwn6            = "own4", "own6"
-	setFloor4, setFloor6        = "floor4", "floor6"
-	setHost                     = "host" // address types that are the host's own
+	setSlots, setMarks, setLogs, setFlows = "slots", "marks", "logs", "flows"
+	setOwn4, setOwn6                      = "own4", "own6"
+	setFloor4, setFloor6                  = "floor4", "floor6"
+	setHost                               = "host" // address types that are the host's own
 
 	counterRefused = "refused"
 
@@ -67,6 +68,7 @@ const (
 	classFloor    class = "floor"
 	classDeny     class = "deny"
 	classProxy    class = "proxy" // meant for a transparent socket that is not there
+	classLimit    class = "limit" // one flow too many
 )
 
 func (c class) chain() string { return "no_" + string(c) }
@@ -112,6 +114,8 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.IsMap, s.DataType = true, nftables.TypeMark
 	case setLogs:
 		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
+	case setFlows:
+		s.Dynamic, s.Size = true, 1<<16
 	case setOwn4:
 		s.Concatenation, s.KeyByteOrder = true, nil
 		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr)
@@ -135,7 +139,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.DelTable(t) // whatever it was: adding it first makes deleting it legal
 	tx.AddTable(t)
 	tx.AddObj(&nftables.CounterObj{Table: t, Name: counterRefused})
-	for _, name := range []string{setSlots, setMarks, setLogs, setOwn4, setOwn6} {
+	for _, name := range []string{setSlots, setMarks, setLogs, setFlows, setOwn4, setOwn6} {
 		tx.set(n.namedSet(name), nil)
 	}
 	var floor []policy.PrefixPort
@@ -148,7 +152,7 @@ func (n *Network) addTable(tx *transaction) {
 		{Key: native(unix.RTN_LOCAL)}, {Key: native(unix.RTN_BROADCAST)}, {Key: native(unix.RTN_ANYCAST)}, {Key: native(unix.RTN_MULTICAST)},
 	})
 	chains := []string{
-		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(),
+		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
 		chainProxy, chainDNS, chainOK, chainScreen, chainFloor, chainFloorNames,
 	}
 	for _, name := range chains {
@@ -167,7 +171,7 @@ func (n *Network) addRefusals(tx *transaction) {
 		when(l4proto(policy.TCP), rejectTCP()),
 		when(rejectProhibited()),
 		when(drop()))
-	for _, c := range []class{classFloor, classDeny, classProxy} {
+	for _, c := range []class{classFloor, classDeny, classProxy, classLimit} {
 		tx.rules(n.chain(c.chain()), logs(n.cfg.NFLogGroup, string(c)), when(goTo(chainRefuse)))
 	}
 	for _, c := range []class{classSpoof, classProtocol} {
@@ -201,6 +205,7 @@ func (n *Network) addShared(tx *transaction) {
 		when(l4proto(policy.TCP), dport(53), goTo(chainDNS)),
 		// The proxy's connections stay with the proxy, whatever a later policy says.
 		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)),
+		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
 		when(setCtMark(0), accept()),
 		when(drop()))
 	tx.rules(n.chain(chainScreen),
@@ -238,10 +243,8 @@ func (n *Network) addHooks(tx *transaction) {
 		when(iifStartsNot(ours), accept()),
 		when(family(unix.NFPROTO_IPV4), ownKey(false), in(setOwn4), accept()),
 		when(family(unix.NFPROTO_IPV6), ownKey(true), in(setOwn6), accept()),
-		when(neighbour(135), saddrIn(linkLocal), accept()),
-		when(neighbour(136), saddrIn(linkLocal), accept()),
-		// The rest of ICMPv6 is what every stack says when a link comes up (MLD,
-		// router solicitation): not worth a line.
+		// What every stack says when a link comes up, from an address that is not in
+		// use yet (duplicate address detection, MLD): not worth a line.
 		when(l4proto(policy.ICMPv6), drop()),
 		when(goTo(classSpoof.chain())))
 	pre := tx.AddChain(n.hook(chainPre, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle))
@@ -249,6 +252,7 @@ func (n *Network) addHooks(tx *transaction) {
 		when(iifStartsNot(ours), accept()),
 		when(neighbour(135), accept()),
 		when(neighbour(136), accept()),
+		when(saddrIn(linkLocal), drop()), // good for nothing else
 		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
 		when(load(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}),
 			load(&expr.Lookup{SourceRegister: reg1, IsDestRegSet: true, SetName: setSlots})),

@@ -281,3 +281,24 @@ func TestAProxiedFlowStaysWithTheProxyWhenRulesLoosen(t *testing.T) {
 		t.Errorf("%q, %v", who, err)
 	}
 }
+
+// Distributions set rp_filter, WireGuard's scripts src_valid_mark: with both, the
+// reverse path check looks at the mark of the transparent path.
+func TestTheTransparentPathSurvivesReversePathChecks(t *testing.T) {
+	w := start(t)
+	proxy(t, w.cfg.ProxyPort)
+	l := w.lease()
+	for _, key := range []string{"all/rp_filter", "all/src_valid_mark", l.Link + "/rp_filter", "lo/rp_filter"} {
+		path := "net/ipv4/conf/" + key
+		if err := writeSysctl(path, "1"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = writeSysctl(path, "0") })
+	}
+	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"example.com"}})
+	for _, to := range []string{"198.51.100.10:443", "[2001:db8:2::10]:80"} {
+		if who, err := hello(l, at(to)); err != nil || who != "proxy for "+to {
+			t.Errorf("%s: %q, %v", to, who, err)
+		}
+	}
+}
