@@ -21,7 +21,7 @@ func (v *visit) forward(b *backend, t *Target, to route, p pass) {
 	host, fields := v.present(t, to)
 	if isGRPC(v.r) {
 		defer b.inflight.Add(-1)
-		v.forwardGRPC(b, to, p.target, host, fields)
+		v.forwardGRPC(&grpcCall{b: b, to: to, target: p.target, host: host, fields: fields})
 		return
 	}
 	upgrade := upgradeOf(v.r)
@@ -50,9 +50,7 @@ func (v *visit) forward(b *backend, t *Target, to route, p pass) {
 	v.code, v.err = result.Status, result.Err
 	switch {
 	case result.Err == nil:
-	case result.Started:
-		v.abort()
-	case errors.Is(result.Err, relay.ErrClient):
+	case result.Started, errors.Is(result.Err, relay.ErrClient) && !errors.Is(result.Err, relay.ErrReset):
 		v.abort()
 	default:
 		v.refuse(v.explain(b, to, result.Err))
@@ -66,6 +64,9 @@ func (v *visit) explain(b *backend, to route, err error) *refusal {
 	}
 	if t, ok := v.in.cfg.Lookup(to.id); !ok || t.State != Running {
 		return notFound(to.id)
+	}
+	if errors.Is(err, relay.ErrBody) {
+		return badRequest("The request's body is malformed or stopped coming.")
 	}
 	var dial *relay.DialError
 	if errors.As(err, &dial) {

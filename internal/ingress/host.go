@@ -18,7 +18,7 @@ func parseDomains(in []string) (domains, error) {
 	}
 	var out domains
 	for _, d := range in {
-		name := strings.TrimSuffix(strings.ToLower(d), ".")
+		name := strings.TrimSuffix(lower(d), ".")
 		if !validName(name) {
 			return nil, fmt.Errorf("ingress: domain %q is not a domain name: use labels of a-z, 0-9 and '-', without a port", d)
 		}
@@ -39,6 +39,21 @@ func validName(s string) bool {
 		}
 	}
 	return true
+}
+
+// lower folds ASCII letters only: Unicode's folding makes an "i" of U+0130 and a
+// "k" of U+212A.
+func lower(s string) string {
+	if !strings.ContainsFunc(s, func(r rune) bool { return r >= 'A' && r <= 'Z' }) {
+		return s
+	}
+	b := []byte(s)
+	for i, c := range b {
+		if c >= 'A' && c <= 'Z' {
+			b[i] = c + 'a' - 'A'
+		}
+	}
+	return string(b)
 }
 
 func validLabel(s string) bool {
@@ -94,7 +109,7 @@ func (d domains) parse(host string) (place, error) {
 	if literal {
 		return place{kind: sharedHost, name: name}, nil
 	}
-	name = strings.TrimSuffix(strings.ToLower(name), ".")
+	name = strings.TrimSuffix(lower(name), ".")
 	if !validName(name) {
 		return place{}, hostError("Host " + shown(host) + " is not a valid host name.")
 	}

@@ -114,7 +114,6 @@ type Ingress struct {
 	pages   *pages
 	metrics *metrics
 	sources *sources
-	grpc    http.Handler
 
 	base context.Context // of what outlives a request; ends with Close
 	stop context.CancelFunc
@@ -157,7 +156,6 @@ func New(cfg Config) (*Ingress, error) {
 			return nil, fmt.Errorf("ingress: %w", err)
 		}
 	}
-	in.grpc = in.newGRPC()
 	in.base, in.stop = context.WithCancel(context.Background())
 	return in, nil
 }

@@ -229,13 +229,13 @@ func (l *lab) both(t *testing.T, f func(t *testing.T, c *http.Client)) {
 }
 
 // plain sends bytes to the plain listener and returns what comes back until the
-// end of the connection or two quiet seconds.
+// end of the connection or for half a second.
 func (l *lab) plain(t *testing.T, request string) string {
 	t.Helper()
 	c := l.dialPlain(t)
 	defer c.Close()
 	io.WriteString(c, request)
-	c.SetReadDeadline(time.Now().Add(2 * time.Second))
+	c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
 	b, _ := io.ReadAll(c)
 	return string(b)
 }

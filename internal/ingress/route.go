@@ -68,7 +68,7 @@ func (in *Ingress) shared(r *http.Request) (id string, port uint16, refused *ref
 		if len(ids) > 1 || len(ports) != 1 {
 			return "", 0, badRequest("A request for a sandbox needs exactly one " + h.id + " and one " + h.port + " header.")
 		}
-		thisID, _, _ := strings.Cut(strings.ToLower(ids[0]), "-")
+		thisID, _, _ := strings.Cut(lower(ids[0]), "-")
 		thisPort, ok := parsePort(ports[0])
 		if !validID(thisID) {
 			return "", 0, badRequest("Sandbox ID " + shown(ids[0]) + " in " + h.id + " is not valid: it consists of the letters a-z and digits.")

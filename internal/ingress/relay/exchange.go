@@ -44,7 +44,7 @@ type Field struct{ Name, Value string }
 // Result is what became of an exchange.
 type Result struct {
 	Status  int   // sent to the client; 0 when none was
-	Err     error // ErrReset, ErrClient, ErrAnswer or a *DialError, in its chain
+	Err     error // ErrReset, ErrClient, ErrBody, ErrAnswer or a *DialError, in its chain
 	Started bool  // a part of the answer is sent: the client's connection must be broken off
 }
 
@@ -124,7 +124,9 @@ func (x *exchange) try(fresh bool) error {
 	if x.detached {
 		return nil
 	}
-	x.finishUpload(err == nil)
+	if uploadErr := x.finishUpload(err == nil); err != nil && errors.Is(uploadErr, ErrBody) {
+		err = uploadErr
+	}
 	x.pool.leave(x)
 	if err != nil || !reuse || !x.uploaded || !untouched {
 		c.Close()
@@ -152,7 +154,7 @@ func (x *exchange) reset() {
 
 func (x *exchange) run() (keep time.Duration, reuse bool, err error) {
 	sendErr := x.send()
-	if errors.Is(sendErr, ErrClient) {
+	if errors.Is(sendErr, ErrClient) || errors.Is(sendErr, ErrBody) {
 		return 0, false, sendErr
 	}
 	resp, err := x.receive()
@@ -214,9 +216,9 @@ func (x *exchange) send() error {
 	return nil
 }
 
-// hopByHop reports the fields that belong to one connection (RFC 9110, section
+// HopByHop reports the fields that belong to one connection (RFC 9110, section
 // 7.6.1) and those that are written from what the server parsed.
-func hopByHop(name string) bool {
+func HopByHop(name string) bool {
 	switch name {
 	case "Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization",
 		"Te", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length", "Host", "Http2-Settings":
@@ -259,7 +261,7 @@ func (x *exchange) writeHead(size int64, expect bool) {
 	field("Host", x.out.Host)
 	listed := connectionListed(r.Header)
 	for name, values := range r.Header {
-		if hopByHop(name) || listed[name] || name == "Expect" && !expect || x.out.Drop != nil && x.out.Drop(name) {
+		if HopByHop(name) || listed[name] || name == "Expect" && !expect || x.out.Drop != nil && x.out.Drop(name) {
 			continue
 		}
 		for _, v := range values {
@@ -297,7 +299,7 @@ func (x *exchange) writeHead(size int64, expect bool) {
 // forbiddenTrailer reports trailer fields that a service might merge into the
 // header and then trust.
 func forbiddenTrailer(name string, out *Out) bool {
-	if hopByHop(name) || out.Drop != nil && out.Drop(name) {
+	if HopByHop(name) || out.Drop != nil && out.Drop(name) {
 		return true
 	}
 	for _, f := range out.Set {
@@ -329,7 +331,11 @@ func (x *exchange) sendBody() {
 		case <-t.C:
 		}
 	}
-	x.upload <- x.copyBody()
+	err := x.copyBody()
+	if errors.Is(err, ErrBody) {
+		x.conn.Close() // the service would wait for the rest, and we for its answer
+	}
+	x.upload <- err
 }
 
 // copyBody sends the request's body and, when it is chunked, its trailers.
@@ -353,7 +359,7 @@ func (x *exchange) copyBody() error {
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("%w: read body: %w", ErrClient, err)
+			return fmt.Errorf("%w: %w", ErrBody, err)
 		}
 	}
 	if timed {
@@ -398,11 +404,10 @@ func (x *exchange) writeBody(b []byte, chunked bool) error {
 // finishUpload waits for sendBody. A service that answers without reading the
 // whole body gets its connection closed; the client may send on for a moment
 // before its own is, so that it sees the answer and not a reset.
-func (x *exchange) finishUpload(complete bool) {
+func (x *exchange) finishUpload(complete bool) (err error) {
 	if x.upload == nil {
-		return
+		return nil
 	}
-	var err error
 	select {
 	case err = <-x.upload:
 	default:
@@ -415,12 +420,13 @@ func (x *exchange) finishUpload(complete bool) {
 		x.rc.SetReadDeadline(deadline) //nolint:errcheck // ends the wait below
 		x.proceed(false)
 		err = <-x.upload
-		if complete && x.r.ProtoMajor == 1 && !errors.Is(err, ErrClient) && !errors.Is(err, errUnwanted) {
+		if complete && x.r.ProtoMajor == 1 && !errors.Is(err, ErrBody) && !errors.Is(err, errUnwanted) {
 			io.CopyN(io.Discard, x.r.Body, 256<<10) //nolint:errcheck // best effort within the deadline
 		}
 	}
 	x.upload = nil
 	x.uploaded = err == nil
+	return err
 }
 
 // proceed tells sendBody whether to go on; the first word counts.

@@ -76,7 +76,9 @@ func (l *Limits) fill() {
 var (
 	// ErrReset: the pool was closed, because its sandbox is gone.
 	ErrReset = errors.New("the sandbox is gone")
-	// ErrClient: the client went away or broke off its request.
+	// ErrBody: the request's body is malformed, or stopped coming.
+	ErrBody = errors.New("the request's body is not usable")
+	// ErrClient: the client went away.
 	ErrClient = errors.New("the client went away")
 	// ErrAnswer: the service closed the connection or answered something that
 	// is not HTTP.
@@ -186,6 +188,20 @@ func (p *Pool) Dial(ctx context.Context, port uint16) (net.Conn, error) {
 	}
 	return t, nil
 }
+
+// Enter registers an exchange that Forward does not lead. reset is called when the
+// pool is closed, unless leave came first; it must not block.
+func (p *Pool) Enter(reset func()) (leave func(), err error) {
+	g := &guest{end: reset}
+	if err := p.enter(g); err != nil {
+		return nil, err
+	}
+	return func() { p.leave(g) }, nil
+}
+
+type guest struct{ end func() }
+
+func (g *guest) reset() { g.end() }
 
 // tracked is a connection handed out by Dial.
 type tracked struct {
