@@ -562,8 +562,11 @@ func TestATerminal(t *testing.T) {
 	if _, err := h.process().CloseStdin(t.Context(), connect.NewRequest(&pb.CloseStdinRequest{Process: byPID(pid)})); code(err) != "failed_precondition" {
 		t.Errorf("closing a terminal's input: %v", err)
 	}
-	typed("sleep 100\n")
-	typed("\x03") // interrupts the foreground process, if the terminal controls the session
+	typed("echo slee''ping; sleep 100\n")
+	eventually(t, "a foreground process", func() bool { return strings.Contains(seen(), "sleeping\r\n") })
+	typed("\x03") // interrupts it, if the terminal controls the session
+	typed("echo inter''rupted\n")
+	eventually(t, "the interruption", func() bool { return strings.Contains(seen(), "interrupted\r\n") })
 	typed("exit 5\n")
 	<-done
 	if r.end.GetExitCode() != 5 {

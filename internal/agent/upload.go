@@ -121,7 +121,7 @@ func (up upload) form(contentType string, body io.Reader) ([]written, error) {
 	done := []written{}
 	for {
 		part, err := parts.NextRawPart()
-		if errors.Is(err, io.EOF) {
+		if err == io.EOF { //nolint:errorlint // a form broken off wraps io.EOF, only the bare one is its end
 			return done, nil
 		}
 		if err != nil {
