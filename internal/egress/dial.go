@@ -36,7 +36,11 @@ func dialTCP(ctx context.Context, dst netip.AddrPort, check func(netip.AddrPort)
 			return check(actual)
 		},
 	}
-	return d.DialContext(ctx, "tcp", dst.String())
+	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, dst)
+	if err != nil {
+		return nil, err // not c: a nil *net.TCPConn is no nil net.Conn
+	}
+	return c, nil
 }
 
 // refusedError says that the policy refuses an address the name resolves to.

@@ -36,8 +36,12 @@ var (
 // serveHTTP serves requests until either side is done. It reports true when
 // copying goroutines have taken the flow over.
 func (f *flow) serveHTTP(ctx context.Context) (handedOver bool) {
-	h := &httpConn{f: f}
-	defer h.up.release()
+	h, ok := f.p.pool.heads.Get().(*httpConn)
+	if !ok {
+		h = &httpConn{req: request{fields: make([]field, 0, 16)}, resp: response{fields: make([]field, 0, 16)}, head: make([]byte, 0, 1024)}
+	}
+	h.f = f
+	defer h.release()
 	for first := true; ; first = false {
 		err := h.readRequest(first)
 		switch {
@@ -60,6 +64,16 @@ func (f *flow) serveHTTP(ctx context.Context) (handedOver bool) {
 			return true
 		}
 	}
+}
+
+// release gives back what the next connection can use.
+func (h *httpConn) release() {
+	h.up.release()
+	pool := &h.f.p.pool
+	clear(h.req.fields[:cap(h.req.fields)]) // they point into buffers
+	clear(h.resp.fields[:cap(h.resp.fields)])
+	*h = httpConn{req: request{fields: h.req.fields[:0]}, resp: response{fields: h.resp.fields[:0]}, head: h.head[:0]}
+	pool.heads.Put(h)
 }
 
 // outcome is how a request left the connection.
@@ -212,7 +226,7 @@ func (h *httpConn) exchange() (outcome, error) {
 		return ended, &upstreamError{err}
 	}
 	if cap(h.head) > smallBuffer {
-		h.head = nil
+		h.head = nil // not kept for the life of the connection
 	}
 	if body != nil {
 		f.p.conns.Add(1)

@@ -15,8 +15,9 @@ const (
 	copyBuffer  = 32 << 10
 )
 
-// buffers keeps small and copy buffers for reuse.
-type buffers struct{ small, large sync.Pool }
+// buffers keeps small and copy buffers, and what HTTP heads are parsed into, for
+// reuse.
+type buffers struct{ small, large, heads sync.Pool }
 
 func (b *buffers) getSmall() []byte {
 	if v, ok := b.small.Get().(*[smallBuffer]byte); ok {

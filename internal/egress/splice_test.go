@@ -1,0 +1,67 @@
+package egress
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"testing"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// bytesRead is what this process has read by read(2) and its kin, from
+// /proc/self/io; bytes moved by splice(2) are not in it.
+func bytesRead(t *testing.T) int64 {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/io")
+	if err != nil {
+		t.Skip(err)
+	}
+	var n int64
+	if _, err := fmt.Sscanf(string(b), "rchar: %d", &n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestBytesMoveInsideTheKernel reads a large answer through the proxy: the
+// process then reads it once, in the test's client, and not a second time.
+func TestBytesMoveInsideTheKernel(t *testing.T) {
+	const size = 32 << 20
+	answer := func(head string) func(net.Conn) {
+		return func(c net.Conn) {
+			_, _ = c.Read(make([]byte, 4096))
+			_, _ = io.WriteString(c, head)
+			block := make([]byte, 64<<10)
+			for range size / len(block) {
+				if _, err := c.Write(block); err != nil {
+					return
+				}
+			}
+		}
+	}
+	tests := []struct{ name, dst, sent, head string }{
+		{"a byte stream", "93.184.216.1:443", "\x01", ""},
+		{"an HTTP body", "93.184.216.1:80", lines("GET / HTTP/1.1", "Host: a.example"), fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)},
+		{"an HTTP body until the end", "93.184.216.1:80", lines("GET / HTTP/1.1", "Host: a.example"), "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t, policy.Input{})
+			l.host(answer(tt.head), tt.dst)
+			before := bytesRead(t)
+			c := l.connect(tt.dst)
+			send(t, c, tt.sent)
+			if _, err := io.CopyN(io.Discard, onlyReader{c}, int64(size+len(tt.head))); err != nil {
+				t.Fatal(err)
+			}
+			if got := bytesRead(t) - before; got > size*3/2 {
+				t.Errorf("the process read %d MiB for a body of %d MiB: the proxy copies", got>>20, size>>20)
+			}
+		})
+	}
+}
+
+// onlyReader hides what else a connection can do.
+type onlyReader struct{ io.Reader }
