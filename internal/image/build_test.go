@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // sharedCache is where images stay between test runs and where the end-to-end
@@ -69,6 +71,7 @@ func TestPackageTemplates(t *testing.T) {
 				}
 			}
 			checkRootfs(t, img.Rootfs)
+			checkCommands(t, img.Rootfs)
 			start = time.Now()
 			if err := l.Verify(t.Context(), name); err != nil {
 				t.Error(err)
@@ -76,6 +79,61 @@ func TestPackageTemplates(t *testing.T) {
 			t.Logf("verified in %v", time.Since(start).Round(time.Millisecond))
 		})
 	}
+}
+
+// checkCommands runs what SDKs and users rely on, over a writable layer as the
+// runtime adds one.
+func checkCommands(t *testing.T, rootfs string) {
+	t.Helper()
+	root := writable(t, rootfs)
+	for command, want := range map[string]string{
+		"id": "uid=1000(user) gid=1000(user) groups=1000(user)", "sudo -n id -u": "0", "umask": "0022", "pwd; echo ~": "/home/user\n/home/user",
+		"python -c 'print(6*7)'": "42", "python3 -m venv --without-pip v && v/bin/python -c 'print(1)'": "1", "pip --version": "pip ",
+		"pip install --no-index nothing": "Could not find a version", // not: externally-managed-environment
+		"tput -T xterm-256color colors":  "256", "git --version": "git version", "git daemon --bad 2>&1": "usage: git daemon", "locale": "LANG=C.UTF-8",
+		"curl --version": "https", "touch /usr/x": "Permission denied", "sudo -n touch /usr/x && ls /usr/x": "/usr/x",
+		"cat /etc/apt/sources.list.d/*": "Suites: ",
+	} {
+		if out := chrootRun(t, root, command); !strings.Contains(out, want) {
+			t.Errorf("%s:\n%s\nwant %q", command, out, want)
+		}
+	}
+}
+
+// writable mounts a layer over an image that nothing is to be written to.
+func writable(t *testing.T, rootfs string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, d := range []string{"upper", "work", "root"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root := filepath.Join(dir, "root")
+	if err := unix.Mount("overlay", root, "overlay", 0, "lowerdir="+rootfs+",upperdir="+dir+"/upper,workdir="+dir+"/work"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	null := filepath.Join(root, "dev/null") // git wants one
+	if err := unix.Mknod(null, unix.S_IFCHR, int(unix.Mkdev(1, 3))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(null, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	return root
 }
 
 // checkRootfs checks what wire formats and SDK tests rely on.

@@ -114,7 +114,7 @@ func (l *Library) fetch(ctx context.Context, ref string) (v1.Image, string, erro
 	img, err := remote.Image(r, remote.WithContext(ctx), remote.WithPlatform(platform()),
 		remote.WithAuthFromKeychain(l.cfg.Keychain), remote.WithTransport(registryTransport()))
 	if err != nil {
-		return nil, "", errs.Wrap(errs.Invalid, err, "image %q cannot be fetched for linux/%s: %v", ref, runtime.GOARCH, err)
+		return nil, "", errs.New(errs.Invalid, "image %q cannot be fetched for linux/%s: %v", ref, runtime.GOARCH, err)
 	}
 	d, err := img.Digest()
 	if err != nil {
@@ -172,7 +172,7 @@ func (l *Library) fromTarball(ctx context.Context, file, dir string) (v1.Image, 
 	}
 	img, err := tarball.ImageFromPath(file, nil)
 	if err != nil {
-		return nil, errs.Wrap(errs.Invalid, err, "image %q is not readable: %v", file, err)
+		return nil, errs.New(errs.Invalid, "image %q is not readable: %v", file, err)
 	}
 	return img, nil
 }
@@ -181,7 +181,7 @@ func (l *Library) fromTarball(ctx context.Context, file, dir string) (v1.Image, 
 func fromLayout(dir string) (v1.Image, error) {
 	idx, err := layout.ImageIndexFromPath(dir)
 	if err != nil {
-		return nil, errs.Wrap(errs.Invalid, err, "image %q is not an OCI layout: %v", dir, err)
+		return nil, errs.New(errs.Invalid, "image %q is not an OCI layout: %v", dir, err)
 	}
 	img, err := pick(idx, maxNesting)
 	if err != nil {
@@ -247,7 +247,7 @@ func (c content) key() string {
 // belong together, fit this machine and are within bounds.
 func readImage(img v1.Image) (content, error) {
 	var c content
-	bad := func(err error) error { return errs.Wrap(errs.Invalid, err, "image is not readable: %v", err) }
+	bad := func(err error) error { return errs.New(errs.Invalid, "image is not readable: %v", err) }
 	m, err := img.Manifest()
 	if err != nil {
 		return c, bad(err)
@@ -305,7 +305,7 @@ func (l *Library) unpack(ctx context.Context, j job, c content) (man Manifest, e
 	}
 	t := tree{root}
 	if err := t.adopt(); err != nil {
-		return man, errs.Wrap(errs.Invalid, err, "image cannot be adapted: %v", err)
+		return man, errs.New(errs.Invalid, "image cannot be adapted: %v", err)
 	}
 	man = Manifest{Kind: OCI, Source: c.source, Platform: "linux/" + runtime.GOARCH, Env: environment(c.config.Config.Env), Workdir: c.config.Config.WorkingDir}
 	if man.Workdir == "" || man.Workdir == "/" {
@@ -320,7 +320,7 @@ func (l *Library) unpack(ctx context.Context, j job, c content) (man Manifest, e
 func (u *unpacker) verified(layer v1.Layer, digest, diffID v1.Hash) error {
 	rc, err := layer.Compressed()
 	if err != nil {
-		return badLayer(err, "%s cannot be read: %v", digest, err)
+		return badLayer(err, "%s cannot be read", digest)
 	}
 	defer rc.Close()
 	packed, plain := sha256.New(), sha256.New()
@@ -336,10 +336,10 @@ func (u *unpacker) verified(layer v1.Layer, digest, diffID v1.Hash) error {
 	}
 	// The tar stream ends before its padding does.
 	if _, err := io.Copy(io.Discard, meter{u, tee}); err != nil {
-		return badLayer(err, "%s cannot be decompressed: %v", digest, err)
+		return badLayer(err, "%s cannot be decompressed", digest)
 	}
 	if _, err := io.Copy(io.Discard, meter{u, stream}); err != nil {
-		return badLayer(err, "%s cannot be read: %v", digest, err)
+		return badLayer(err, "%s cannot be read", digest)
 	}
 	for _, c := range []struct {
 		h    hash.Hash

@@ -82,10 +82,10 @@ func (u *unpacker) tooBig() error {
 }
 
 func badLayer(err error, format string, args ...any) error {
-	if errs.KindOf(err) != errs.Internal || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || errs.KindOf(err) != errs.Internal || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return errs.Wrap(errs.Invalid, err, "image layer "+format, args...)
+	return errs.New(errs.Invalid, "image layer %s: %v", fmt.Sprintf(format, args...), err)
 }
 
 // entry applies one entry of a layer.
