@@ -35,6 +35,10 @@ func (r *Runtime) Checkpoint(ctx context.Context, id sandbox.ID, dir string, lea
 		if c.Status != container.Running && c.Status != container.Paused {
 			return r.conflict(c, "checkpointed")
 		}
+		how, err := r.created(id) // a sentry that outlived an upgrade writes its own version's
+		if err != nil {
+			return err
+		}
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make the checkpoint's folder: %w", err)
 		}
@@ -50,7 +54,7 @@ func (r *Runtime) Checkpoint(ctx context.Context, id sandbox.ID, dir string, lea
 		if err := c.Checkpoint(conf, dir, opts); err != nil {
 			return err
 		}
-		meta := checkpointMeta{Runtime: r.name, Args: c.Spec.Process.Args, Rootfs: c.Spec.Root.Path}
+		meta := checkpointMeta{Runtime: how.Runtime, Args: c.Spec.Process.Args, Rootfs: c.Spec.Root.Path}
 		return writeJSON(filepath.Join(dir, metaFile), meta) // last: it says that the rest is whole
 	})
 }

@@ -603,3 +603,25 @@ func TestTheServerLosesNothingToSandboxes(t *testing.T) {
 		t.Errorf("%d children left:\n%s", n, out)
 	}
 }
+
+// TestAnUpgradeKeepsVersionsApart plays a server with another gVisor than the one
+// that a sandbox runs on.
+func TestAnUpgradeKeepsVersionsApart(t *testing.T) {
+	r, slot := open(t, testConfig(t)), runtimetest.NewSlot(t, 1)
+	rootfs := runtimetest.Rootfs(t)
+	s := spec(rootfs, slot)
+	started(t, r, s, slot)
+	waiting := spec(rootfs, nil)
+	must(t, r.Create(t.Context(), waiting))
+	old := r.name
+	r.name = "gvisor/v9"
+	dir := filepath.Join(t.TempDir(), "image")
+	must(t, r.Checkpoint(t.Context(), s.ID, dir, true)) // still works, and says who wrote it
+	if err := r.Restore(t.Context(), spec(rootfs, nil), dir); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), old) {
+		t.Errorf("restore: %v", err)
+	}
+	if err := r.Start(t.Context(), waiting.ID); !errs.Is(err, errs.Conflict) {
+		t.Errorf("start: %v", err)
+	}
+	must(t, r.Destroy(t.Context(), waiting.ID))
+}

@@ -114,9 +114,15 @@ func (r *Runtime) dataDir(id sandbox.ID) string { return filepath.Join(r.cfg.Dat
 
 // Files in a bundle.
 const (
-	specFile  = "config.json" // OCI's name
-	flagsFile = "flags.json"  // runsc's flags the sandbox was created with
+	specFile    = "config.json" // OCI's name
+	createdFile = "created.json"
 )
+
+// created is how a sandbox was created, maybe by another version with another Config.
+type created struct {
+	Runtime string   // its Name
+	Flags   []string // runsc's
+}
 
 // flags is runsc's configuration of one sandbox.
 func (r *Runtime) flags(s sandbox.RuntimeSpec) []string {
@@ -190,7 +196,7 @@ func (r *Runtime) writeBundle(s sandbox.RuntimeSpec, flags []string) error {
 			return err
 		}
 	}
-	if err := writeJSON(filepath.Join(r.bundle(s.ID), flagsFile), flags); err != nil {
+	if err := writeJSON(filepath.Join(r.bundle(s.ID), createdFile), created{Runtime: r.name, Flags: flags}); err != nil {
 		return err
 	}
 	return writeJSON(filepath.Join(r.bundle(s.ID), specFile), r.ociSpec(s))
@@ -217,15 +223,20 @@ func (r *Runtime) run(ctx context.Context, req request) error {
 		if c.Status != container.Created {
 			return r.conflict(c, "started")
 		}
+		how, err := r.created(id)
+		if err != nil {
+			return err
+		}
+		if how.Runtime != r.name {
+			return errs.New(errs.Conflict, "sandbox %s was created by %s and cannot be started by %s: create it anew", id, how.Runtime, r.name)
+		}
 		w, err := r.workers.take(id)
 		if err != nil {
 			return err
 		}
 		defer r.workers.refill() // now, so as not to take the CPU from the start
 		defer w.end()
-		if req.Flags, err = r.readFlags(id); err != nil {
-			return err
-		}
+		req.Flags = how.Flags
 		return w.do(ctx, req)
 	})
 }
@@ -372,11 +383,11 @@ func (r *Runtime) load(id sandbox.ID) (*container.Container, *config.Config, err
 	if !id.Valid() {
 		return nil, nil, errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
 	}
-	flags, err := r.readFlags(id)
+	how, err := r.created(id)
 	if err != nil {
 		return nil, nil, err
 	}
-	conf, err := parseFlags(flags)
+	conf, err := parseFlags(how.Flags)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -389,20 +400,19 @@ func (r *Runtime) load(id sandbox.ID) (*container.Container, *config.Config, err
 	return c, conf, nil
 }
 
-// readFlags returns runsc's flags as the sandbox was created with, which may
-// have been by a Runtime with another Config.
-func (r *Runtime) readFlags(id sandbox.ID) ([]string, error) {
-	b, err := os.ReadFile(filepath.Join(r.bundle(id), flagsFile))
+// created returns how the sandbox was created.
+func (r *Runtime) created(id sandbox.ID) (created, error) {
+	b, err := os.ReadFile(filepath.Join(r.bundle(id), createdFile))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, errs.New(errs.NotFound, "sandbox %s does not exist", id)
+		return created{}, errs.New(errs.NotFound, "sandbox %s does not exist", id)
 	} else if err != nil {
-		return nil, fmt.Errorf("read the sandbox's flags: %w", err)
+		return created{}, fmt.Errorf("read how the sandbox was created: %w", err)
 	}
-	var flags []string
-	if err := json.Unmarshal(b, &flags); err != nil {
-		return nil, fmt.Errorf("read the sandbox's flags: %w", err)
+	var c created
+	if err := json.Unmarshal(b, &c); err != nil {
+		return created{}, fmt.Errorf("read how the sandbox was created: %w", err)
 	}
-	return flags, nil
+	return c, nil
 }
 
 // loadContainer reads gVisor's state of a sandbox, without asking whether it runs.

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -54,19 +55,44 @@ func Rootfs(t testing.TB) string {
 		must(t, os.MkdirAll(filepath.Join(root, dir), 0o755))
 		must(t, unix.Chmod(filepath.Join(root, dir), uint32(mode)))
 	}
-	src := filepath.Join(moduleRoot(t), "internal", "runtime", "runtimetest", "testdata", "guest")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(root, "guest"), "main.go")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath -buildvcs=false")
-	build.Dir = src
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the guest: %v\n%s", err, out)
-	}
-	guest, err := os.ReadFile(filepath.Join(root, "guest"))
+	guest, err := built(moduleRoot(t))
 	must(t, err)
+	must(t, os.WriteFile(filepath.Join(root, "guest"), guest, 0o755))
 	must(t, os.WriteFile(filepath.Join(root, "suid"), guest, 0o755))
 	must(t, unix.Chmod(filepath.Join(root, "suid"), 0o4755))
 	must(t, os.WriteFile(filepath.Join(root, "etc", "image"), []byte("from the image"), 0o644))
 	return root
+}
+
+// builder builds the guest program once for all tests of a package: linking takes
+// longer than a sandbox.
+type builder struct {
+	sync.Once
+	guest []byte
+	err   error
+}
+
+var program builder
+
+// built returns the guest program.
+func built(module string) ([]byte, error) {
+	program.Do(func() { program.guest, program.err = buildGuest(module) })
+	return program.guest, program.err
+}
+
+func buildGuest(module string) ([]byte, error) {
+	dir, err := os.MkdirTemp("", "guest")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	build := exec.Command("go", "build", "-o", filepath.Join(dir, "guest"), "main.go")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath -buildvcs=false")
+	build.Dir = filepath.Join(module, "internal", "runtime", "runtimetest", "testdata", "guest")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the guest: %w\n%s", err, out)
+	}
+	return os.ReadFile(filepath.Join(dir, "guest"))
 }
 
 // moduleRoot walks up from the test's folder to the module's.
