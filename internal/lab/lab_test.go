@@ -318,8 +318,15 @@ func TestRecorderKeepsUpWithAnUpload(t *testing.T) {
 	}
 	defer c.Close()
 	sent := bytes.Repeat([]byte("0123456789abcdef"), 2<<20/16*8) // 16 MiB
-	go func() { _, _ = io.Copy(io.Discard, c) }()
+	echoed := make(chan error, 1)
+	go func() {
+		_, err := io.CopyN(io.Discard, c, int64(len(sent)))
+		echoed <- err
+	}()
 	if _, err := c.Write(sent); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-echoed; err != nil { // all of it has been over the wire, then
 		t.Fatal(err)
 	}
 	seen := l.Recorder().Since(mark)
@@ -585,4 +592,50 @@ func gone(t *testing.T, ids []string) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	t.Errorf("namespaces %v are still held in %d places", ids, n)
+}
+
+func TestRunEndsWithItsContextAndDescribeTellsWhatIsThere(t *testing.T) {
+	Privileged(t)
+	l, err := New(limited(t), Config{Dir: t.TempDir(), Domain: "sbx.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"203.0.113.2", "*.sbx.test", "allowed.test", "198.51.100.10", l.CAFile()} {
+		if !strings.Contains(l.Describe(), want) {
+			t.Errorf("the description has no %q:\n%s", want, l.Describe())
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- l.Run(ctx) }()
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestConfigErrorsLeaveNothing(t *testing.T) {
+	Privileged(t)
+	before := descriptors(t)
+	for name, cfg := range map[string]Config{
+		"a folder that is not there": {Dir: "/nonexistent/lab"},
+		"a name that is none":        {Dir: t.TempDir(), Names: map[string][]netip.Addr{"a..b": nil}},
+	} {
+		_, err := New(limited(t), cfg)
+		if err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	if after := descriptors(t); after > before+2 { // the runtime's own poller
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(d)
 }

@@ -1,13 +1,13 @@
 package resolver
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
 	"slices"
 	"testing"
-
-	"context"
+	"time"
 
 	"github.com/miekg/dns"
 
@@ -51,6 +51,57 @@ func FuzzMessage(f *testing.F) {
 		}
 		if len(wire) < 2 || !slices.Equal(reply[:2], wire[:2]) {
 			t.Error("the reply has another ID")
+		}
+	})
+}
+
+// FuzzUpstream sends anything as an upstream's reply. Whatever it is, a sandbox
+// gets a well-formed reply without private addresses and without keys for
+// encrypted hellos.
+func FuzzUpstream(f *testing.F) {
+	for _, text := range []string{
+		"ech.test. 60 IN A 10.0.0.5", "ech.test. 60 IN CNAME ech.test.", "ech.test. 60 IN AAAA ::ffff:10.0.0.5",
+		`ech.test. 60 IN HTTPS 1 . mandatory=alpn alpn="h2" ipv4hint=198.51.100.50,10.0.0.5 ech="AEX+DQ==" ipv6hint=fd00::5`,
+	} {
+		rr, err := dns.NewRR(text)
+		if err != nil {
+			f.Fatal(err)
+		}
+		m := new(dns.Msg).SetReply(ask("ech.test", rr.Header().Rrtype))
+		m.Answer = []dns.RR{rr, rr}
+		wire, err := m.Pack()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(wire)
+	}
+	fix := newFixture(f, strictInput)
+	f.Fuzz(func(t *testing.T, wire []byte) {
+		var m dns.Msg
+		if m.Unpack(wire) != nil || len(m.Question) != 1 {
+			return
+		}
+		q := question{"ech.test", m.Question[0].Qtype}
+		if !matches(&m, m.Id, q) {
+			return
+		}
+		asked := ask("ech.test", q.qtype)
+		in := &query{transport: transport{proto: policy.UDP}, sandbox: "s1", policy: fix.policy, msg: asked, name: q.name}
+		reply := in.reply(m.Rcode)
+		fix.fill(reply, in, readAnswers(q, &m, time.Now()))
+		var got dns.Msg
+		if err := got.Unpack(in.pack(reply)); err != nil || got.Id != asked.Id {
+			t.Fatalf("the reply cannot be read: %v", err)
+		}
+		for _, a := range addrsOf(got.Answer) {
+			if !fix.policy.AnswerAllowed(q.name, a) {
+				t.Errorf("%s was let through", a)
+			}
+		}
+		for _, rr := range got.Answer {
+			if h, ok := rr.(*dns.HTTPS); ok && slices.ContainsFunc(h.Value, func(kv dns.SVCBKeyValue) bool { return kv.Key() == dns.SVCB_ECHCONFIG }) {
+				t.Error("a key for encrypted hellos was let through")
+			}
 		}
 	})
 }
