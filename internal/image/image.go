@@ -240,8 +240,8 @@ func (l *Library) build(b *build, name string, r recipe) {
 // Build makes a template's image unless it is there already.
 func (l *Library) Build(ctx context.Context, template string) (Manifest, error) {
 	if template == hostName {
-		_, err := l.resolveHost()
-		return Manifest{Kind: Host}, err
+		img, err := l.resolveHost()
+		return Manifest{Kind: Host, Contents: img.Digest, Env: img.Env, User: img.User, Workdir: img.Workdir}, err
 	}
 	return l.manifest(ctx, template)
 }
