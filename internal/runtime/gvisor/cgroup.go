@@ -119,22 +119,42 @@ func (g cgroups) holds(id sandbox.ID, pid int) bool {
 	return false
 }
 
-// kill sends SIGKILL to every process in the sandbox's cgroup and returns them.
-func (g cgroups) kill(id sandbox.ID) []int {
-	pids := g.pids(id)
-	for _, pid := range pids {
+// killed are processes that were sent SIGKILL, each with a descriptor of it.
+type killed map[int]int
+
+// reap collects the processes where that falls to this one: a server that is
+// init, as in a container, inherits the processes of its sandboxes.
+func (k killed) reap() {
+	for _, fd := range k {
+		_ = unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED, nil) // ECHILD: somebody else's
+	}
+}
+
+func (k killed) close() {
+	for _, fd := range k {
+		unix.Close(fd)
+	}
+}
+
+// kill sends SIGKILL to every process in the sandbox's cgroup.
+func (g cgroups) kill(id sandbox.ID, k killed) {
+	for _, pid := range g.pids(id) {
+		if _, done := k[pid]; done {
+			continue
+		}
 		// Between reading and killing, a process of ours may end and its ID be
 		// taken; a descriptor settles which process is meant.
 		fd, err := unix.PidfdOpen(pid, 0)
 		if err != nil {
 			continue
 		}
-		if g.holds(id, pid) {
-			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		if !g.holds(id, pid) {
+			unix.Close(fd)
+			continue
 		}
-		unix.Close(fd)
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		k[pid] = fd
 	}
-	return pids
 }
 
 // killTimeout bounds how long a killed process may take to go. Freeing many
@@ -146,19 +166,18 @@ const killTimeout = 30 * time.Second
 func (g cgroups) remove(ctx context.Context, id sandbox.ID) error {
 	ctx, cancel := context.WithTimeout(ctx, killTimeout)
 	defer cancel()
+	k := killed{}
+	defer k.close()
 	for wait := 500 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
-		alive := g.kill(id)
-		for _, pid := range alive {
-			// Only a server that is init, as in a container, has them as children.
-			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil)
-		}
+		g.kill(id, k)
 		err := g.rmdir(id)
 		if err == nil {
+			k.reap() // they have left their cgroup: next to nothing is left to wait for
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%d processes left: %w", len(alive), errors.Join(ctx.Err(), err))
+			return fmt.Errorf("%d processes to end: %w", len(k), errors.Join(ctx.Err(), err))
 		case <-time.After(wait):
 		}
 	}

@@ -588,11 +588,22 @@ func TestTheServerLosesNothingToSandboxes(t *testing.T) {
 		must(t, err)
 		return len(fds), runtime.NumGoroutine()
 	}
+	// As init in a container, it inherits the sandboxes' processes.
+	must(t, unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+	defer func() { must(t, unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)) }()
 	cycle()
 	files, goroutines := count()
 	for range 3 {
 		cycle()
 	}
+	slot.Rearm(t)
+	s := spec(rootfs, slot)
+	must(t, r.Create(t.Context(), s))
+	must(t, r.Start(t.Context(), s.ID))
+	_, err := slot.Ask(t.Context(), "exit", "0") // and one ends by itself
+	must(t, err)
+	must(t, r.Wait(t.Context(), s.ID))
+	must(t, r.Destroy(t.Context(), s.ID))
 	if f, g := count(); f > files || g > goroutines {
 		t.Errorf("after three sandboxes %d files and %d goroutines, before %d and %d", f, g, files, goroutines)
 	}

@@ -63,8 +63,25 @@ func (r *Runtime) Wait(ctx context.Context, id sandbox.ID) error {
 	case err != nil:
 		return fmt.Errorf("watch the sandbox's process: %w", err)
 	}
-	_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) // only init has it as a child
 	return nil
+}
+
+// reapExited collects the sandbox's processes that ended by themselves, where
+// that falls to this process; see killed.reap.
+func (r *Runtime) reapExited(id sandbox.ID) {
+	c, err := loadContainer(r.root(), string(id))
+	if err != nil {
+		return // nothing is known of it
+	}
+	pids := []int{c.GoferPid.Load()}
+	if c.Sandbox != nil {
+		pids = append(pids, c.Sandbox.Pid.Load())
+	}
+	for _, pid := range pids {
+		if pid > 0 {
+			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) // ECHILD: somebody else's
+		}
+	}
 }
 
 // exited reports whether the process of a descriptor has ended.

@@ -282,7 +282,9 @@ func (r *Runtime) Destroy(ctx context.Context, id sandbox.ID) error {
 	if !id.Valid() {
 		return errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
 	}
-	r.groups.kill(id)
+	k := killed{}
+	defer k.close()
+	r.groups.kill(id, k)
 	r.workers.forget(id)
 	defer r.locks.lock(id)()
 	return r.erase(ctx, id)
@@ -296,6 +298,7 @@ func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
 	if err := r.groups.remove(ctx, id); err != nil {
 		return fmt.Errorf("end the sandbox's processes: %w", err)
 	}
+	r.reapExited(id)
 	name := filepath.Join(r.root(), string(id)+"_sandbox:"+string(id))
 	var failed []error
 	for _, path := range []string{
