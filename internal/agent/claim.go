@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net"
 	"net/http"
@@ -139,10 +140,8 @@ func (a *Agent) applyHostname(name string) error {
 	if name == "" {
 		return nil
 	}
-	if a.cfg.SetHostname != nil {
-		if err := a.cfg.SetHostname(name); err != nil {
-			return fmt.Errorf("set the host name: %w", err)
-		}
+	if err := a.setHostname(name); err != nil {
+		return err
 	}
 	if err := replaceFile(a.etc("hostname"), []byte(name+"\n")); err != nil {
 		return err
@@ -152,6 +151,27 @@ func (a *Agent) applyHostname(name string) error {
 		return err
 	}
 	return replaceFile(a.etc("hosts"), hostsFile(old, name, ownAddresses()))
+}
+
+// setHostname changes the kernel's host name unless the runtime gave it already.
+// A runtime that withholds CAP_SYS_ADMIN keeps the name it started with; then
+// the claimed one only resolves.
+func (a *Agent) setHostname(name string) error {
+	if a.cfg.SetHostname == nil {
+		return nil
+	}
+	if have, err := os.Hostname(); err == nil && have == name {
+		return nil
+	}
+	err := a.cfg.SetHostname(name)
+	if errors.Is(err, fs.ErrPermission) {
+		a.log.Warn("host name not changed", "host", name, "err", err)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("set the host name: %w", err)
+	}
+	return nil
 }
 
 // hostsFile puts our block into an old hosts file, in the place of the former one.

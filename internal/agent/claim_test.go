@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,6 +107,20 @@ func TestAClaimNamesTheMachine(t *testing.T) {
 	left, err := filepath.Glob(h.etc + "/.*")
 	if err != nil || len(left) != 0 {
 		t.Errorf("left: %v %v", left, err)
+	}
+}
+
+func TestAHostNameThatMayNotBeSetIsNoReasonToRefuse(t *testing.T) {
+	h := start(t)
+	h.agent.cfg.SetHostname = func(string) error { return syscall.EPERM }
+	h.claim(map[string]any{"hostname": "kept-out", "defaultUser": "tester"})
+	if hosts := read(t, h.etc+"/hosts"); !strings.Contains(hosts, "\tkept-out\n") {
+		t.Errorf("the name does not resolve:\n%s", hosts)
+	}
+	h.agent.cfg.SetHostname = func(string) error { return syscall.EIO }
+	got := h.do("POST", "/init", strings.NewReader(`{"hostname":"broken"}`), "X-Cordon-Control", testControl)
+	if got.StatusCode != 500 || !strings.Contains(got.body, "set the host name") {
+		t.Errorf("another error: %d %s", got.StatusCode, got.body)
 	}
 }
 
