@@ -89,6 +89,7 @@ type Proxy struct {
 	log   *slog.Logger
 	dial  dialFunc
 	pool  buffers
+	pipes pipes
 	conns sync.WaitGroup // goroutines that serve connections
 	admission
 }
@@ -118,6 +119,7 @@ func (p *Proxy) Run(ctx context.Context, listeners ...net.Listener) error {
 	err := g.Wait()
 	p.cut("", ReasonShutdown)
 	p.conns.Wait()
+	p.pipes.close()
 	return err
 }
 

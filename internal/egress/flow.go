@@ -309,8 +309,7 @@ func (f *flow) send(up net.Conn, b []byte) bool {
 }
 
 // splice copies both ways in two new goroutines, whose stacks are small, and
-// lets the one that sniffed end. io.Copy between two bare *net.TCPConn moves the
-// bytes inside the kernel.
+// lets the one that sniffed end.
 func (f *flow) splice(up net.Conn) {
 	_ = f.client.SetDeadline(time.Time{})
 	_ = up.SetDeadline(time.Time{})
@@ -323,7 +322,7 @@ func (f *flow) splice(up net.Conn) {
 // pump copies one direction and passes its end on: FIN as FIN, RST as RST.
 func (f *flow) pump(dst, src net.Conn, count *atomic.Int64) {
 	defer f.p.conns.Done()
-	n, err := io.Copy(dst, src)
+	n, err := f.p.pipes.copy(dst, src)
 	count.Add(n)
 	if err != nil {
 		reset(dst)

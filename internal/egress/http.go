@@ -170,6 +170,7 @@ func (h *httpConn) serve(ctx context.Context) outcome {
 	}
 	f.recordAllowed(r, what)
 	f.in.consume(h.size)
+	f.in.shrink()
 	out, err := h.exchange()
 	if err != nil {
 		h.failed(r, err)
@@ -328,7 +329,7 @@ func (h *httpConn) relayBody(n int) (outcome, error) {
 	}
 	h.up.release()
 	_ = h.conn.SetReadDeadline(time.Time{})
-	copied, err := io.Copy(h.f.client, h.conn)
+	copied, err := h.f.p.pipes.copy(h.f.client, h.conn)
 	h.f.bytesIn.Add(copied)
 	if err != nil {
 		return ended, errExchange // not a FIN: the body is cut short and the client must see that
@@ -345,7 +346,7 @@ func (h *httpConn) relayCounted(n int, length int64) (outcome, error) {
 	h.up.consume(n + int(have))
 	if rest := length - have; rest > 0 {
 		_ = h.conn.SetReadDeadline(time.Time{})
-		copied, err := io.Copy(h.f.client, &io.LimitedReader{R: h.conn, N: rest})
+		copied, err := h.f.p.pipes.copyN(h.f.client, h.conn, rest)
 		h.f.bytesIn.Add(copied)
 		if err != nil || copied < rest {
 			return ended, errExchange
@@ -472,7 +473,7 @@ func (b *bodySender) sendCounted() error {
 	in.consume(int(have))
 	in.rest()
 	rest := b.length - have
-	n, err := io.Copy(b.to, &io.LimitedReader{R: b.f.client, N: rest})
+	n, err := b.f.p.pipes.copyN(b.to, b.f.client, rest)
 	b.f.bytesOut.Add(n)
 	if err == nil && n < rest {
 		return errBodyAborted

@@ -153,6 +153,13 @@ func (s *source) release() {
 	s.buf, s.r, s.w, s.full = nil, 0, 0, false
 }
 
+// shrink gives a buffer back that had to grow, when nothing is pending in it.
+func (s *source) shrink() {
+	if len(s.buf) > smallBuffer {
+		s.rest()
+	}
+}
+
 // rest gives the buffer back when nothing is pending in it.
 func (s *source) rest() {
 	if s.r == s.w {

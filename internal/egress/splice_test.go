@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/cordonhq/cordon/internal/policy"
@@ -65,3 +66,40 @@ func TestBytesMoveInsideTheKernel(t *testing.T) {
 
 // onlyReader hides what else a connection can do.
 type onlyReader struct{ io.Reader }
+
+func TestIdleFlowsHoldNoPipes(t *testing.T) {
+	l := newLab(t, policy.Input{})
+	l.host(func(c net.Conn) { _, _ = io.Copy(c, c) }, "93.184.216.1:443")
+	pipes := func() (n int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Skip(err)
+		}
+		for _, fd := range fds {
+			if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(to, "pipe:") {
+				n++
+			}
+		}
+		return n
+	}
+	before := pipes()
+	for range 20 {
+		c := l.connect("93.184.216.1:443")
+		for range 3 {
+			send(t, c, "\x01")
+			if _, err := c.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	// A few are lent to bytes on their way and kept for the next.
+	if n := pipes() - before; n > 12 {
+		t.Errorf("20 idle flows hold %d ends of pipes", n)
+	}
+	l.p.cut("", ReasonKilled)
+	l.awaitFlows(0)
+	l.p.pipes.close()
+	if n := pipes() - before; n > 2 {
+		t.Errorf("%d ends of pipes are left", n)
+	}
+}

@@ -81,16 +81,16 @@ func TestDecideDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// TestDecideCostsTheSameAtAnySize holds the ratio of 100,000 rules to 10. The
-// sizes take turns and the best round of each counts, so that a busy machine
-// does not decide.
+// TestDecideCostsTheSameAtAnySize holds the ratio of 100,000 rules to 10; the
+// absolute time is BenchmarkDecide's. The sizes take turns and the best round of
+// each counts, so that a busy machine does not decide.
 func TestDecideCostsTheSameAtAnySize(t *testing.T) {
 	if testing.Short() {
 		t.Skip("measures time")
 	}
 	small, big, flows := bigPolicy(t, 10), bigPolicy(t, 100_000), benchFlows()
 	measure := func(c *Compiled) time.Duration {
-		const rounds = 20_000
+		const rounds = 5000
 		start := time.Now()
 		for i := range rounds {
 			c.Decide(flows[i%len(flows)])
@@ -98,11 +98,11 @@ func TestDecideCostsTheSameAtAnySize(t *testing.T) {
 		return time.Since(start) / rounds
 	}
 	best := [2]time.Duration{time.Hour, time.Hour}
-	for range 20 {
+	for range 40 {
 		best[0], best[1] = min(best[0], measure(small)), min(best[1], measure(big))
 	}
 	t.Logf("10 rules %v, 100,000 rules %v", best[0], best[1])
-	if best[1] > 2*best[0]+20*time.Nanosecond || best[1] > 300*time.Nanosecond {
-		t.Errorf("100,000 rules take %v, 10 rules %v; want at most twice and under 300ns", best[1], best[0])
+	if best[1] > 2*best[0]+30*time.Nanosecond {
+		t.Errorf("100,000 rules take %v, 10 rules %v; want at most twice that", best[1], best[0])
 	}
 }
