@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/miekg/dns"
 	"go.uber.org/goleak"
 
@@ -576,13 +579,12 @@ func TestAnswersOfNamesWithPortsArePinned(t *testing.T) {
 	f.send(t, ask("x.wild.test", dns.TypeA))  // no port
 	f.send(t, ask("private.test", dns.TypeA)) // no address
 	f.send(t, ask("a.test", dns.TypeTXT))
-	want := []Pin{{Sandbox: "s1", Name: "a.test", Addr: netip.MustParseAddr("198.51.100.10"),
-		Ports: f.policy.PinPorts("a.test"), TTL: 59 * time.Second}}
-	if len(f.pins) == 1 && f.pins[0].TTL == time.Minute {
-		want[0].TTL = time.Minute // the second had not passed
+	want := []Pin{{Sandbox: "s1", Name: "a.test", Addr: netip.MustParseAddr("198.51.100.10"), Ports: f.policy.PinPorts("a.test")}}
+	if diff := cmp.Diff(want, f.pins, cmpopts.EquateComparable(netip.Addr{}), cmpopts.IgnoreFields(Pin{}, "TTL")); diff != "" {
+		t.Fatal(diff)
 	}
-	if diff := cmp.Diff(want, f.pins, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" || len(want[0].Ports) != 1 {
-		t.Error(diff)
+	if ttl := f.pins[0].TTL; len(want[0].Ports) != 1 || ttl > time.Minute || ttl < 50*time.Second {
+		t.Errorf("pinned %v for %v, want one port for the minute of the answer", want[0].Ports, ttl)
 	}
 }
 
@@ -759,12 +761,12 @@ func TestUpstreamFailures(t *testing.T) {
 	if r := f.send(t, ask("a.test", dns.TypeA)); answersOf(r) != "198.51.100.10" {
 		t.Fatalf("got %v", r)
 	}
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took > 2*tryTimeout {
 		t.Errorf("failing over took %v", took)
 	}
 	began = time.Now()
 	f.send(t, ask("zero.test", dns.TypeA))
-	if took := time.Since(began); took > time.Second {
+	if took := time.Since(began); took > tryTimeout {
 		t.Errorf("the server that answered is not preferred: %v", took)
 	}
 	f.up.set(func(u *upstream) { u.rcode = dns.RcodeRefused })
@@ -862,3 +864,45 @@ func TestNewNamesWhatIsWrong(t *testing.T) {
 		}
 	}
 }
+
+func TestHostUpstreams(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "resolv.conf")
+	for content, want := range map[string]string{
+		"nameserver 192.0.2.1\nsearch x\nnameserver 2001:db8::1\n": "[192.0.2.1:53 [2001:db8::1]:53]",
+		"nameserver nonsense\n": "[8.8.8.8:53 1.1.1.1:53]",
+		"":                      "[8.8.8.8:53 1.1.1.1:53]",
+	} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(HostUpstreams(path)); got != want {
+			t.Errorf("%q: got %s, want %s", content, got, want)
+		}
+	}
+	if got := HostUpstreams(path + ".missing"); len(got) != 2 {
+		t.Errorf("no file: got %v", got)
+	}
+}
+
+// BenchmarkCachedAnswer is a query answered from the cache, judged, logged and packed.
+func BenchmarkCachedAnswer(b *testing.B) {
+	f := newFixture(b, strictInput, func(c *Config) {
+		c.Budget = Budget{QueriesPerSecond: 1e9, Burst: 1e9}
+		c.Flows = discard{}
+	})
+	wire, err := ask("a.test", dns.TypeA).Pack()
+	if err != nil {
+		b.Fatal(err)
+	}
+	t := transport{policy.UDP, sandboxAddr, netip.MustParseAddrPort("8.8.8.8:53")}
+	b.ReportAllocs()
+	for b.Loop() {
+		if len(f.answer(b.Context(), t, wire)) == 0 {
+			b.Fatal("no answer")
+		}
+	}
+}
+
+type discard struct{}
+
+func (discard) Record(flowlog.Event) {}

@@ -28,8 +28,8 @@ type Datagrams interface {
 	ReadQuery(buf []byte) (n int, src, dst netip.AddrPort, err error)
 	// Reply sends msg to a sandbox as the server it had addressed.
 	Reply(msg []byte, from, to netip.AddrPort) error
-	// Close ends ReadQuery.
-	Close() error
+	// Closer ends ReadQuery.
+	io.Closer
 }
 
 // ServeUDP answers queries until ctx ends, then closes d and waits for the

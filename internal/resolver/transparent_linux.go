@@ -188,7 +188,7 @@ func (u *TransparentUDP) makeRoom(now time.Time) {
 	}
 }
 
-// Close implements Datagrams. The sockets of replies still being written are
+// Close implements io.Closer. The sockets of replies still being written are
 // closed with the rest.
 func (u *TransparentUDP) Close() error {
 	u.mu.Lock()

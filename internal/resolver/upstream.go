@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // How long the upstreams may take: one of them, and all together.
@@ -165,4 +167,23 @@ func matches(m *dns.Msg, id uint16, q question) bool {
 	return m.Response && m.Id == id && m.Opcode == dns.OpcodeQuery && len(m.Question) == 1 &&
 		m.Question[0].Qtype == q.qtype && m.Question[0].Qclass == dns.ClassINET &&
 		strings.EqualFold(m.Question[0].Name, dns.Fqdn(q.name))
+}
+
+// HostUpstreams reads the servers of a resolv.conf, the machine's own, and falls
+// back to two public ones where it is missing or names none.
+func HostUpstreams(resolvConf string) []netip.AddrPort {
+	var out []netip.AddrPort
+	if cfg, err := dns.ClientConfigFromFile(resolvConf); err == nil {
+		for _, s := range cfg.Servers {
+			if a, err := netip.ParseAddr(s); err == nil {
+				out = append(out, netip.AddrPortFrom(a, 53))
+			}
+		}
+	}
+	if len(out) == 0 {
+		for _, a := range []netip.Addr{policy.DefaultNameserver, policy.SecondNameserver} {
+			out = append(out, netip.AddrPortFrom(a, 53))
+		}
+	}
+	return out
 }
