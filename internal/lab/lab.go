@@ -24,6 +24,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Config says what a lab should have. The zero value is a lab with IPv4.
@@ -35,7 +37,7 @@ type Config struct {
 	// address.
 	IPv6 bool
 	// Dir is where the certificate files are written; it must exist. Empty: a
-	// temporary folder that Close removes.
+	// temporary folder that Close removes, or, after a kill, the next lab.
 	Dir string
 	// Names are further names and their addresses. An address that the internet
 	// does not own yet gets all its servers, except those of the host.
@@ -98,11 +100,11 @@ func New(ctx context.Context, cfg Config) (_ *Lab, err error) {
 
 func (l *Lab) makeCA() (err error) {
 	if l.cfg.Dir == "" {
-		if l.cfg.Dir, err = os.MkdirTemp("", "cordon-lab-"); err != nil {
-			return fmt.Errorf("create a folder: %w", err)
+		remove, err := l.makeDir()
+		if err != nil {
+			return err
 		}
-		dir := l.cfg.Dir
-		l.undo = append(l.undo, func() error { return os.RemoveAll(dir) })
+		l.undo = append(l.undo, remove)
 	}
 	if l.cfg.Dir, err = filepath.Abs(l.cfg.Dir); err != nil {
 		return fmt.Errorf("find the folder for certificates: %w", err)
@@ -114,6 +116,54 @@ func (l *Lab) makeCA() (err error) {
 	return errors.Join(
 		os.WriteFile(l.CAFile(), l.ca.PEM(), 0o644),
 		os.WriteFile(l.BundleFile(), bundle, 0o644))
+}
+
+// dirPattern names the temporary folders of labs. Each is locked by its lab, so
+// that one whose lock is free was left by a lab that was killed.
+const dirPattern = "cordon-lab-"
+
+// makeDir creates a temporary folder, after removing those of labs that were killed.
+func (l *Lab) makeDir() (remove func() error, err error) {
+	sweepDirs()
+	dir, err := os.MkdirTemp("", dirPattern)
+	if err != nil {
+		return nil, fmt.Errorf("create a folder: %w", err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	l.cfg.Dir = dir
+	return func() error { return errors.Join(os.RemoveAll(dir), lock.Close()) }, nil
+}
+
+// lockDir locks a folder for as long as the file stays open.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open the folder: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
+	}
+	return f, nil
+}
+
+func sweepDirs() {
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), dirPattern+"*"))
+	if err != nil {
+		return
+	}
+	for _, dir := range dirs {
+		// A new one may not be locked yet.
+		if info, err := os.Lstat(dir); err != nil || time.Since(info.ModTime()) < time.Minute {
+			continue
+		}
+		if lock, err := lockDir(dir); err == nil {
+			_ = os.RemoveAll(dir) // what cannot be removed harms nobody
+			lock.Close()
+		}
+	}
 }
 
 func (l *Lab) makeZone() (err error) {

@@ -639,3 +639,35 @@ func descriptors(t *testing.T) int {
 	}
 	return len(d)
 }
+
+func TestFoldersOfKilledLabsAreRemoved(t *testing.T) {
+	Privileged(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	live, err := New(limited(t), Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.MkdirTemp("", dirPattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := time.Now().Add(-time.Hour)
+	for _, dir := range []string{left, live.cfg.Dir} {
+		if err := os.Chtimes(dir, long, long); err != nil {
+			t.Fatal(err)
+		}
+	}
+	next, err := New(limited(t), Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the folder of a killed lab is still there: %v", err)
+	}
+	if _, err := os.Stat(live.CAFile()); err != nil {
+		t.Errorf("the folder of a living lab is gone: %v", err)
+	}
+	if err := errors.Join(live.Close(), next.Close()); err != nil {
+		t.Error(err)
+	}
+}
