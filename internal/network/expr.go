@@ -162,7 +162,8 @@ func in(set string) []expr.Any {
 	return []expr.Any{&expr.Lookup{SourceRegister: reg1, SetName: set}}
 }
 
-// daddrInSet matches a destination address, and with ports its port too, in a set.
+// daddrInSet matches a destination address, and with ports the port of a protocol
+// that has been matched already, in a set.
 func daddrInSet(set string, v6, ports bool) []expr.Any {
 	f := byte(unix.NFPROTO_IPV4)
 	if v6 {
@@ -171,7 +172,7 @@ func daddrInSet(set string, v6, ports bool) []expr.Any {
 	if !ports {
 		return when(family(f), load(loadDaddr(v6, reg1)), in(set))
 	}
-	return when(ported(), family(f), load(loadDaddr(v6, reg1)), load(loadDport(afterAddr(v6))), in(set))
+	return when(family(f), load(loadDaddr(v6, reg1)), load(loadDport(afterAddr(v6))), in(set))
 }
 
 // afterAddr is the register behind an address that starts at reg1.
@@ -268,8 +269,9 @@ func rejectTCP() []expr.Any {
 	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
 }
 
-func rejectProhibited() []expr.Any {
-	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
+// reject answers with an ICMP or ICMPv6 error; code is one of NFT_REJECT_ICMPX_*.
+func reject(code uint8) []expr.Any {
+	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: code}}
 }
 
 func count(name string) []expr.Any {

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
 func at(addr string) netip.AddrPort { return netip.MustParseAddrPort(addr) }
@@ -87,6 +89,7 @@ func TestPolicies(t *testing.T) {
 		},
 	}
 	l := w.lease()
+	told := false
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			w.t = t
@@ -100,22 +103,42 @@ func TestPolicies(t *testing.T) {
 				}
 			}
 			for _, a := range c.refused {
-				began := time.Now()
-				conn, err := dial(l, "tcp", at(a))
-				took := time.Since(began)
+				best := time.Hour
+				for range 5 { // the machine may be busy
+					began := time.Now()
+					conn, err := dial(l, "tcp", at(a))
+					best = min(best, time.Since(began))
+					if err == nil {
+						conn.Close()
+					}
+					if !errors.Is(err, syscall.ECONNREFUSED) {
+						t.Errorf("%s: %v; want connection refused", a, err)
+						break
+					}
+					if best < 50*time.Millisecond {
+						break
+					}
+				}
+				if best > 50*time.Millisecond {
+					t.Errorf("%s: refused only after %v", a, best)
+				}
+				err := echoUDP(l, at(a), 200*time.Millisecond)
 				if err == nil {
-					conn.Close()
-				}
-				if !errors.Is(err, syscall.ECONNREFUSED) || took > 50*time.Millisecond {
-					t.Errorf("%s: %v after %v; want connection refused at once", a, err, took)
-				}
-				if err := echoUDP(l, at(a), 200*time.Millisecond); err == nil {
 					t.Errorf("%s: an answer over UDP", a)
 				}
+				// The kernel bounds how many ICMP errors one host gets a second, so not
+				// every datagram is answered by one.
+				if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("%s: UDP: %v; want port unreachable", a, err)
+				}
+				told = told || errors.Is(err, syscall.ECONNREFUSED)
 			}
 		})
 	}
 	w.t = t
+	if !told {
+		t.Error("no refused datagram was answered by ICMP")
+	}
 }
 
 // TestTheKernelJudgesAsThePolicyDoes tries destinations at and around the edges of
@@ -212,27 +235,20 @@ func TestNoSandboxReachesAnotherOrTheHost(t *testing.T) {
 	w := start(t)
 	a, b := w.lease(), w.lease()
 	op := &policy.Operator{FloorOpen: []string{"10.0.0.0/8"}} // even then
-	for _, l := range []struct{ id int }{{0}, {1}} {
-		lease := a
-		if l.id == 1 {
-			lease = b
-		}
-		if err := w.Apply(context.Background(), lease, compiled(t, policy.Input{}, op)); err != nil {
+	for _, l := range []sandbox.Lease{a, b} {
+		if err := w.Apply(context.Background(), l, compiled(t, policy.Input{}, op)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	var inside = listenIn(t, b, "[::]:9000")
+	inside := listenIn(t, b, "[::]:9000")
 	defer inside.Close()
 	onHost := listenHost(t, ":9001")
 	defer onHost.Close()
 	for _, to := range []string{
 		b.Addr4.Addr().String() + ":9000", "[" + b.Addr6.Addr().String() + "]:9000",
 		a.Gate4.String() + ":9001", b.Gate4.String() + ":9001", uplink4.Addr().String() + ":9001",
-		"[" + a.Gate6.String() + "]:9001", "[" + uplink6.Addr().String() + "]:9001", "127.0.0.1:15001",
+		"[" + a.Gate6.String() + "]:9001", "[" + uplink6.Addr().String() + "]:9001",
 	} {
-		if to == "127.0.0.1:15001" {
-			continue // its own loopback
-		}
 		if c, err := dial(a, "tcp", at(to)); !errors.Is(err, syscall.ECONNREFUSED) {
 			if err == nil {
 				c.Close()

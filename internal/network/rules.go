@@ -110,7 +110,11 @@ func (p *program) match(name string, spans []span, kind setKind, then []expr.Any
 		elems = portIntervals(spans)
 	}
 	set := p.set(name, kind, elems)
-	p.rule(daddrInSet(set, kind.v6, kind.ports), then)
+	var which []expr.Any
+	if kind.ports {
+		which = ported()
+	}
+	p.rule(which, daddrInSet(set, kind.v6, kind.ports), then)
 }
 
 // pinned adds the sets of addresses that the resolver pins while the policy is in force.

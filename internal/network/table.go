@@ -27,7 +27,8 @@ import (
 //	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
 //	        mark the flow → on
 //	proxy, dns   hand to the transparent socket; nobody listens → no_proxy
-//	no_…    log at a bounded rate, then refuse: TCP reset, else ICMP prohibited
+//	no_…    log at a bounded rate, then refuse: TCP reset; UDP port unreachable, the one
+//	        ICMP error that gVisor hands to a socket; else ICMP prohibited
 //	fwd (forward)
 //	    to one of our links: only answers
 //	    from one of our links: only flows that ok has marked
@@ -169,8 +170,13 @@ func (n *Network) addRefusals(tx *transaction) {
 	tx.rules(n.chain(chainRefuse),
 		when(count(counterRefused)),
 		when(l4proto(policy.TCP), rejectTCP()),
-		when(rejectProhibited()),
+		when(l4proto(policy.UDP), reject(unix.NFT_REJECT_ICMPX_PORT_UNREACH)),
+		when(reject(unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED)),
 		when(drop()))
+	// A denied query is answered REFUSED by the resolver, which judges the server's
+	// address once more. ICMP errors are limited to one a second for each
+	// destination, so a client that asks two servers twice would wait for seconds.
+	tx.rules(n.chain(classDeny.chain()), when(l4proto(policy.UDP), dport(53), goTo(chainDNS)))
 	for _, c := range []class{classFloor, classDeny, classProxy, classLimit} {
 		tx.rules(n.chain(c.chain()), logs(n.cfg.NFLogGroup, string(c)), when(goTo(chainRefuse)))
 	}
