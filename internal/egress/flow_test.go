@@ -239,7 +239,7 @@ func TestTighteningCutsLiveFlows(t *testing.T) { // (59)
 			if _, err := c.Read(make([]byte, 1)); !isReset(err) {
 				t.Errorf("got %v, want a reset", err)
 			}
-			if took := time.Since(start); took > 500*time.Millisecond {
+			if took := time.Since(start); took > time.Second {
 				t.Errorf("cut after %v", took)
 			}
 			l.awaitDenied(ReasonRevoked)
@@ -281,7 +281,7 @@ func TestTighteningCutsLiveFlows(t *testing.T) { // (59)
 		start := time.Now()
 		l.apply(onlyB)
 		wantReset(t, c)
-		if took := time.Since(start); took > 500*time.Millisecond {
+		if took := time.Since(start); took > time.Second {
 			t.Errorf("cut after %v", took)
 		}
 	})
@@ -375,12 +375,15 @@ func TestLimitsAreOfOneSandbox(t *testing.T) {
 		l := newLab(t, onlyA, func(c *Config) { c.Limits = Limits{SniffBytes: 20 << 10, SniffTimeout: 5 * time.Second} })
 		big := func() net.Conn {
 			c := l.connect("93.184.216.1:80")
-			_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: a.example\r\nX: "+string(make([]byte, 0))+fmt.Sprintf("%010000d", 1))
 			return c
 		}
-		big()
-		c := big()
-		wantReset(t, c)
+		head := "GET / HTTP/1.1\r\nHost: a.example\r\nX: " + fmt.Sprintf("%010000d", 1)
+		send(t, big(), head)
+		l.awaitFlows(1)
+		for end := time.Now().Add(5 * time.Second); l.p.sniffBytes.Load() == 0 && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
+		wantResetAfter(t, big(), head)
 		l.awaitDenied(ReasonBudget)
 		l.p.cut("", ReasonKilled)
 		l.awaitFlows(0)
@@ -436,7 +439,7 @@ func TestAFloodOfOneSandboxDoesNotDelayAnother(t *testing.T) {
 	}
 	start := time.Now()
 	converse(t, l.connect("93.184.216.1:443"), clientConfig("a.example"))
-	if took := time.Since(start); took > 500*time.Millisecond {
+	if took := time.Since(start); took > time.Second {
 		t.Errorf("took %v", took)
 	}
 }

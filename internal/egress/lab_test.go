@@ -69,7 +69,7 @@ func newLab(t testing.TB, in policy.Input, tune ...func(*Config)) *lab {
 	cfg := Config{
 		Owner: l.owner, Resolve: l.resolve, OriginalDst: l.originalDst, Flows: l,
 		Log:    discard,
-		Limits: Limits{SniffTimeout: 500 * time.Millisecond, DialTimeout: 2 * time.Second},
+		Limits: Limits{SniffTimeout: 3 * time.Second, DialTimeout: 3 * time.Second},
 	}
 	for _, f := range tune {
 		f(&cfg)
@@ -327,6 +327,19 @@ func wantReset(t testing.TB, c net.Conn) {
 	if got != "" || !isReset(err) {
 		t.Errorf("got %q and %v, want a reset and nothing", got, err)
 	}
+}
+
+// wantResetAfter sends s and asserts that the connection is reset without a
+// byte: whichever of write and read comes first after the reset learns of it.
+func wantResetAfter(t testing.TB, c net.Conn, s string) {
+	t.Helper()
+	if _, err := io.WriteString(c, s); err != nil {
+		if got, _ := everything(c); got != "" || !isReset(err) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("got %q and %v, want a reset and nothing", got, err)
+		}
+		return
+	}
+	wantReset(t, c)
 }
 
 // wantAlert asserts that the connection ends with the TLS alert access_denied.
