@@ -117,6 +117,7 @@ func (m *Manager) initAgent(ctx context.Context, rec *Record, img Image) error {
 	if vars == nil {
 		vars = map[string]string{}
 	}
+	maps.Copy(vars, m.cfg.CommandEnv)
 	maps.Copy(vars, rec.EnvVars)
 	err := m.cfg.Agents.Init(ctx, agentAddr(rec), AgentInit{
 		SandboxID: rec.ID, TemplateID: rec.TemplateID, Hostname: string(rec.ID),

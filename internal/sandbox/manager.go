@@ -31,6 +31,9 @@ type Config struct {
 	AgentArgs []string
 	// Env is the agent's own environment, "K=V".
 	Env []string
+	// CommandEnv is the default environment of commands, over the image's and
+	// under the user's.
+	CommandEnv map[string]string
 	// Binds are shown read-only in every sandbox: the agent, the CA bundle.
 	Binds []Bind
 	// DefaultTemplate is what a request without a template gets; "" means "base".

@@ -1,0 +1,51 @@
+# The two commands: `make demo` runs the main job, `make test` passes the tests.
+# Both install what is missing and say so.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+export CGO_ENABLED := 0
+export GOFLAGS := -trimpath -buildvcs=false
+GO := $(shell scripts/go 2>/dev/null || echo go)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")
+FUZZTIME ?= 60s
+
+.PHONY: help build setup demo test check lint fuzz bench gen clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: ## build bin/cordon, with the agent inside
+	@scripts/go >/dev/null
+	@mkdir -p bin cmd/cordon/embedded
+	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-agent ./cmd/cordon-agent
+	$(GO) build -ldflags='-s -w' -o bin/cordon ./cmd/cordon
+
+setup: ## install what demo and test need and the machine lacks
+	@scripts/setup
+
+demo: setup build ## run the main job: a server, a small internet, the documentation's scenarios
+	$(SUDO) bin/cordon demo
+
+test: setup build ## all tests: unit, kernel, gVisor, SDKs; needs root
+	$(SUDO) scripts/test
+
+check: ## what must hold before every commit: quick, no root
+	@test -z "$$($(GO) fmt ./... )" || { echo 'gofmt changed files: commit them'; exit 1; }
+	$(GO) vet ./...
+	$(GO) test -short . ./internal/errs/... ./internal/policy/... ./internal/auth/... ./internal/api/... ./internal/sandbox/... ./internal/flowlog/...
+
+lint: ## golangci-lint, pinned in tools/go.mod
+	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
+
+fuzz: ## every fuzz target for FUZZTIME each
+	@scripts/fuzz $(FUZZTIME)
+
+bench: build ## Go benchmarks of the hot paths
+	$(GO) test -run '^$$' -bench . -benchmem ./internal/policy ./internal/egress ./internal/ingress
+
+gen: ## regenerate what is generated from api/
+	@scripts/gen
+
+clean: ## remove what build made
+	rm -rf bin cmd/cordon/embedded/cordon-agent

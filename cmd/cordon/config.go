@@ -1,0 +1,257 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/caarlos0/env/v11"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandbox"
+)
+
+// defaultConfigFile is read when it exists and no other file is named.
+const defaultConfigFile = "/etc/cordon/cordon.yaml"
+
+// config is everything an operator can set. It is read from a YAML file, then
+// from CORDON_* variables; unknown keys in the file are refused. The zero value of a
+// field means its default.
+type config struct {
+	// Name tells two servers on one machine apart: it is part of every link,
+	// namespace, table and cgroup. At most 4 letters and digits.
+	Name     string `yaml:"name" env:"NAME"`
+	StateDir string `yaml:"state_dir" env:"STATE_DIR"` // records, keys, CA, snapshots
+	RunDir   string `yaml:"run_dir" env:"RUN_DIR"`     // what a reboot may lose
+	CacheDir string `yaml:"cache_dir" env:"CACHE_DIR"` // images; shared by all servers of a machine
+	// Domain is where sandboxes are reached: <port>-<id>.<domain>.
+	Domain string `yaml:"domain" env:"DOMAIN"`
+
+	Listen    listenConfig  `yaml:"listen" envPrefix:"LISTEN_"`
+	TLS       tlsConfig     `yaml:"tls" envPrefix:"TLS_"`
+	Sandboxes sandboxConfig `yaml:"sandboxes" envPrefix:"SANDBOXES_"`
+	Network   networkConfig `yaml:"network" envPrefix:"NETWORK_"`
+	Log       logConfig     `yaml:"log" envPrefix:"LOG_"`
+}
+
+// listenConfig says where the server answers. Addresses are host:port.
+type listenConfig struct {
+	HTTPS []string `yaml:"https" env:"HTTPS"` // sandbox URLs and the API, with TLS
+	HTTP  []string `yaml:"http" env:"HTTP"`   // redirects to HTTPS
+	Plain string   `yaml:"plain" env:"PLAIN"` // API and sandboxes without TLS, for SDKs set to it; keep it on loopback
+	// Metrics is where Prometheus reads /metrics, without a key; "none" for nowhere.
+	Metrics string `yaml:"metrics" env:"METRICS"`
+}
+
+// tlsConfig names certificate files; without them cordon makes its own CA.
+type tlsConfig struct {
+	Cert string `yaml:"cert" env:"CERT"` // PEM, for *.<domain>
+	Key  string `yaml:"key" env:"KEY"`
+}
+
+// sandboxConfig limits sandboxes.
+type sandboxConfig struct {
+	DefaultTemplate string         `yaml:"default_template" env:"DEFAULT_TEMPLATE"`
+	CPUs            int            `yaml:"cpus" env:"CPUS"`
+	MemoryMB        int64          `yaml:"memory_mb" env:"MEMORY_MB"`
+	DiskMB          int64          `yaml:"disk_mb" env:"DISK_MB"`
+	Processes       int64          `yaml:"processes" env:"PROCESSES"`
+	Max             int            `yaml:"max" env:"MAX"`
+	MaxTimeout      time.Duration  `yaml:"max_timeout" env:"MAX_TIMEOUT"`
+	Spares          map[string]int `yaml:"spares" env:"SPARES"` // running spares by template
+	// ExtraCA is a PEM file whose certificates every sandbox trusts as well.
+	ExtraCA string `yaml:"extra_ca" env:"EXTRA_CA"`
+}
+
+// networkConfig is the operator's layer over every sandbox's rules.
+type networkConfig struct {
+	Subnet4     netip.Prefix `yaml:"subnet4" env:"SUBNET4"` // sandbox addresses, a /30 each
+	ProxyPort   uint16       `yaml:"proxy_port" env:"PROXY_PORT"`
+	DNSPort     uint16       `yaml:"dns_port" env:"DNS_PORT"`
+	LogGroup    uint16       `yaml:"log_group" env:"LOG_GROUP"` // netlink group of the kernel's verdicts
+	Upstreams   []string     `yaml:"upstreams" env:"UPSTREAMS"` // DNS servers; default: the host's
+	FloorOpen   []string     `yaml:"floor_open" env:"FLOOR_OPEN"`
+	AlwaysAllow []string     `yaml:"always_allow" env:"ALWAYS_ALLOW"`
+	AlwaysDeny  []string     `yaml:"always_deny" env:"ALWAYS_DENY"`
+}
+
+type logConfig struct {
+	Level  string `yaml:"level" env:"LEVEL"`   // debug, info, warn, error
+	Format string `yaml:"format" env:"FORMAT"` // text, json
+}
+
+// loadConfig reads file ("" means the default file, if it exists), then the
+// environment, and fills in defaults.
+func loadConfig(file string, environ map[string]string) (config, error) {
+	var c config
+	if err := c.readFile(file); err != nil {
+		return c, err
+	}
+	if err := env.ParseWithOptions(&c, env.Options{Prefix: "CORDON_", Environment: environ}); err != nil {
+		return c, errs.New(errs.Invalid, "environment: %v", err)
+	}
+	c.setDefaults()
+	return c, c.validate()
+}
+
+func (c *config) readFile(file string) error {
+	f, err := os.Open(cmp.Or(file, defaultConfigFile))
+	if errors.Is(err, fs.ErrNotExist) && file == "" {
+		return nil
+	}
+	if err != nil {
+		return errs.Wrap(errs.Invalid, err, "configuration")
+	}
+	defer f.Close()
+	dec := yaml.NewDecoder(f)
+	dec.KnownFields(true)
+	if err := dec.Decode(c); err != nil && !errors.Is(err, io.EOF) {
+		return errs.Wrap(errs.Invalid, err, "configuration %s", f.Name())
+	}
+	return nil
+}
+
+func (c *config) setDefaults() {
+	c.Name = cmp.Or(c.Name, "0")
+	c.StateDir = cmp.Or(c.StateDir, "/var/lib/cordon")
+	c.RunDir = cmp.Or(c.RunDir, "/run/cordon-"+c.Name)
+	c.CacheDir = cmp.Or(c.CacheDir, "/var/cache/cordon")
+	c.Domain = strings.ToLower(cmp.Or(c.Domain, "cordon.localhost"))
+	c.Listen.setDefaults(c.Domain)
+	s := &c.Sandboxes
+	s.DefaultTemplate = cmp.Or(s.DefaultTemplate, "base")
+	s.CPUs = cmp.Or(s.CPUs, 2)
+	s.MemoryMB = cmp.Or(s.MemoryMB, 512)
+	s.DiskMB = cmp.Or(s.DiskMB, 10<<10)
+	s.Processes = cmp.Or(s.Processes, 4096)
+	s.Max = cmp.Or(s.Max, 1000)
+	s.MaxTimeout = cmp.Or(s.MaxTimeout, 24*time.Hour)
+	if s.Spares == nil {
+		s.Spares = map[string]int{s.DefaultTemplate: 2}
+	}
+	n := &c.Network
+	n.Subnet4 = cmp.Or(n.Subnet4, netip.MustParsePrefix("10.223.0.0/16"))
+	n.ProxyPort = cmp.Or(n.ProxyPort, 15001)
+	n.DNSPort = cmp.Or(n.DNSPort, 15053)
+	n.LogGroup = cmp.Or(n.LogGroup, 5223)
+	c.Log.Level = cmp.Or(c.Log.Level, "info")
+	c.Log.Format = cmp.Or(c.Log.Format, "text")
+}
+
+// setDefaults listens on both loopbacks for a .localhost domain, which only this
+// machine resolves, and on every address for a real one.
+func (l *listenConfig) setDefaults(domain string) {
+	at := func(port string) []string {
+		if domain == "localhost" || strings.HasSuffix(domain, ".localhost") {
+			return []string{net.JoinHostPort("127.0.0.1", port), net.JoinHostPort("::1", port)}
+		}
+		return []string{":" + port}
+	}
+	if l.HTTPS == nil {
+		l.HTTPS = at("443")
+	}
+	if l.HTTP == nil {
+		l.HTTP = at("80")
+	}
+	l.Plain = cmp.Or(l.Plain, "127.0.0.1:3900")
+	if l.Metrics = cmp.Or(l.Metrics, "127.0.0.1:3901"); l.Metrics == "none" {
+		l.Metrics = ""
+	}
+}
+
+var nameForm = regexp.MustCompile(`^[a-z0-9]{1,4}$`)
+
+func (c *config) validate() error {
+	bad := func(field string, value any, fix string) error {
+		return errs.New(errs.Invalid, "configuration: %s is %v: %s", field, value, fix)
+	}
+	if !nameForm.MatchString(c.Name) {
+		return bad("name", c.Name, "use 1 to 4 lower-case letters and digits")
+	}
+	if name, ok := policy.CanonicalName(c.Domain); !ok || name != c.Domain {
+		return bad("domain", c.Domain, "use a domain name such as sandbox.example.com, without port or scheme")
+	}
+	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
+		return bad("tls", c.TLS.Cert+c.TLS.Key, "name both cert and key, or neither")
+	}
+	for field, v := range map[string]int64{"sandboxes.cpus": int64(c.Sandboxes.CPUs), "sandboxes.memory_mb": c.Sandboxes.MemoryMB, "sandboxes.disk_mb": c.Sandboxes.DiskMB, "sandboxes.processes": c.Sandboxes.Processes, "sandboxes.max": int64(c.Sandboxes.Max)} {
+		if v < 0 {
+			return bad(field, v, "use a positive number")
+		}
+	}
+	if !c.Network.Subnet4.Addr().Is4() || c.Network.Subnet4.Bits() > 24 {
+		return bad("network.subnet4", c.Network.Subnet4, "use an IPv4 network of /24 or larger")
+	}
+	for _, up := range c.Network.Upstreams {
+		if _, err := upstream(up); err != nil {
+			return bad("network.upstreams", up, "use an IP address, with :port if it is not 53")
+		}
+	}
+	for _, dir := range []string{c.StateDir, c.RunDir, c.CacheDir} {
+		if !filepath.IsAbs(dir) {
+			return bad("state_dir, run_dir or cache_dir", dir, "use an absolute path")
+		}
+	}
+	return nil
+}
+
+// upstream parses a DNS server's address; the port is 53 unless given.
+func upstream(s string) (netip.AddrPort, error) {
+	if addr, err := netip.ParseAddr(s); err == nil {
+		return netip.AddrPortFrom(addr, 53), nil
+	}
+	return netip.ParseAddrPort(s)
+}
+
+// resources are the default limits of a sandbox.
+func (c *config) resources() sandbox.Resources {
+	s := c.Sandboxes
+	return sandbox.Resources{CPUs: s.CPUs, MemoryMB: s.MemoryMB, DiskMB: s.DiskMB, Processes: s.Processes}
+}
+
+// publicDomain is the domain as clients must write it: with the HTTPS port if it
+// is not 443.
+func (c *config) publicDomain() string {
+	if len(c.Listen.HTTPS) == 0 {
+		return c.Domain
+	}
+	_, port, err := net.SplitHostPort(c.Listen.HTTPS[0])
+	if err != nil || port == "443" {
+		return c.Domain
+	}
+	return net.JoinHostPort(c.Domain, port)
+}
+
+// apiURL is the plain address of the API on this machine.
+func (c *config) apiURL() string { return "http://" + c.Listen.Plain }
+
+func (c *config) adminKeyFile() string { return filepath.Join(c.StateDir, "admin.key") }
+
+func (c *config) caDir() string { return filepath.Join(c.StateDir, "ca") }
+
+// environMap turns os.Environ's form into a map.
+func environMap(environ []string) map[string]string {
+	out := make(map[string]string, len(environ))
+	for _, kv := range environ {
+		if k, v, ok := strings.Cut(kv, "="); ok {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// errNotRoot is the one sentence for commands that change the machine.
+func errNotRoot(command string) error {
+	return fmt.Errorf("cordon %s needs root, for network namespaces and nftables: run it with sudo", command)
+}

@@ -1,0 +1,251 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/spf13/cobra"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// finding is the outcome of one check of the host.
+type finding struct {
+	name string
+	ok   bool
+	warn bool   // not ok, but cordon works without
+	say  string // what was seen
+	mend string // what to do about it
+}
+
+func doctorCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "doctor",
+		Short: "Check this machine and say how to mend what is missing",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			failed := 0
+			for _, f := range examine(cmd.Context(), &cfg) {
+				mark := "ok  "
+				switch {
+				case f.ok:
+				case f.warn:
+					mark = "warn"
+				default:
+					mark = "FAIL"
+					failed++
+				}
+				fmt.Fprintf(a.out, "%s  %-12s %s\n", mark, f.name, f.say)
+				if !f.ok && f.mend != "" {
+					fmt.Fprintf(a.out, "      %-12s → %s\n", "", f.mend)
+				}
+			}
+			if failed > 0 {
+				return fmt.Errorf("%d checks failed: cordon serve will not work until they are mended", failed)
+			}
+			return nil
+		},
+	}
+}
+
+// examine checks everything cordon needs of the host, in the order a person
+// would mend it.
+func examine(ctx context.Context, cfg *config) []finding {
+	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkForward(), checkCgroups(), checkMmdebstrap()}
+	out = append(out, checkPorts(ctx, cfg)...)
+	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3))
+}
+
+func checkRoot() finding {
+	f := finding{name: "root", ok: os.Geteuid() == 0, say: "user ID " + strconv.Itoa(os.Geteuid())}
+	f.mend = "run with sudo: namespaces, nftables and cgroups need it"
+	return f
+}
+
+// oldestKernel is the first with everything used: nft reject in prerouting
+// (5.9), iifname in verdict maps with wildcards, seccomp user notification.
+const oldestKernel = "5.10"
+
+func checkKernel() finding {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return finding{name: "kernel", say: err.Error()}
+	}
+	release := unix.ByteSliceToString(u.Release[:])
+	return finding{
+		name: "kernel", ok: atLeast(release, oldestKernel), say: release + " " + runtime.GOARCH,
+		mend: "cordon needs Linux " + oldestKernel + " or newer, found " + release,
+	}
+}
+
+// atLeast compares the first two numbers of two kernel releases.
+func atLeast(release, want string) bool {
+	major, minor := kernelVersion(release)
+	wantMajor, wantMinor := kernelVersion(want)
+	return major > wantMajor || major == wantMajor && minor >= wantMinor
+}
+
+func kernelVersion(release string) (major, minor int) {
+	fmt.Sscanf(release, "%d.%d", &major, &minor)
+	return major, minor
+}
+
+func checkNetns() finding {
+	f := finding{name: "namespaces", mend: "enable network namespaces (CONFIG_NET_NS); inside a container, run it with --privileged"}
+	done := make(chan error, 1)
+	go func() {
+		// The thread is tainted by the new namespace: never unlocked, it ends here.
+		runtime.LockOSThread()
+		ns, err := netns.New()
+		if err == nil {
+			ns.Close()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		f.say = err.Error()
+		return f
+	}
+	f.ok, f.say = true, "a network namespace can be made"
+	return f
+}
+
+func checkNftables() finding {
+	f := finding{name: "nftables", mend: "load it: sudo modprobe nf_tables nft_tproxy nft_ct nft_masq"}
+	conn, err := nftables.New()
+	if err == nil {
+		_, err = conn.ListTables()
+	}
+	if err != nil {
+		f.say = err.Error()
+		return f
+	}
+	f.ok, f.say = true, "the kernel answers"
+	return f
+}
+
+// checkForward looks for another firewall whose FORWARD policy drops what we
+// accept: a packet must pass every table.
+func checkForward() finding {
+	f := finding{name: "forwarding", warn: true}
+	conn, err := nftables.New()
+	if err != nil {
+		f.say = err.Error()
+		return f
+	}
+	chains, err := conn.ListChains()
+	if err != nil {
+		f.say = err.Error()
+		return f
+	}
+	for _, c := range chains {
+		if c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookForward && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
+			f.say = fmt.Sprintf("table %s chain %s drops forwarded packets by default", c.Table.Name, c.Name)
+			f.mend = "let sandbox links pass there: for Docker, sudo iptables -I DOCKER-USER -i 'cdn+' -j ACCEPT and the same with -o"
+			return f
+		}
+	}
+	f.ok, f.say = true, "no other firewall drops forwarded packets"
+	return f
+}
+
+func checkCgroups() finding {
+	f := finding{name: "cgroups", mend: "boot with the memory, cpu and pids controllers (systemd hosts have them)"}
+	if b, err := os.ReadFile("/sys/fs/cgroup/cgroup.controllers"); err == nil {
+		f.say = "v2: " + strings.TrimSpace(string(b))
+		f.ok = true
+		for _, c := range []string{"memory", "cpu", "pids"} {
+			f.ok = f.ok && strings.Contains(string(b), c)
+		}
+		return f
+	}
+	var missing []string
+	for _, c := range []string{"memory", "cpu", "pids"} {
+		if _, err := os.Stat(filepath.Join("/sys/fs/cgroup", c)); err != nil {
+			missing = append(missing, c)
+		}
+	}
+	f.ok, f.say = len(missing) == 0, "v1"
+	if !f.ok {
+		f.say = "v1, without " + strings.Join(missing, ", ")
+	}
+	return f
+}
+
+func checkMmdebstrap() finding {
+	path, err := exec.LookPath("mmdebstrap")
+	return finding{
+		name: "mmdebstrap", ok: err == nil, warn: true, say: cmp.Or(path, "not found"),
+		mend: "sudo apt-get install mmdebstrap, to build the base image; the host template works without",
+	}
+}
+
+func checkPorts(ctx context.Context, cfg *config) []finding {
+	var out []finding
+	addrs := append(append([]string{}, cfg.Listen.HTTPS...), cfg.Listen.HTTP...)
+	for _, addr := range append(addrs, cfg.Listen.Plain) {
+		f := finding{name: "port", say: addr + " is free", mend: "stop what listens there, or set listen in the configuration"}
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		switch {
+		case err == nil:
+			l.Close()
+			f.ok = true
+		case strings.HasPrefix(addr, "[::1]") && errors.Is(err, unix.EADDRNOTAVAIL):
+			f.ok, f.say = true, addr+": this machine has no IPv6"
+		default:
+			f.say = err.Error()
+		}
+		out = append(out, f)
+	}
+	return out
+}
+
+func checkNames(ctx context.Context, cfg *config) finding {
+	name := "3000-i00000000000000000000." + cfg.Domain
+	f := finding{name: "names", mend: "make *." + cfg.Domain + " resolve to this machine: a wildcard DNS record, or for a .localhost domain sudo apt-get install libnss-myhostname"}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	// getent asks as glibc programs do; Go's own resolver knows .localhost by itself.
+	b, err := exec.CommandContext(ctx, "getent", "ahosts", name).Output()
+	if err != nil {
+		f.say = name + " does not resolve"
+		return f
+	}
+	addr, _, _ := strings.Cut(string(b), " ")
+	f.ok, f.say = true, name+" is "+addr
+	return f
+}
+
+func checkDisk(what, dir string, wantGiB uint64) finding {
+	f := finding{name: "disk", mend: fmt.Sprintf("free at least %d GiB, or set another directory", wantGiB)}
+	at := dir
+	for at != "/" {
+		if _, err := os.Stat(at); err == nil {
+			break
+		}
+		at = filepath.Dir(at)
+	}
+	var s unix.Statfs_t
+	if err := unix.Statfs(at, &s); err != nil {
+		f.say = err.Error()
+		return f
+	}
+	free := s.Bavail * uint64(s.Bsize) >> 30
+	f.ok, f.say = free >= wantGiB, fmt.Sprintf("%d GiB free for %s in %s", free, what, dir)
+	return f
+}

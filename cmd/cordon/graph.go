@@ -1,0 +1,474 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/cordonhq/cordon/internal/agent/agentctl"
+	"github.com/cordonhq/cordon/internal/api"
+	"github.com/cordonhq/cordon/internal/egress"
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/image"
+	"github.com/cordonhq/cordon/internal/ingress"
+	"github.com/cordonhq/cordon/internal/network"
+	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/resolver"
+	"github.com/cordonhq/cordon/internal/runtime/gvisor"
+	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/store"
+)
+
+// server is the whole graph. build makes it, listen opens what it answers on,
+// and run blocks.
+type server struct {
+	cfg      config
+	log      *slog.Logger
+	metrics  *prometheus.Registry
+	store    *store.Store
+	flows    *flowlog.Log
+	network  *network.Network
+	manager  *sandbox.Manager
+	images   *image.Library
+	agents   *agentctl.Client
+	resolver *resolver.Resolver
+	egress   *egress.Proxy
+	ingress  *ingress.Ingress
+
+	closers     []io.Closer // in the order of acquisition
+	ingressOn   []ingress.Listener
+	egressOn    []net.Listener
+	resolverOn  []func(context.Context) error // one for each socket
+	metricsOn   net.Listener
+	selfAddress string // where the egress proxy reaches the ingress with TLS
+	selfPlain   string // and without
+}
+
+// build makes every part and connects them; nothing runs yet.
+func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err error) {
+	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	for _, dir := range []string{cfg.StateDir, cfg.RunDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	for _, step := range []struct {
+		name string
+		make func(context.Context) error
+	}{
+		{"store", s.makeStore}, {"flow log", s.makeFlows}, {"network", s.makeNetwork},
+		{"sandboxes", s.makeManager}, {"resolver", s.makeResolver}, {"egress", s.makeEgress}, {"ingress", s.makeIngress},
+	} {
+		if err := step.make(ctx); err != nil {
+			return nil, fmt.Errorf("%s: %w", step.name, err)
+		}
+	}
+	return s, nil
+}
+
+// Close gives back what the process holds; sandboxes and their rules stay.
+func (s *server) Close() error {
+	var failed []error
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		if err := s.closers[i].Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			failed = append(failed, err)
+		}
+	}
+	s.closers = nil
+	return errors.Join(failed...)
+}
+
+func (s *server) makeStore(ctx context.Context) (err error) {
+	s.store, err = store.Open(ctx, store.Config{Dir: filepath.Join(s.cfg.StateDir, "store"), Log: s.log})
+	if err == nil {
+		s.closers = append(s.closers, s.store)
+	}
+	return err
+}
+
+func (s *server) makeFlows(context.Context) (err error) {
+	s.flows, err = flowlog.New(flowlog.Config{Metrics: s.metrics})
+	return err
+}
+
+func (s *server) makeNetwork(context.Context) (err error) {
+	n := s.cfg.Network
+	s.network, err = network.New(network.Config{
+		Name: s.cfg.Name, RunDir: s.cfg.RunDir, Subnet4: n.Subnet4,
+		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup,
+		Flows: s.flows, Log: s.log,
+	})
+	if err == nil {
+		s.closers = append(s.closers, s.network)
+	}
+	return err
+}
+
+// operator is the policy layer over every sandbox's rules.
+func (s *server) operator() *policy.Operator {
+	n := s.cfg.Network
+	return &policy.Operator{
+		FloorOpen: n.FloorOpen, AlwaysAllow: n.AlwaysAllow, AlwaysDeny: n.AlwaysDeny,
+		SelfDomains: []string{s.cfg.Domain}, HostAddrs: hostAddrs(s.log),
+	}
+}
+
+// hostAddrs are the machine's own addresses, so that names that resolve to them
+// are refused like the addresses are. The kernel judges by its own live table.
+func hostAddrs(log *slog.Logger) []netip.Prefix {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		log.Warn("own addresses not read", "err", err)
+	}
+	var out []netip.Prefix
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			out = append(out, netip.PrefixFrom(p.Addr().Unmap(), p.Addr().Unmap().BitLen()))
+		}
+	}
+	return out
+}
+
+func (s *server) makeManager(context.Context) error {
+	run, err := gvisor.New(gvisor.Config{
+		StateDir: filepath.Join(s.cfg.RunDir, "gvisor"), DataDir: filepath.Join(s.cfg.StateDir, "layers"),
+		CgroupParent: "/cordon/" + s.cfg.Name, LogDir: filepath.Join(s.cfg.StateDir, "log"), Log: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	agentDir, err := installAgent(s.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	bundle, err := writeBundles(&s.cfg, s.log)
+	if err != nil {
+		return err
+	}
+	images, err := s.cfg.images(s.progress(), s.log)
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, images)
+	s.images = images
+	s.agents = agentctl.New(agentctl.Config{})
+	s.manager = sandbox.New(sandbox.Config{
+		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
+		Operator:    s.operator(),
+		AgentArgs:   []string{guestAgent},
+		Binds:       []sandbox.Bind{{Host: agentDir, Guest: filepath.Dir(guestAgent)}, {Host: bundle, Guest: guestBundle}},
+		CommandEnv:  map[string]string{"NODE_EXTRA_CA_CERTS": guestBundle},
+		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
+		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
+		Spares: s.cfg.Sandboxes.Spares, MaxSandboxes: s.cfg.Sandboxes.Max, MaxTimeout: s.cfg.Sandboxes.MaxTimeout,
+		PolicyChanged: func(id sandbox.ID) { s.egress.Revoke(string(id)) },
+		Gone: func(id sandbox.ID) {
+			s.egress.Cut(string(id))
+			s.flows.Forget(string(id))
+		},
+		Log: s.log,
+	})
+	return nil
+}
+
+// progress shows image builds, which may take a minute, in the log.
+func (s *server) progress() io.Writer { return logWriter{s.log} }
+
+// logWriter logs each line written to it.
+type logWriter struct{ log *slog.Logger }
+
+func (w logWriter) Write(b []byte) (int, error) {
+	for line := range strings.Lines(string(b)) {
+		if line = strings.TrimSpace(line); line != "" {
+			w.log.Info("image", "progress", line)
+		}
+	}
+	return len(b), nil
+}
+
+// images opens the image store.
+func (c *config) images(progress io.Writer, log *slog.Logger) (*image.Library, error) {
+	return image.New(image.Config{
+		Dir: filepath.Join(c.CacheDir, "images"), StateDir: filepath.Join(c.StateDir, "images"),
+		Progress: progress, Log: log,
+	})
+}
+
+func (s *server) makeResolver(context.Context) (err error) {
+	upstreams, err := s.upstreams()
+	if err != nil {
+		return err
+	}
+	s.resolver, err = resolver.New(resolver.Config{
+		Owner: func(a netip.Addr) (string, *policy.Compiled, bool) {
+			id, p, ok := s.network.Owner(a)
+			return string(id), p, ok
+		},
+		Policy:    func(id string) (*policy.Compiled, bool) { return s.manager.Policy(sandbox.ID(id)) },
+		Upstreams: upstreams,
+		Pin:       s.pin,
+		IPv6:      s.network.HasIPv6(),
+		Flows:     s.flows, Log: s.log,
+	})
+	return err
+}
+
+// upstreams are the configured DNS servers, else the machine's.
+func (s *server) upstreams() ([]netip.AddrPort, error) {
+	var out []netip.AddrPort
+	for _, up := range s.cfg.Network.Upstreams {
+		a, err := upstream(up)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, a)
+	}
+	if len(out) > 0 {
+		return out, nil
+	}
+	if c, err := dns.ClientConfigFromFile("/etc/resolv.conf"); err == nil {
+		for _, server := range c.Servers {
+			if a, err := netip.ParseAddr(server); err == nil {
+				out = append(out, netip.AddrPortFrom(a, 53))
+			}
+		}
+	}
+	if len(out) == 0 {
+		out = []netip.AddrPort{netip.AddrPortFrom(policy.DefaultNameserver, 53), netip.AddrPortFrom(policy.SecondNameserver, 53)}
+	}
+	return out, nil
+}
+
+// pin opens ports of an address that the resolver just handed out for a name.
+func (s *server) pin(p resolver.Pin) error {
+	ports := make([]uint16, len(p.Ports))
+	for i, port := range p.Ports {
+		ports[i] = port.Port
+	}
+	return s.network.Pin(sandbox.ID(p.Sandbox), p.Name, p.Addr, ports, p.TTL)
+}
+
+func (s *server) makeEgress(context.Context) (err error) {
+	s.egress, err = egress.New(egress.Config{
+		Owner: func(a netip.Addr) (egress.Owner, bool) {
+			id, p, ok := s.network.Owner(a)
+			return egress.Owner{Sandbox: string(id), Policy: p}, ok
+		},
+		Resolve:  s.resolver.Resolve,
+		DialSelf: s.dialSelf,
+		Flows:    s.flows, Log: s.log,
+	})
+	return err
+}
+
+// dialSelf connects a sandbox that asked for one of our own public URLs to the
+// ingress, where the request passes every check a stranger's does.
+func (s *server) dialSelf(ctx context.Context, _ netip.AddrPort, port uint16) (net.Conn, error) {
+	addr := s.selfAddress
+	if port == 80 {
+		addr = s.selfPlain
+	}
+	if addr == "" {
+		return nil, fmt.Errorf("no listener for port %d", port)
+	}
+	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+}
+
+func (s *server) makeIngress(context.Context) (err error) {
+	tlsConfig, err := s.cfg.serverTLS(s.log)
+	if err != nil {
+		return err
+	}
+	s.ingress, err = ingress.New(ingress.Config{
+		Domains: []string{s.cfg.Domain},
+		Lookup:  s.target,
+		Wake: func(ctx context.Context, id string) error {
+			_, _, err := s.manager.Connect(ctx, "", sandbox.ID(id), 0)
+			return err
+		},
+		API: s.api(), TLS: tlsConfig, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
+	})
+	return err
+}
+
+func (s *server) httpsPort() uint16 {
+	if len(s.cfg.Listen.HTTPS) == 0 {
+		return 0
+	}
+	_, port, _ := net.SplitHostPort(s.cfg.Listen.HTTPS[0])
+	n, _ := strconv.ParseUint(port, 10, 16)
+	return uint16(n)
+}
+
+func (s *server) api() http.Handler {
+	return api.New(api.Config{
+		Sandboxes: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator(),
+		Templates: s.templates,
+		Domain:    s.cfg.publicDomain(), Version: version(), Log: s.log,
+	})
+}
+
+// templates shows the images to the API.
+func (s *server) templates(ctx context.Context) ([]sandbox.Template, error) {
+	list, err := s.images.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]sandbox.Template, len(list))
+	for i, t := range list {
+		out[i] = sandbox.Template{ID: t.Name, Names: []string{t.Name}, Resources: s.cfg.resources(), Created: t.Created, Ready: t.Built}
+	}
+	return out, nil
+}
+
+// target shows a sandbox to the ingress.
+func (s *server) target(id string) (*ingress.Target, bool) {
+	ep, ok := s.manager.Endpoint(sandbox.ID(id))
+	if !ok {
+		return nil, false
+	}
+	rec := ep.Record
+	addr := sandbox.AgentAddr{Addr: netip.AddrPortFrom(rec.Lease.Addr4.Addr(), sandbox.AgentPort), Token: rec.ControlToken}
+	state := ingress.Running
+	if rec.State != sandbox.Running {
+		state = ingress.Paused
+	}
+	return &ingress.Target{
+		ID: id, State: state, Addr: rec.Lease.Addr4.Addr(), AgentPort: sandbox.AgentPort,
+		DialLoopback: func(ctx context.Context, port uint16) (net.Conn, error) { return s.agents.DialPort(ctx, addr, port) },
+		Public:       rec.Public(), TrafficToken: rec.TrafficToken, MaskHost: rec.MaskRequestHost,
+		AutoResume: rec.AutoResume, Done: ep.Done,
+	}, true
+}
+
+// listen opens everything the server answers on.
+func (s *server) listen(ctx context.Context) error {
+	for _, group := range []struct {
+		mode  ingress.Mode
+		addrs []string
+	}{{ingress.TLS, s.cfg.Listen.HTTPS}, {ingress.Redirect, s.cfg.Listen.HTTP}, {ingress.Plain, []string{s.cfg.Listen.Plain}}} {
+		for _, addr := range group.addrs {
+			l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+			if err != nil {
+				if strings.HasPrefix(addr, "[::1]:") { // no IPv6 on this machine
+					s.log.Warn("not listening", "addr", addr, "err", err)
+					continue
+				}
+				return fmt.Errorf("%w (cordon doctor says more)", err)
+			}
+			s.closers = append(s.closers, l)
+			s.ingressOn = append(s.ingressOn, ingress.Listener{Listener: l, Mode: group.mode})
+			s.remember(group.mode, l.Addr())
+		}
+	}
+	if s.cfg.Listen.Metrics != "" {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.cfg.Listen.Metrics)
+		if err != nil {
+			return fmt.Errorf("%w (cordon doctor says more)", err)
+		}
+		s.closers = append(s.closers, l)
+		s.metricsOn = l
+	}
+	return s.listenTransparent(ctx)
+}
+
+// listenTransparent opens the sockets that the kernel hands sandboxes' flows to.
+func (s *server) listenTransparent(ctx context.Context) error {
+	for _, ip := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
+		if ip.Is6() && !s.network.HasIPv6() {
+			continue
+		}
+		proxy, err := egress.ListenTransparent(ctx, netip.AddrPortFrom(ip, s.cfg.Network.ProxyPort))
+		if err != nil {
+			return err
+		}
+		s.closers = append(s.closers, proxy)
+		s.egressOn = append(s.egressOn, proxy)
+		tcp, err := resolver.ListenTransparentTCP(ctx, netip.AddrPortFrom(ip, s.cfg.Network.DNSPort))
+		if err != nil {
+			return err
+		}
+		s.closers = append(s.closers, tcp)
+		udp, err := resolver.ListenTransparentUDP(ctx, netip.AddrPortFrom(ip, s.cfg.Network.DNSPort))
+		if err != nil {
+			return err
+		}
+		s.closers = append(s.closers, udp)
+		s.resolverOn = append(s.resolverOn,
+			func(ctx context.Context) error { return s.resolver.ServeTCP(ctx, tcp) },
+			func(ctx context.Context) error { return s.resolver.ServeUDP(ctx, udp) })
+	}
+	return nil
+}
+
+// below are the parts that carry sandboxes' traffic and lives; they end after
+// the ingress has drained.
+func (s *server) below() map[string]func(context.Context) error {
+	parts := map[string]func(context.Context) error{
+		"network":   s.network.Run,
+		"sandboxes": s.manager.Run,
+		"egress":    func(ctx context.Context) error { return s.egress.Run(ctx, s.egressOn...) },
+		"metrics":   s.runMetrics,
+	}
+	for i, serve := range s.resolverOn {
+		parts["resolver "+strconv.Itoa(i)] = serve
+	}
+	return parts
+}
+
+func (s *server) runIngress(ctx context.Context) error { return s.ingress.Run(ctx, s.ingressOn...) }
+
+// runMetrics serves Prometheus' page on its own listener, which wants no key
+// and so stays on loopback unless the operator says otherwise.
+func (s *server) runMetrics(ctx context.Context) error {
+	if s.metricsOn == nil {
+		<-ctx.Done()
+		return nil
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(s.metrics, promhttp.HandlerOpts{}))
+	h := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	stop := context.AfterFunc(ctx, func() { h.Close() })
+	defer stop()
+	if err := h.Serve(s.metricsOn); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// remember notes where the egress proxy reaches the ingress.
+func (s *server) remember(mode ingress.Mode, addr net.Addr) {
+	a := addr.(*net.TCPAddr).AddrPort()
+	ip := a.Addr().Unmap()
+	if ip.IsUnspecified() {
+		ip = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	local := netip.AddrPortFrom(ip, a.Port()).String()
+	switch {
+	case mode == ingress.TLS && s.selfAddress == "":
+		s.selfAddress = local
+	case mode == ingress.Redirect && s.selfPlain == "":
+		s.selfPlain = local
+	}
+}

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cordonhq/cordon/client"
+	"github.com/cordonhq/cordon/internal/errs"
+)
+
+func createCommand(a *app) *cobra.Command {
+	var o client.CreateOptions
+	var noInternet, private bool
+	cmd := &cobra.Command{
+		Use:   "create [template]",
+		Short: "Start a sandbox and print its ID",
+		Example: `  cordon create
+  cordon create --deny-out 0.0.0.0/0 --allow-out pypi.org --allow-out '*.pythonhosted.org'`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				o.Template = args[0]
+			}
+			no := false
+			if noInternet {
+				o.Network.AllowInternetAccess = &no
+			}
+			if private {
+				o.Network.AllowPublicTraffic = &no
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			s, err := c.Create(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(a.out, s.ID)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.DurationVar(&o.Timeout, "timeout", 0, "how long it lives (default 5m)")
+	f.StringToStringVar(&o.Env, "env", nil, "environment of every command, K=V")
+	f.StringToStringVar(&o.Metadata, "metadata", nil, "metadata, K=V")
+	f.BoolVar(&noInternet, "no-internet", false, "reach nothing")
+	f.BoolVar(&private, "private", false, "demand a token of who calls its ports")
+	f.StringVar(&o.Network.MaskRequestHost, "mask-host", "", "the Host its services see; ${PORT} stands for the port")
+	ruleFlags(cmd, &o.Network)
+	return cmd
+}
+
+// ruleFlags are the egress rules as flags, in the words of the API.
+func ruleFlags(cmd *cobra.Command, n *client.Network) {
+	f := cmd.Flags()
+	f.StringSliceVar(&n.AllowOut, "allow-out", nil, "address, CIDR, domain or *.domain to allow; allow wins over deny")
+	f.StringSliceVar(&n.DenyOut, "deny-out", nil, "address or CIDR to deny; 0.0.0.0/0 is everything")
+	f.StringVar(&n.DNS, "dns", "", "open or strict (default: strict when only domains open the resolver)")
+	f.StringVar(&n.OnDeny, "on-deny", "", "reset or explain")
+	f.StringVar(&n.Mode, "mode", "", "enforce or observe")
+}
+
+func listCommand(a *app) *cobra.Command {
+	var o client.ListOptions
+	cmd := &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List sandboxes", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			list, err := c.List(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(w, "SANDBOX\tTEMPLATE\tSTATE\tSTARTED\tENDS IN")
+			for _, s := range list {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.ID, s.TemplateID, s.State, s.Started.Local().Format(time.DateTime), time.Until(s.Ends).Round(time.Second))
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().StringToStringVar(&o.Metadata, "metadata", nil, "only those with all of these, K=V")
+	cmd.Flags().StringVar(&o.State, "state", "", "only running or paused")
+	return cmd
+}
+
+func killCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "kill <sandbox>...", Short: "End sandboxes and free all they hold", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for _, id := range args {
+				if err := a.call(cmd.Context(), "DELETE", "/sandboxes/"+id, nil, nil); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+}
+
+// exitError carries a command's exit code out of main.
+type exitError int
+
+func (e exitError) Error() string { return "exit status " + strconv.Itoa(int(e)) }
+
+func execCommand(a *app) *cobra.Command {
+	var o client.RunOptions
+	cmd := &cobra.Command{
+		Use: "exec <sandbox> <shell command>", Short: "Run a command in a sandbox", Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := a.connect(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			o.Stdout, o.Stderr = a.out, a.errOut
+			res, err := s.Commands.Run(cmd.Context(), args[1], o)
+			if err != nil {
+				return err
+			}
+			if res.ExitCode != 0 {
+				return exitError(res.ExitCode)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&o.User, "user", "", "who runs it (default: the template's user)")
+	cmd.Flags().StringVar(&o.Dir, "dir", "", "where it runs")
+	return cmd
+}
+
+func urlCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "url <sandbox> <port>", Short: "Print the public URL of a port", Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			port, err := strconv.ParseUint(args[1], 10, 16)
+			if err != nil || port == 0 {
+				return errs.New(errs.Invalid, "port %q: use a number from 1 to 65535", args[1])
+			}
+			s, err := a.connect(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(a.out, "https://"+s.Host(int(port)))
+			return nil
+		},
+	}
+}
+
+// connect finds a sandbox without changing how long it lives by more than the
+// least a connect may ask for.
+func (a *app) connect(ctx context.Context, id string) (*client.Sandbox, error) {
+	c, err := a.client()
+	if err != nil {
+		return nil, err
+	}
+	return c.Connect(ctx, id, time.Second)
+}
