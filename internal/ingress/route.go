@@ -38,7 +38,7 @@ func (in *Ingress) route(r *http.Request, mode Mode) (route, *refusal) {
 		if refused != nil {
 			return route{}, refused
 		}
-		if id == "" {
+		if id == "" || port == defaultAgentPort && apiPath(r.URL.Path) {
 			return route{api: true}, nil
 		}
 		to.id, to.port = id, port
@@ -50,6 +50,14 @@ func (in *Ingress) route(r *http.Request, mode Mode) (route, *refusal) {
 	}
 	to.target = target
 	return to, nil
+}
+
+// apiPath reports whether a path is the control API's. The agent has none
+// like it, and one SDK sends its sandbox's routing headers to the API as well
+// (novita-sandbox for Python, on connect).
+func apiPath(path string) bool {
+	path = strings.TrimPrefix(path, "/v2")
+	return path == "/sandboxes" || strings.HasPrefix(path, "/sandboxes/")
 }
 
 // The headers by which the SDKs name a sandbox on a shared host.
