@@ -155,13 +155,13 @@ func (s *slot) chain() string { return fmt.Sprintf("s%d", s.num) }
 
 func (n *Network) slotElement(s *slot) nftables.SetElement {
 	return nftables.SetElement{
-		Key:         ifname(s.lease.Link),
+		Key:         native(s.ifindex),
 		VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: s.chain()},
 	}
 }
 
 func (n *Network) markElement(s *slot, mark uint32) nftables.SetElement {
-	return nftables.SetElement{Key: ifname(s.lease.Link), Val: native(mark)}
+	return nftables.SetElement{Key: native(s.ifindex), Val: native(mark)}
 }
 
 // admit lets the slot's addresses pass the pin chain.

@@ -43,6 +43,10 @@ func ifname(name string) []byte {
 	return b
 }
 
+// loadIif loads the index of the link a packet came by: the key of what is known
+// about a slot. An index is never used twice, and quicker to look up than a name.
+func loadIif() expr.Any { return &expr.Meta{Key: expr.MetaKeyIIF, Register: reg1} }
+
 // A comparison shorter than the loaded name compares only its start.
 func iifStarts(prefix string) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpEq([]byte(prefix))}
@@ -60,8 +64,8 @@ func oifStartsNot(prefix string) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, cmpNe([]byte(prefix))}
 }
 
-func iifNot(name string) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpNe(ifname(name))}
+func iifIs(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpEq(ifname(name))}
 }
 
 func family(f byte) []expr.Any {
@@ -210,7 +214,7 @@ func ctMark(v, mask uint32) []expr.Any {
 // setCtMark marks the connection with the slot's own mark, and the bits more.
 func setCtMark(more uint32) []expr.Any {
 	out := []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		loadIif(),
 		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: setMarks},
 	}
 	if more != 0 {
@@ -219,12 +223,12 @@ func setCtMark(more uint32) []expr.Any {
 	return append(out, &expr.Ct{Register: reg1, SourceRegister: true, Key: expr.CtKeyMARK})
 }
 
-// markUnset matches packets without the bit of the transparent sockets.
-func markUnset(bit uint32) []expr.Any {
+// marked matches packets with the bit of the transparent sockets.
+func marked(bit uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
 		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(bit), Xor: native(0)},
-		cmpEq(native(0)),
+		cmpNe(native(0)),
 	}
 }
 
@@ -282,7 +286,7 @@ func count(name string) []expr.Any {
 // each slot, so that no sandbox can drown another's log lines or slow traffic.
 func logs(group uint16, prefix string) rule {
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		loadIif(),
 		&expr.Dynset{SrcRegKey: reg1, SetName: setLogs, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{
 			&expr.Limit{Type: expr.LimitTypePkts, Rate: logRate, Unit: expr.LimitTimeSecond, Burst: logBurst},
 		}},
@@ -296,7 +300,7 @@ func logs(group uint16, prefix string) rule {
 // tooMany matches a connection beyond the slot's share of the tracker's table.
 func tooMany(limit uint32) []expr.Any {
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		loadIif(),
 		&expr.Dynset{SrcRegKey: reg1, SetName: setFlows, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: []expr.Any{
 			&expr.Connlimit{Count: limit, Flags: expr.NFT_CONNLIMIT_F_INV},
 		}},

@@ -133,10 +133,9 @@ func isNetns(path string) bool {
 // carry and which addresses its resolver pinned. Whatever cannot be read is
 // learned again from the traffic: flows are judged anew, names resolved anew.
 func (n *Network) readBack(kept []adopted) {
-	slots := map[string]*slot{}
-	bySlot := map[int]*slot{}
+	byLink, bySlot := map[uint32]*slot{}, map[int]*slot{}
 	for _, k := range kept {
-		slots[k.slot.lease.Link], bySlot[k.slot.num] = k.slot, k.slot
+		byLink[k.slot.ifindex], bySlot[k.slot.num] = k.slot, k.slot
 	}
 	there, err := n.hasTable()
 	if err == nil && !there {
@@ -148,7 +147,10 @@ func (n *Network) readBack(kept []adopted) {
 			return err
 		}
 		for _, e := range marks {
-			if s := slots[nameOf(e.Key)]; s != nil && len(e.Val) == 4 {
+			if len(e.Key) != 4 || len(e.Val) != 4 {
+				continue
+			}
+			if s := byLink[binaryutil.NativeEndian.Uint32(e.Key)]; s != nil {
 				s.gen = uint16(binaryutil.NativeEndian.Uint32(e.Val) & markGen)
 				s.tries = s.gen
 			}

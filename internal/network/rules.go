@@ -28,7 +28,7 @@ type program struct {
 func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
 	p := &program{prefix: fmt.Sprintf("s%d_%d_", s.num, mark&markGen), table: n.table(), pins: k.Pins}
 	p.rule(ctMark(mark, ^uint32(0)), accept())
-	p.rule(ctMark(mark|markProxied, ^uint32(0)), goTo(chainProxy))
+	p.rule(ctMark(mark|markProxied, ^uint32(0)), goTo(chainProxied))
 	p.rule(jump(chainScreen))
 	if k.NameRules || !k.DenyAll {
 		p.ports(k.ProxyPorts, daddrIn(netip.PrefixFrom(policy.ServiceAddr4, 32)), goTo(chainProxy))

@@ -1,7 +1,6 @@
 package network
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/binary"
 	"net/netip"
@@ -95,7 +94,7 @@ func withPort(a netip.Addr, port uint16) []byte {
 // discovery uses it.
 func ownKeys(s *slot) (own4, own6 []nftables.SetElement) {
 	key := func(a netip.Addr) nftables.SetElement {
-		k := append(append(ifname(s.lease.Link), s.mac...), 0, 0)
+		k := append(append(native(s.ifindex), s.mac...), 0, 0)
 		return nftables.SetElement{Key: append(k, a.AsSlice()...)}
 	}
 	own4 = []nftables.SetElement{key(s.lease.Addr4.Addr())}
@@ -105,12 +104,6 @@ func ownKeys(s *slot) (own4, own6 []nftables.SetElement) {
 		own6 = []nftables.SetElement{key(s.lease.Addr6.Addr()), key(local)}
 	}
 	return own4, own6
-}
-
-// nameOf reads an interface name's key.
-func nameOf(key []byte) string {
-	name, _, _ := bytes.Cut(key, []byte{0})
-	return string(name)
 }
 
 // pinKeyOf reads the key of a pin.

@@ -18,15 +18,14 @@ import (
 //	    link, hardware and network address belong together → on
 //	    anything else → drop, logged as "spoof"
 //	pre (prerouting, after connection tracking)
-//	    neighbour discovery → on
-//	    an answer to what the host opened → on
-//	    link @slots → s<n>; no entry → drop
+//	    link @slots → s<n>; no entry: link, then drop
 //	s<n> (one per slot under a policy, rules.go)
 //	    the flow carries the slot's mark: accepted before under this policy → on
-//	    screen, floor, rules → ok, proxy or no_…
+//	    link, screen, floor, rules → ok, proxy or no_…
+//	link    an answer to what the host opened, neighbour discovery → on
 //	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
 //	        mark the flow → on
-//	proxy, dns   hand to the transparent socket; nobody listens → no_proxy
+//	proxy, proxied, dns   hand to the transparent socket; nobody listens → no_proxy
 //	no_…    log at a bounded rate, then refuse: TCP reset; UDP port unreachable, the one
 //	        ICMP error that gVisor hands to a socket; else ICMP prohibited
 //	fwd (forward)
@@ -41,11 +40,14 @@ import (
 const (
 	chainPin, chainPre, chainFwd, chainInp, chainPost = "pin", "pre", "fwd", "inp", "post"
 
+	chainLink       = "link"        // what needs no policy: answers to the host, neighbour discovery
 	chainScreen     = "screen"      // what no policy can allow; returns for the rest
+	chainInward     = "inward"      // forwarded to a slot
 	chainFloor      = "floor"       // returns unless the destination is in the floor
 	chainFloorNames = "floor_names" // the same, for policies where a name may open it
 	chainOK         = "ok"
 	chainProxy      = "proxy"
+	chainProxied    = "proxied" // proxy for a flow that is marked already
 	chainDNS        = "dns"
 	chainRefuse     = "refuse"
 
@@ -107,7 +109,7 @@ func (n *Network) chain(name string) *nftables.Chain {
 
 // namedSet names a set that exists; what it holds is needed to encode elements.
 func (n *Network) namedSet(name string) *nftables.Set {
-	s := &nftables.Set{Table: n.table(), Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
+	s := &nftables.Set{Table: n.table(), Name: name, KeyType: nftables.TypeIFIndex, KeyByteOrder: binaryutil.NativeEndian}
 	switch name {
 	case setSlots:
 		s.IsMap, s.DataType = true, nftables.TypeVerdict
@@ -119,10 +121,10 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.Dynamic, s.Size = true, 1<<16
 	case setOwn4:
 		s.Concatenation, s.KeyByteOrder = true, nil
-		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr)
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFIndex, nftables.TypeEtherAddr, nftables.TypeIPAddr)
 	case setOwn6:
 		s.Concatenation, s.KeyByteOrder = true, nil
-		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIP6Addr)
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFIndex, nftables.TypeEtherAddr, nftables.TypeIP6Addr)
 	case setFloor4:
 		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIPAddr, nil
 	case setFloor6:
@@ -154,7 +156,7 @@ func (n *Network) addTable(tx *transaction) {
 	})
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainProxy, chainDNS, chainOK, chainScreen, chainFloor, chainFloorNames,
+		chainProxy, chainProxied, chainDNS, chainOK, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
@@ -196,10 +198,12 @@ func (n *Network) addTransparent(tx *transaction) {
 		}
 	}
 	hand(chainProxy, policy.TCP, n.cfg.ProxyPort, setCtMark(markProxied))
+	hand(chainProxied, policy.TCP, n.cfg.ProxyPort, nil)
 	hand(chainDNS, policy.UDP, n.cfg.DNSPort, nil)
 	hand(chainDNS, policy.TCP, n.cfg.DNSPort, nil)
-	tx.rules(n.chain(chainProxy), when(goTo(classProxy.chain())))
-	tx.rules(n.chain(chainDNS), when(goTo(classProxy.chain())))
+	for _, name := range []string{chainProxy, chainProxied, chainDNS} {
+		tx.rules(n.chain(name), when(goTo(classProxy.chain())))
+	}
 }
 
 // addShared fills the chains that every slot's chain uses.
@@ -214,7 +218,14 @@ func (n *Network) addShared(tx *transaction) {
 		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
 		when(setCtMark(0), accept()),
 		when(drop()))
+	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
+	tx.rules(n.chain(chainLink),
+		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
+		when(neighbour(135), accept()),
+		when(neighbour(136), accept()),
+		when(saddrIn(linkLocal), drop())) // good for nothing else
 	tx.rules(n.chain(chainScreen),
+		when(jump(chainLink)),
 		// Before the operator's holes: another sandbox is never reachable.
 		when(daddrIn(n.cfg.Subnet4), goTo(classFloor.chain())),
 		when(daddrIn(n.cfg.Subnet6), goTo(classFloor.chain())),
@@ -243,7 +254,6 @@ func (n *Network) hook(name string, hook *nftables.ChainHook, priority nftables.
 // addHooks fills the chains packets enter by.
 func (n *Network) addHooks(tx *transaction) {
 	ours := n.plan.prefix()
-	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
 	pin := tx.AddChain(n.hook(chainPin, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw))
 	tx.rules(pin,
 		when(iifStartsNot(ours), accept()),
@@ -256,26 +266,25 @@ func (n *Network) addHooks(tx *transaction) {
 	pre := tx.AddChain(n.hook(chainPre, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle))
 	tx.rules(pre,
 		when(iifStartsNot(ours), accept()),
-		when(neighbour(135), accept()),
-		when(neighbour(136), accept()),
-		when(saddrIn(linkLocal), drop()), // good for nothing else
-		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
-		when(load(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}),
-			load(&expr.Lookup{SourceRegister: reg1, IsDestRegSet: true, SetName: setSlots})),
+		when(load(loadIif()), load(&expr.Lookup{SourceRegister: reg1, IsDestRegSet: true, SetName: setSlots})),
+		when(jump(chainLink)),
 		when(count(counterRefused), drop()))
 	fwd := tx.AddChain(n.hook(chainFwd, nftables.ChainHookForward, *nftables.ChainPriorityFilter))
 	tx.rules(fwd,
-		when(oifStarts(ours), iifStarts(ours), drop()),
-		when(oifStarts(ours), ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
-		when(oifStarts(ours), drop()),
+		when(oifStarts(ours), goTo(chainInward)),
 		when(iifStartsNot(ours), accept()),
 		when(ctMark(markTag, markTagMask|markProxied), accept()),
 		when(drop()))
+	tx.rules(n.chain(chainInward),
+		when(iifStarts(ours), drop()),
+		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
+		when(drop()))
 	inp := tx.AddChain(n.hook(chainInp, nftables.ChainHookInput, *nftables.ChainPriorityFilter))
+	tx.rules(inp, when(iifIs("lo"), accept()), when(marked(n.cfg.Mark), accept()))
 	for _, port := range []uint16{n.cfg.ProxyPort, n.cfg.DNSPort} {
 		for _, p := range []policy.Proto{policy.TCP, policy.UDP} {
 			if port != 0 {
-				tx.rules(inp, when(iifNot("lo"), markUnset(n.cfg.Mark), l4proto(p), dport(port), goTo(chainRefuse)))
+				tx.rules(inp, when(l4proto(p), dport(port), goTo(chainRefuse)))
 			}
 		}
 	}
@@ -287,7 +296,7 @@ func (n *Network) addHooks(tx *transaction) {
 
 // ownKey loads link, hardware address and network address, as own4 and own6 have them.
 func ownKey(v6 bool) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, loadEtherSaddr(word(4)), loadSaddr(v6, word(6))}
+	return []expr.Any{loadIif(), loadEtherSaddr(word(1)), loadSaddr(v6, word(3))}
 }
 
 var linkLocal = netip.MustParsePrefix("fe80::/10")
