@@ -327,7 +327,8 @@ func TestRightsReturnToEveryThread(t *testing.T) {
 		}
 		for _, task := range tasks {
 			raw, err := os.ReadFile(task)
-			if err == nil && !(strings.Contains(string(raw), "Uid:\t0\t0\t0\t0\n") && strings.Contains(string(raw), "Gid:\t0\t0\t0\t0\n")) {
+			uid, gid := strings.Contains(string(raw), "Uid:\t0\t0\t0\t0\n"), strings.Contains(string(raw), "Gid:\t0\t0\t0\t0\n")
+			if err == nil && (!uid || !gid) {
 				return false
 			}
 		}

@@ -41,7 +41,7 @@ type command struct {
 	env    []string
 	size   *pb.PTY_Size // nil: pipes
 	stdin  bool
-	limit  time.Time // when it is killed; zero: never
+	limit  time.Duration // after which it is killed; zero: never
 }
 
 // process is one the agent started.
@@ -57,7 +57,7 @@ type process struct {
 	killed  chan struct{} // closed when we kill it: its output ends at once
 	once    sync.Once
 	expired atomic.Bool // killed by its deadline
-	timer   *time.Timer // the deadline; nil without
+	limit   *countdown  // the deadline; nil without
 
 	done chan struct{} // closed when end is set
 	end  *pb.ProcessEvent_EndEvent
@@ -125,8 +125,8 @@ func (t *processes) start(c command) (*process, *subscriber, error) {
 	t.live[p.pid] = p
 	t.wg.Add(1)
 	t.mu.Unlock()
-	if !c.limit.IsZero() {
-		p.timer = time.AfterFunc(time.Until(c.limit), func() {
+	if c.limit > 0 {
+		p.limit = newCountdown(c.limit, func() {
 			p.expired.Store(true)
 			p.kill()
 		})
@@ -274,8 +274,8 @@ func (t *processes) follow(p *process, exit <-chan syscall.WaitStatus) {
 		p.cutOutputs()
 		<-pumped
 	}
-	if p.timer != nil {
-		p.timer.Stop()
+	if p.limit != nil {
+		p.limit.stop()
 	}
 	p.closeFiles()
 	p.end = endEvent(status)

@@ -424,6 +424,30 @@ func TestTheEndIsServedForHalfAMinute(t *testing.T) {
 	})
 }
 
+func TestADeadlineCountsTheTimeTheSandboxRan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		fired := make(chan time.Duration, 2)
+		fire := func() { fired <- time.Since(began) }
+		newCountdown(2500*time.Millisecond, fire)
+		if got := <-fired; got != 2500*time.Millisecond {
+			t.Errorf("fired after %v, want 2.5 s", got)
+		}
+		stopped := newCountdown(time.Second, fire)
+		stopped.stop()
+		time.Sleep(time.Minute)
+
+		began = time.Now()
+		paused := newCountdown(10*time.Second, fire)
+		paused.mu.Lock()
+		paused.since = paused.since.Add(-time.Hour) // the clocks went on while the sandbox did not run
+		paused.mu.Unlock()
+		if got := <-fired; got != 10*time.Second {
+			t.Errorf("after a pause of an hour: fired after %v of running, want 10 s", got)
+		}
+	})
+}
+
 func (h *harness) input(pid uint32, text string) {
 	h.t.Helper()
 	if err := h.tryInput(pid, text); err != nil {
@@ -562,10 +586,9 @@ func TestATerminal(t *testing.T) {
 	if _, err := h.process().CloseStdin(t.Context(), connect.NewRequest(&pb.CloseStdinRequest{Process: byPID(pid)})); code(err) != "failed_precondition" {
 		t.Errorf("closing a terminal's input: %v", err)
 	}
-	typed("echo slee''ping; sleep 100\n")
-	eventually(t, "a foreground process", func() bool { return strings.Contains(seen(), "sleeping\r\n") })
+	typed(`bash -c 'trap "echo inter""rupted; exit" INT; echo re""ady; while :; do sleep 0.02; done'` + "\n")
+	eventually(t, "a foreground process", func() bool { return strings.Contains(seen(), "ready\r\n") })
 	typed("\x03") // interrupts it, if the terminal controls the session
-	typed("echo inter''rupted\n")
 	eventually(t, "the interruption", func() bool { return strings.Contains(seen(), "interrupted\r\n") })
 	typed("exit 5\n")
 	<-done

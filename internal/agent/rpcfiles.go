@@ -151,7 +151,7 @@ func moveAcross(from, to string, mode fs.FileMode) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(dst.Name()) // renamed away when all went well
+	defer func() { _ = os.Remove(dst.Name()) }() // renamed away when all went well
 	_, err = io.Copy(dst, src)
 	err = errors.Join(err, dst.Chmod(mode), dst.Close())
 	if err != nil {

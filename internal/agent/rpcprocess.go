@@ -33,7 +33,9 @@ func (s processService) Start(ctx context.Context, req *connect.Request[pb.Start
 	if err != nil {
 		return err
 	}
-	c.limit, _ = ctx.Deadline() // from Connect-Timeout-Ms
+	if deadline, ok := ctx.Deadline(); ok { // from Connect-Timeout-Ms
+		c.limit = max(time.Until(deadline), 1)
+	}
 	p, sub, err := s.a.procs.start(c)
 	if err != nil {
 		return startError(err)

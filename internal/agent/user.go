@@ -135,25 +135,29 @@ func (u user) as(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		restored := false
-		defer func() {
-			if p := recover(); p != nil {
-				done <- fmt.Errorf("acting as %s: %v", u.Name, p)
-			}
-			if restored {
-				runtime.UnlockOSThread()
-			} // otherwise the thread dies with this goroutine
-		}()
 		restore, err := u.assume()
 		if err != nil {
 			done <- fmt.Errorf("act as %s: %w", u.Name, err)
-			return
+			return // still locked: the thread dies with this goroutine
 		}
-		err = f()
-		restored = restore() == nil
+		err = recovered(f)
+		if restore() == nil {
+			runtime.UnlockOSThread()
+		}
 		done <- err
 	}()
 	return <-done
+}
+
+// recovered runs f and makes a panic an error: it must not pass over the thread's
+// rights, nor end the agent.
+func recovered(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	return f()
 }
 
 // assume gives the calling thread the user's groups and effective IDs. The raw

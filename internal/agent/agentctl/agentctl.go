@@ -85,14 +85,18 @@ func New(cfg Config) *Client {
 func (c *Client) WaitReady(ctx context.Context, a sandbox.AgentAddr) error {
 	const slowest = 8 * time.Millisecond
 	pause := 500 * time.Microsecond
+	var last error
 	for {
 		err := c.probe(ctx, a)
 		if err == nil {
 			return nil
 		}
+		if last == nil || ctx.Err() == nil { // an attempt cut short says nothing
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for the agent at %s: %w (last attempt: %w)", a.Addr, ctx.Err(), err)
+			return fmt.Errorf("wait for the agent at %s: %w (last attempt: %w)", a.Addr, ctx.Err(), last)
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, slowest)
@@ -115,8 +119,8 @@ func (c *Client) probe(ctx context.Context, a sandbox.AgentAddr) error {
 	if err != nil {
 		return err
 	}
-	if head.StatusCode != http.StatusNoContent {
-		return fmt.Errorf("GET /health: the agent answered %d", head.StatusCode)
+	if head.status != http.StatusNoContent {
+		return fmt.Errorf("GET /health: the agent answered %d", head.status)
 	}
 	return nil
 }
@@ -251,10 +255,10 @@ func (c *Client) DialPort(ctx context.Context, a sandbox.AgentAddr, port uint16)
 	switch {
 	case err != nil:
 		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent opened no tunnel")
-	case head.StatusCode == http.StatusBadGateway && head.Header.Get(tunnelReason) == "refused":
+	case head.status == http.StatusBadGateway && head.header.Get(tunnelReason) == "refused":
 		return nil, fmt.Errorf("port %d: %w", port, ErrRefused)
-	case head.StatusCode != http.StatusSwitchingProtocols || !strings.EqualFold(head.Header.Get("Upgrade"), tunnelProtocol):
-		return nil, errs.Wrap(errs.Unavailable, fmt.Errorf("the agent answered %d", head.StatusCode), "no tunnel to port %d of the sandbox", port)
+	case head.status != http.StatusSwitchingProtocols || !strings.EqualFold(head.header.Get("Upgrade"), tunnelProtocol):
+		return nil, errs.Wrap(errs.Unavailable, fmt.Errorf("the agent answered %d", head.status), "no tunnel to port %d of the sandbox", port)
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok { // probing was not worth keep-alives, a user's connection is
 		if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true}); err != nil {

@@ -343,9 +343,9 @@ func FuzzHead(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"))
 	f.Add([]byte("\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		head, err := parseHead(raw)
-		if err == nil && (head.StatusCode < 0 || head.Header == nil) {
-			t.Errorf("%+v", head)
+		got, err := parseHead(raw)
+		if err == nil && (got.status < 0 || got.header == nil) {
+			t.Errorf("%+v", got)
 		}
 	})
 }

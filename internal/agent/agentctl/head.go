@@ -17,32 +17,38 @@ import (
 
 // exchange sends a request and reads the answer's header, but no byte behind it:
 // after an upgrade these belong to whoever gets the connection.
-func exchange(ctx context.Context, conn net.Conn, request string) (*http.Response, error) {
+func exchange(ctx context.Context, conn net.Conn, request string) (head, error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	head, err := func() (*http.Response, error) {
+	got, err := func() (head, error) {
 		if _, err := io.WriteString(conn, request); err != nil {
-			return nil, err
+			return head{}, err
 		}
 		raw, err := readHead(conn)
 		if err != nil {
-			return nil, err
+			return head{}, err
 		}
 		return parseHead(raw)
 	}()
 	if !stop() { // the deadline is set, or being set: the connection is spoilt
-		return nil, errors.Join(ctx.Err(), err)
+		return head{}, errors.Join(ctx.Err(), err)
 	}
-	return head, err
+	return got, err
+}
+
+// head is an answer without its body.
+type head struct {
+	status int
+	header http.Header
 }
 
 // parseHead reads a complete header.
-func parseHead(raw []byte) (*http.Response, error) {
+func parseHead(raw []byte) (head, error) {
 	resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(raw)), nil)
 	if err != nil {
-		return nil, fmt.Errorf("the agent's answer is not HTTP: %w", err)
+		return head{}, fmt.Errorf("the agent's answer is not HTTP: %w", err)
 	}
-	resp.Body.Close() // there is none in raw
-	return resp, nil
+	defer resp.Body.Close() // there is none in raw
+	return head{resp.StatusCode, resp.Header}, nil
 }
 
 // headEnd ends an HTTP/1 header (RFC 9112, section 2.1).
@@ -51,23 +57,23 @@ var headEnd = []byte("\r\n\r\n")
 // readHead reads up to the header's end. It looks at what has arrived before
 // taking it, so a connection is not read byte by byte.
 func readHead(conn net.Conn) ([]byte, error) {
-	var head []byte
+	var have []byte
 	window := make([]byte, 2<<10)
-	for len(head) < maxHead {
+	for len(have) < maxHead {
 		n, err := peek(conn, window)
 		if err != nil {
 			return nil, err
 		}
 		take := n
-		if i := bytes.Index(append(head[:len(head):len(head)], window[:n]...), headEnd); i >= 0 {
-			take = i + len(headEnd) - len(head)
+		if i := bytes.Index(append(have[:len(have):len(have)], window[:n]...), headEnd); i >= 0 {
+			take = i + len(headEnd) - len(have)
 		}
 		if _, err := io.ReadFull(conn, window[:take]); err != nil {
 			return nil, err
 		}
-		head = append(head, window[:take]...)
-		if bytes.HasSuffix(head, headEnd) {
-			return head, nil
+		have = append(have, window[:take]...)
+		if bytes.HasSuffix(have, headEnd) {
+			return have, nil
 		}
 	}
 	return nil, fmt.Errorf("the agent's answer has a header over %d bytes", maxHead)
