@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"runtime"
+	"sync"
 	"testing"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
@@ -66,10 +67,10 @@ type nothing struct{}
 
 func (nothing) Record(flowlog.Event) {}
 
-// BenchmarkSplice moves one stream from an upstream, directly and through the
-// proxy.
+// BenchmarkSplice moves one stream from an upstream: directly, through the proxy,
+// and through a forwarder that does nothing but io.Copy.
 func BenchmarkSplice(b *testing.B) {
-	for _, how := range []string{"direct", "proxied"} {
+	for _, how := range []string{"direct", "proxied", "io.Copy"} {
 		b.Run(how, func(b *testing.B) {
 			l := quiet(b, policy.Input{})
 			block := make([]byte, 256<<10)
@@ -98,8 +99,11 @@ func BenchmarkSplice(b *testing.B) {
 			l.hosts[netip.MustParseAddrPort("93.184.216.1:443")] = ln.Addr().String()
 			addr := l.lns[netip.MustParseAddrPort("93.184.216.1:443")].Addr().String()
 			l.mu.Unlock()
-			if how == "direct" {
+			switch how {
+			case "direct":
 				addr = ln.Addr().String()
+			case "io.Copy":
+				addr = forward(b, ln.Addr().String())
 			}
 			c, err := net.Dial("tcp", addr)
 			if err != nil {
@@ -118,6 +122,35 @@ func BenchmarkSplice(b *testing.B) {
 			<-done
 		})
 	}
+}
+
+// forward passes one connection on to addr and returns where.
+func forward(b *testing.B, addr string) string {
+	b.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	var running sync.WaitGroup
+	b.Cleanup(func() { ln.Close(); running.Wait() })
+	running.Add(1)
+	go func() {
+		defer running.Done()
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		up, err := net.Dial("tcp", addr)
+		if err != nil {
+			return
+		}
+		defer up.Close()
+		running.Add(1)
+		go func() { defer running.Done(); _, _ = io.Copy(up, c) }()
+		_, _ = io.Copy(c, up)
+	}()
+	return ln.Addr().String()
 }
 
 // BenchmarkShortHTTP opens a connection, asks once and closes.
