@@ -56,6 +56,40 @@ func TestHosts(t *testing.T) {
 	}
 }
 
+func TestTwoNamesForOneRequest(t *testing.T) {
+	api := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {})
+	in, err := New(Config{Domains: []string{domain}, API: api, Lookup: func(string) (*Target, bool) { return nil, false }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	for name, tt := range map[string]struct {
+		header []string
+		code   int
+	}{"a host field beside :authority": {[]string{"evil.example"}, 400}, "the same name twice": {[]string{"api." + domain}, 200}, "two host fields": {[]string{"api." + domain, "api." + domain}, 400}} {
+		r := httptest.NewRequest("GET", "https://api."+domain+"/", nil)
+		r.Header["Host"] = tt.header
+		w := httptest.NewRecorder()
+		if in.Handler(TLS).ServeHTTP(w, r); w.Code != tt.code {
+			t.Errorf("%s: got %d, want %d", name, w.Code, tt.code)
+		}
+	}
+}
+
+func TestRunNeedsCertificatesForTLS(t *testing.T) {
+	in, err := New(Config{Domains: []string{domain}, API: http.NotFoundHandler(), Lookup: func(string) (*Target, bool) { return nil, false }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln := listen(t, "127.0.0.1:0")
+	if err := in.Run(t.Context(), Listener{ln, TLS}); err == nil || !strings.Contains(err.Error(), "Config.TLS") {
+		t.Errorf("got %v", err)
+	}
+	if _, err := ln.Accept(); err == nil {
+		t.Error("the listener is still open")
+	}
+}
+
 // FuzzHost checks that whatever a Host header says, a sandbox is only named by
 // exactly its name, and that the answer does not depend on case, port or dot.
 func FuzzHost(f *testing.F) {

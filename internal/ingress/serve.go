@@ -39,9 +39,8 @@ type Listener struct {
 // listeners and the Ingress.
 func (in *Ingress) Run(ctx context.Context, listeners ...Listener) error {
 	defer in.Close()
-	g, ctx := errgroup.WithContext(ctx)
-	var servers []*http.Server
-	for _, l := range listeners {
+	servers := make([]*http.Server, len(listeners))
+	for i, l := range listeners {
 		s, err := in.server(l.Mode)
 		if err != nil {
 			for _, l := range listeners {
@@ -49,8 +48,11 @@ func (in *Ingress) Run(ctx context.Context, listeners ...Listener) error {
 			}
 			return err
 		}
-		servers = append(servers, s)
-		g.Go(func() error { return serveOn(s, l) })
+		servers[i] = s
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for i, l := range listeners {
+		g.Go(func() error { return serveOn(servers[i], l) })
 	}
 	g.Go(func() error {
 		<-ctx.Done()

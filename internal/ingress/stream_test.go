@@ -13,6 +13,7 @@ import (
 	"net/http/httptrace"
 	"net/textproto"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -251,7 +252,7 @@ type readerFunc func([]byte) (int, error)
 func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 func TestLargeBodiesTakeConstantMemory(t *testing.T) {
-	const size = 256 << 20
+	const size = 64 << 20
 	l := newLab(t)
 	a := l.sandbox(idA)
 	port := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -282,7 +283,7 @@ func TestLargeBodiesTakeConstantMemory(t *testing.T) {
 			t.Errorf("up: %s", resp.Header.Get("X-Got"))
 		}
 	})
-	if after := heap(); after > before+(32<<20) {
+	if after := heap(); after > before+(16<<20) {
 		t.Errorf("heap grew from %d to %d MiB", before>>20, after>>20)
 	}
 }
@@ -729,12 +730,9 @@ func TestSmuggling(t *testing.T) {
 		})
 	}
 	for name, target := range map[string]string{
-		"a path with a second request line": "/a HTTP/1.1\r\nX: y", "a space": "/a b", "a fragment": "/a#b",
+		"a path with a second request line": "/two HTTP/1.1\r\nX: y", "a space": "/two b", "a fragment": "/two#b",
 	} {
 		t.Run("HTTP/2: "+name, func(t *testing.T) {
-			mu.Lock()
-			seen = nil
-			mu.Unlock()
 			req, _ := http.NewRequest("GET", "https://"+a.host(port)+"/", nil)
 			req.URL.Opaque = target
 			c := l.client(true)
@@ -745,7 +743,7 @@ func TestSmuggling(t *testing.T) {
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if len(seen) > 0 || err == nil && resp.StatusCode != 400 {
+			if slices.ContainsFunc(seen, func(s string) bool { return strings.HasPrefix(s, "/two") }) || err == nil && resp.StatusCode != 400 {
 				t.Errorf("seen %q, %v %v", seen, resp, err)
 			}
 		})

@@ -181,7 +181,9 @@ func (x *exchange) send() error {
 		size = 0
 	}
 	expect := size != 0 && strings.EqualFold(r.Header.Get("Expect"), "100-continue")
-	x.writeHead(size, expect)
+	if _, err := bw.Write(x.appendHead(bw.AvailableBuffer(), size, expect)); err != nil {
+		return fmt.Errorf("send head: %w", err)
+	}
 	x.uploaded = true
 	switch {
 	case size == 0:
@@ -246,54 +248,57 @@ func connectionListed(h http.Header) map[string]bool {
 	return listed
 }
 
-func (x *exchange) writeHead(size int64, expect bool) {
-	bw, r := x.conn.bw, x.r
-	field := func(name, value string) {
-		bw.WriteString(name)
-		bw.WriteString(": ")
-		bw.WriteString(value)
-		bw.WriteString("\r\n")
-	}
-	bw.WriteString(r.Method)
-	bw.WriteByte(' ')
-	bw.WriteString(x.out.Target)
-	bw.WriteString(" HTTP/1.1\r\n")
-	field("Host", x.out.Host)
+func appendField(b []byte, name, value string) []byte {
+	b = append(b, name...)
+	b = append(b, ": "...)
+	b = append(b, value...)
+	return append(b, "\r\n"...)
+}
+
+// appendHead appends the request's head. Method, names and values are free of
+// line breaks: the server checked them.
+func (x *exchange) appendHead(b []byte, size int64, expect bool) []byte {
+	r := x.r
+	b = append(b, r.Method...)
+	b = append(b, ' ')
+	b = append(b, x.out.Target...)
+	b = append(b, " HTTP/1.1\r\n"...)
+	b = appendField(b, "Host", x.out.Host)
 	listed := connectionListed(r.Header)
 	for name, values := range r.Header {
 		if HopByHop(name) || listed[name] || name == "Expect" && !expect || x.out.Drop != nil && x.out.Drop(name) {
 			continue
 		}
 		for _, v := range values {
-			field(name, v)
+			b = appendField(b, name, v)
 		}
 	}
 	for _, f := range x.out.Set {
-		field(f.Name, f.Value)
+		b = appendField(b, f.Name, f.Value)
 	}
 	for _, v := range r.Header["Te"] {
 		if strings.EqualFold(strings.TrimSpace(v), "trailers") {
-			field("Te", "trailers")
+			b = appendField(b, "Te", "trailers")
 		}
 	}
 	if x.out.Upgrade != "" {
-		field("Connection", "Upgrade")
-		field("Upgrade", x.out.Upgrade)
+		b = appendField(b, "Connection", "Upgrade")
+		b = appendField(b, "Upgrade", x.out.Upgrade)
 	}
 	switch {
 	case size > 0:
-		field("Content-Length", strconv.FormatInt(size, 10))
+		b = appendField(b, "Content-Length", strconv.FormatInt(size, 10))
 	case size < 0:
-		field("Transfer-Encoding", "chunked")
+		b = appendField(b, "Transfer-Encoding", "chunked")
 		for name := range r.Trailer {
 			if !forbiddenTrailer(name, x.out) {
-				field("Trailer", name)
+				b = appendField(b, "Trailer", name)
 			}
 		}
 	case r.Method == http.MethodPost || r.Method == http.MethodPut || r.Method == http.MethodPatch:
-		field("Content-Length", "0")
+		b = appendField(b, "Content-Length", "0")
 	}
-	bw.WriteString("\r\n")
+	return append(b, "\r\n"...)
 }
 
 // forbiddenTrailer reports trailer fields that a service might merge into the
@@ -365,30 +370,38 @@ func (x *exchange) copyBody() error {
 	if timed {
 		x.rc.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
 	}
+	var err error
 	if chunked {
-		bw.WriteString("0\r\n")
-		for name, values := range r.Trailer {
-			for _, v := range values {
-				if !forbiddenTrailer(name, x.out) && !strings.ContainsAny(v, "\r\n\x00") {
-					bw.WriteString(name + ": " + v + "\r\n")
-				}
-			}
-		}
-		bw.WriteString("\r\n")
+		_, err = bw.Write(x.appendTrailers(bw.AvailableBuffer()))
 	}
-	if err := bw.Flush(); err != nil {
+	if err = errors.Join(err, bw.Flush()); err != nil {
 		return fmt.Errorf("send body: %w", err)
 	}
 	return nil
 }
 
+// appendTrailers appends the last chunk and the trailers, which are known now.
+func (x *exchange) appendTrailers(b []byte) []byte {
+	b = append(b, "0\r\n"...)
+	for name, values := range x.r.Trailer {
+		for _, v := range values {
+			if !forbiddenTrailer(name, x.out) && !strings.ContainsAny(v, "\r\n\x00") {
+				b = appendField(b, name, v)
+			}
+		}
+	}
+	return append(b, "\r\n"...)
+}
+
 func (x *exchange) writeBody(b []byte, chunked bool) error {
 	bw := x.conn.bw
+	var err error
 	if chunked {
-		var size [20]byte
-		bw.Write(append(strconv.AppendInt(size[:0], int64(len(b)), 16), '\r', '\n'))
+		_, err = bw.Write(append(strconv.AppendInt(bw.AvailableBuffer(), int64(len(b)), 16), '\r', '\n'))
 	}
-	_, err := bw.Write(b)
+	if err == nil {
+		_, err = bw.Write(b)
+	}
 	if chunked && err == nil {
 		_, err = bw.WriteString("\r\n")
 	}

@@ -54,11 +54,13 @@ func (x *exchange) tunnel(resp *http.Response) error {
 // handshake writes the 101 and returns what the client and the service have
 // already sent beyond their heads.
 func (t *tunnel) handshake(rw *bufio.ReadWriter, service *bufio.Reader, h http.Header) (early, late []byte, err error) {
-	rw.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
-	if err := h.Write(rw); err != nil {
+	var head bytes.Buffer
+	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
+	h.Write(&head) //nolint:errcheck // a buffer takes everything
+	head.WriteString("\r\n")
+	if _, err := rw.Write(head.Bytes()); err != nil {
 		return nil, nil, err
 	}
-	rw.WriteString("\r\n")
 	if err := rw.Flush(); err != nil {
 		return nil, nil, err
 	}
