@@ -91,7 +91,8 @@ func (c *Client) WaitReady(ctx context.Context, a sandbox.AgentAddr) error {
 		if err == nil {
 			return nil
 		}
-		if last == nil || ctx.Err() == nil { // an attempt cut short says nothing
+		var timeout net.Error
+		if last == nil || !errors.As(err, &timeout) || !timeout.Timeout() { // a timeout says the least
 			last = err
 		}
 		select {
