@@ -61,7 +61,8 @@ func validLabel(s string) bool {
 		return false
 	}
 	for i := range len(s) {
-		if c := s[i]; !(c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-') {
+		c := s[i]
+		if letter, digit := c >= 'a' && c <= 'z', c >= '0' && c <= '9'; !letter && !digit && c != '-' {
 			return false
 		}
 	}

@@ -118,7 +118,7 @@ func (x *exchange) try(fresh bool) error {
 		return err
 	}
 	// When the client goes away, the service sees its connection close.
-	stop := context.AfterFunc(x.r.Context(), func() { c.Close() })
+	stop := context.AfterFunc(x.r.Context(), func() { hangUp(c) })
 	keep, reuse, err := x.run()
 	untouched := stop()
 	if x.detached {
@@ -129,7 +129,7 @@ func (x *exchange) try(fresh bool) error {
 	}
 	x.pool.leave(x)
 	if err != nil || !reuse || !x.uploaded || !untouched {
-		c.Close()
+		hangUp(c)
 		return err
 	}
 	x.pool.put(c, keep)
@@ -157,7 +157,7 @@ func (x *exchange) run() (keep time.Duration, reuse bool, err error) {
 	if errors.Is(sendErr, ErrClient) || errors.Is(sendErr, ErrBody) {
 		return 0, false, sendErr
 	}
-	resp, err := x.receive()
+	resp, err := x.receive() //nolint:bodyclose // read to its end by deliver, or its connection is closed; Close would wait for the rest
 	if err != nil {
 		if sendErr != nil {
 			err = fmt.Errorf("%w (%w)", err, sendErr)
@@ -338,7 +338,7 @@ func (x *exchange) sendBody() {
 	}
 	err := x.copyBody()
 	if errors.Is(err, ErrBody) {
-		x.conn.Close() // the service would wait for the rest, and we for its answer
+		hangUp(x.conn) // the service would wait for the rest, and we for its answer
 	}
 	x.upload <- err
 }
@@ -424,7 +424,7 @@ func (x *exchange) finishUpload(complete bool) (err error) {
 	select {
 	case err = <-x.upload:
 	default:
-		x.conn.Close()
+		hangUp(x.conn)
 		deadline := longAgo
 		if complete && x.r.ProtoMajor == 1 {
 			x.flush()

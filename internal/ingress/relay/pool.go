@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"sync"
@@ -262,7 +263,7 @@ func (p *Pool) get(ctx context.Context, port uint16, fresh bool) (*conn, error) 
 			c.reused = true
 			return c, nil
 		}
-		c.Close()
+		hangUp(c)
 	}
 	nc, err := p.cfg.Dial(ctx, port)
 	if err != nil {
@@ -301,7 +302,7 @@ func (p *Pool) put(c *conn, keep time.Duration) {
 	}
 	c.expires = time.Now().Add(keep)
 	if c.raw == nil || c.br.Buffered() > 0 || !p.keep(c) {
-		c.Close()
+		hangUp(c)
 	}
 }
 
@@ -334,7 +335,7 @@ func (p *Pool) expire() {
 				kept = append(kept, c)
 				continue
 			}
-			c.Close()
+			hangUp(c)
 			p.idles--
 		}
 		clear(list[len(kept):])
@@ -378,8 +379,11 @@ func abort(c net.Conn) {
 	if t, ok := c.(interface{ SetLinger(sec int) error }); ok {
 		t.SetLinger(0) //nolint:errcheck // a connection that is closed already needs no reset
 	}
-	c.Close()
+	hangUp(c)
 }
+
+// hangUp closes a connection whose error, if any, shows in what is read from it.
+func hangUp(c io.Closer) { c.Close() }
 
 // Abort resets a client's connection, through TLS too.
 func Abort(c net.Conn) { abort(c) }

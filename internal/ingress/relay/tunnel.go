@@ -91,14 +91,14 @@ func (t *tunnel) pump(dst, src net.Conn, first []byte) {
 		err = closeWrite(dst)
 	}
 	if err != nil {
-		t.client.Close()
-		t.service.Close()
+		hangUp(t.client)
+		hangUp(t.service)
 	}
 	if t.open.Add(-1) > 0 {
 		return
 	}
-	t.client.Close()
-	t.service.Close()
+	hangUp(t.client)
+	hangUp(t.service)
 	t.pool.leave(t)
 	if t.done != nil {
 		t.done(true)
@@ -128,7 +128,7 @@ func copyIdle(dst io.Writer, src io.Reader) error {
 		if err == nil && n == len(small) {
 			err = copyBurst(dst, src)
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
