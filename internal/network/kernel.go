@@ -20,10 +20,12 @@ type kernel struct {
 	setID uint32
 }
 
-// Limits of one transaction. The kernel takes a batch in one piece, so the send
-// buffer must hold it: a policy of 10,000 prefixes is about 1 MB.
+// Limits of one transaction. The kernel takes a batch in one piece and answers all
+// of it before we read, so the buffers must hold both: a policy of 10,000 prefixes
+// is about 1 MB, a table with 1,000 slots 25,000 answers of 1 KiB.
 const (
-	sendBuffer         = 64 << 20
+	sendBuffer         = 128 << 20
+	receiveBuffer      = 128 << 20
 	transactionTimeout = 30 * time.Second
 )
 
@@ -84,7 +86,7 @@ func (k *kernel) open() error {
 	var sock *netlink.Conn
 	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		sock = c
-		return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(4<<20))
+		return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer))
 	}))
 	if err != nil {
 		return fmt.Errorf("nftables: open netlink: %w", err)

@@ -567,3 +567,59 @@ func TestManyAtATime(t *testing.T) {
 		}
 	}
 }
+
+func TestErrorsOfAllowedFlowsComeBack(t *testing.T) {
+	w := start(t)
+	l := w.lease()
+	w.apply(l, policy.Input{})
+	for _, to := range []string{"198.51.100.10:9", "[2001:db8:2::10]:9"} { // nobody listens there
+		if err := echoUDP(l, at(to), 2*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%s: %v; want the internet's own refusal", to, err)
+		}
+	}
+}
+
+func TestAThousandSlotsAreAdoptedInOneTransaction(t *testing.T) {
+	w := start(t)
+	p := compiled(t, policy.Input{DenyOut: []string{"198.51.100.0/24", "1.2.3.0/24", "2001:db8::/48", "2001:db9::/48"}}, nil)
+	var kept []adopted
+	for i := range 1000 {
+		num := 8000 + i
+		s := &slot{num: num, lease: w.plan.lease(num, true), mac: w.plan.mac(num, 2), ifindex: uint32(1e6 + num)}
+		kept = append(kept, adopted{id: sandbox.NewID(), slot: s, policy: p})
+	}
+	began := time.Now()
+	if err := w.replaceTable(kept); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("took %v", time.Since(began))
+}
+
+func TestCheckNamesWhatStandsInTheWay(t *testing.T) {
+	w := start(t)
+	for _, s := range w.Check() {
+		if strings.Contains(s, "drops by default") {
+			t.Errorf("on a machine without a firewall: %s", s)
+		}
+	}
+	k := &kernel{}
+	defer k.close()
+	table := &nftables.Table{Name: "firewall", Family: nftables.TableFamilyINet}
+	dropping := nftables.ChainPolicyDrop
+	add := func(tx *transaction) {
+		tx.AddTable(table)
+		tx.AddChain(&nftables.Chain{Name: "FORWARD", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &dropping})
+	}
+	if err := k.do(add); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := k.do(func(tx *transaction) { tx.DelTable(table) }); err != nil {
+			t.Error(err)
+		}
+	}()
+	found := strings.Join(w.Check(), "\n")
+	if !strings.Contains(found, "FORWARD of table firewall drops by default") || !strings.Contains(found, w.plan.prefix()) {
+		t.Errorf("found:\n%s", found)
+	}
+}
