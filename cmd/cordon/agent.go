@@ -21,7 +21,7 @@ var embedded embed.FS
 const guestAgent = "/.cordon/cordon-agent"
 
 // installAgent writes the embedded agent to a folder named by its contents, so
-// that sandboxes of an older server keep theirs, and returns the folder.
+// that sandboxes of an older server keep theirs, and returns its path.
 func installAgent(stateDir string) (string, error) {
 	program, err := embedded.ReadFile("embedded/cordon-agent")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -34,7 +34,7 @@ func installAgent(stateDir string) (string, error) {
 	dir := filepath.Join(stateDir, "agent", hex.EncodeToString(sum[:8]))
 	path := filepath.Join(dir, filepath.Base(guestAgent))
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, program) {
-		return dir, nil
+		return path, nil
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
@@ -42,5 +42,5 @@ func installAgent(stateDir string) (string, error) {
 	if err := writeFileSync(path, program, 0o755); err != nil {
 		return "", fmt.Errorf("install agent: %w", err)
 	}
-	return dir, nil
+	return path, nil
 }

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -86,6 +85,11 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err er
 	}
 	return s, nil
 }
+
+// closer makes an io.Closer of a method.
+type closer func() error
+
+func (f closer) Close() error { return f() }
 
 // Close gives back what the process holds; sandboxes and their rules stay.
 func (s *server) Close() error {
@@ -158,7 +162,8 @@ func (s *server) makeManager(context.Context) error {
 	if err != nil {
 		return err
 	}
-	agentDir, err := installAgent(s.cfg.StateDir)
+	s.closers = append(s.closers, closer(run.Close))
+	agent, err := installAgent(s.cfg.StateDir)
 	if err != nil {
 		return err
 	}
@@ -177,7 +182,7 @@ func (s *server) makeManager(context.Context) error {
 		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
 		Operator:    s.operator(),
 		AgentArgs:   []string{guestAgent},
-		Binds:       []sandbox.Bind{{Host: agentDir, Guest: filepath.Dir(guestAgent)}, {Host: bundle, Guest: guestBundle}},
+		Binds:       []sandbox.Bind{{Host: agent, Guest: guestAgent}, {Host: bundle, Guest: guestBundle}},
 		CommandEnv:  map[string]string{"NODE_EXTRA_CA_CERTS": guestBundle},
 		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
@@ -247,17 +252,7 @@ func (s *server) upstreams() ([]netip.AddrPort, error) {
 	if len(out) > 0 {
 		return out, nil
 	}
-	if c, err := dns.ClientConfigFromFile("/etc/resolv.conf"); err == nil {
-		for _, server := range c.Servers {
-			if a, err := netip.ParseAddr(server); err == nil {
-				out = append(out, netip.AddrPortFrom(a, 53))
-			}
-		}
-	}
-	if len(out) == 0 {
-		out = []netip.AddrPort{netip.AddrPortFrom(policy.DefaultNameserver, 53), netip.AddrPortFrom(policy.SecondNameserver, 53)}
-	}
-	return out, nil
+	return resolver.HostUpstreams("/etc/resolv.conf"), nil
 }
 
 // pin opens ports of an address that the resolver just handed out for a name.

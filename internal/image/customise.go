@@ -21,7 +21,7 @@ const maxText = 1 << 20
 // /etc/hosts over this one.
 func sharedFiles() []file {
 	return []file{
-		{"/.cordon/README", 0o644, "The agent of the sandbox is shown here.\n"},
+		{"/.cordon/cordon-agent", 0o755, "The agent of the sandbox is shown here.\n"},
 		{"/etc/resolv.conf", 0o644, "nameserver 8.8.8.8\nnameserver 1.1.1.1\n"},
 		{"/etc/hosts", 0o644, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"},
 		{"/etc/hostname", 0o644, "sandbox\n"},
