@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -46,7 +47,8 @@ func BenchmarkRequests(b *testing.B) {
 	tr := &http.Transport{MaxIdleConnsPerHost: 128}
 	defer tr.CloseIdleConnections()
 	proxy := &httputil.ReverseProxy{Rewrite: func(pr *httputil.ProxyRequest) { pr.SetURL(u); pr.SetXForwarded() }, Transport: tr}
-	plain, secure := &http.Server{Handler: proxy}, &http.Server{Handler: proxy, TLSConfig: l.in.cfg.TLS.Clone()}
+	silent := slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
+	plain, secure := &http.Server{Handler: proxy, ErrorLog: silent}, &http.Server{Handler: proxy, ErrorLog: silent, TLSConfig: l.in.cfg.TLS.Clone()}
 	pl, sl := listen(b, "127.0.0.1:0"), listen(b, "127.0.0.1:0")
 	var g sync.WaitGroup
 	g.Go(func() { plain.Serve(pl) })
