@@ -52,9 +52,11 @@ func newGuard(proc string, log *slog.Logger) *guard {
 	return &guard{proc: proc, log: log, self: os.Getpid()}
 }
 
-// floor is the available memory below which a process is killed: a 32nd of the
-// total, but 16 MiB at least and 64 MiB at most.
-func floor(total uint64) uint64 { return min(max(total/32, 16<<20), 64<<20) }
+// floor is the available memory below which a process is killed. The runtime's
+// limit is the sandbox's plan and 64 MiB, all of which shows as memory in here,
+// but the sandbox's own kernel lives in it too, unseen: it keeps those 64 MiB,
+// and 16 more for what is allocated between a look and the kill.
+func floor(total uint64) uint64 { return min(80<<20, total/4) }
 
 // run guards from the first process on: an idle sandbox costs nothing.
 func (g *guard) run(ctx context.Context, used <-chan struct{}) error {
