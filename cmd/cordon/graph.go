@@ -180,9 +180,12 @@ func (s *server) makeManager(context.Context) error {
 	s.agents = agentctl.New(agentctl.Config{})
 	s.manager = sandbox.New(sandbox.Config{
 		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
-		Operator:    s.operator(),
-		AgentArgs:   []string{guestAgent},
-		Binds:       []sandbox.Bind{{Host: agent, Guest: guestAgent}, {Host: bundle, Guest: guestBundle}},
+		Operator:  s.operator(),
+		AgentArgs: []string{guestAgent},
+		Binds: []sandbox.Bind{
+			{Host: filepath.Dir(agent), Guest: filepath.Dir(guestAgent), Sealed: true},
+			{Host: bundle, Guest: guestBundle, Sealed: true},
+		},
 		CommandEnv:  map[string]string{"NODE_EXTRA_CA_CERTS": guestBundle},
 		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,

@@ -61,6 +61,9 @@ type RuntimeSpec struct {
 type Bind struct {
 	Host  string // absolute path on the host
 	Guest string // absolute path in the sandbox
+	// Sealed: nobody has a reason to write there, so the private layer may be
+	// tiny and takes nothing from the disk quota.
+	Sealed bool
 }
 
 // Resources are a sandbox's limits.

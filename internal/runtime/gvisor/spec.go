@@ -94,11 +94,12 @@ const rootSize = boot.RootfsPrefix + "options"
 type quota struct{ root, bind int64 }
 
 // quotas divides the disk. Files that are bound get next to nothing, just enough
-// to be edited. With a directory among them, the binds share half of the disk.
+// to be edited, and so do sealed directories. With another directory among them,
+// the binds share half of the disk.
 func quotas(s sandbox.RuntimeSpec) quota {
 	disk := s.Resources.DiskMB
 	for _, b := range s.Binds {
-		if fi, err := os.Stat(b.Host); err == nil && fi.IsDir() {
+		if fi, err := os.Stat(b.Host); err == nil && fi.IsDir() && !b.Sealed {
 			return quota{root: max(disk/2, 1), bind: max(disk/2/int64(len(s.Binds)), 1)}
 		}
 	}
