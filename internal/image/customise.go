@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxText bounds the small text files of an image that are read and edited.
@@ -169,7 +171,28 @@ func (t tree) strip() error {
 			return step("remove "+name, err)
 		}
 	}
+	if err := t.barePing(); err != nil {
+		return err
+	}
 	return t.freePip()
+}
+
+// barePing takes ping's file capability away. Sandboxes have no CAP_NET_RAW, and
+// a file that demands it cannot be executed there; without, ping uses the
+// unprivileged kind of socket.
+func (t tree) barePing() error {
+	f, err := t.root.Open("usr/bin/ping")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return step("open ping", err)
+	}
+	defer f.Close()
+	if err := unix.Fremovexattr(int(f.Fd()), "security.capability"); err != nil && !errors.Is(err, unix.ENODATA) {
+		return step("remove ping's capability", err)
+	}
+	return nil
 }
 
 // freePip lets pip install outside a virtual environment (PEP 668): a sandbox is

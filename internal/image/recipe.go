@@ -41,7 +41,7 @@ type link struct {
 	Target string `json:"target"`
 }
 
-const recipeVersion = 1
+const recipeVersion = 2
 
 // basePackages is what every sandbox is expected to offer, and what its users
 // reach for first.
