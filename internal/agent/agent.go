@@ -72,7 +72,7 @@ type Agent struct {
 	cfg      Config
 	log      *slog.Logger
 	handler  http.Handler
-	users    users
+	users    *users
 	children *children
 	procs    *processes
 	watchers *watchers
@@ -104,7 +104,7 @@ func New(cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg:      cfg,
 		log:      cfg.Log,
-		users:    users{etc: cfg.Etc},
+		users:    &users{etc: cfg.Etc},
 		children: kids,
 		procs:    newProcesses(kids),
 		watchers: newWatchers(),

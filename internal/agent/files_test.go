@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -334,6 +335,23 @@ func TestRightsReturnToEveryThread(t *testing.T) {
 		}
 		return true
 	})
+}
+
+func TestAccountsAreThoseOfTheMoment(t *testing.T) {
+	h := claimed(t)
+	for range 2 {
+		if got := h.do("GET", "/files?path=x&username=added", nil); got.StatusCode != 401 {
+			t.Fatalf("before: %d %s", got.StatusCode, got.body)
+		}
+	}
+	h.write(h.etc+"/passwd", read(t, h.etc+"/passwd")+"added:x:4244:4244::/nowhere:/bin/sh\n")
+	if got := h.do("GET", "/files?path=/x&username=added", nil); got.StatusCode != 404 {
+		t.Errorf("an added user: %d %s", got.StatusCode, got.body)
+	}
+	h.write(h.etc+"/group", read(t, h.etc+"/group")+"late:x:4245:added\n")
+	if u, err := h.agent.users.lookup("added"); err != nil || !slices.Equal(u.Groups, []uint32{4244, 4245}) {
+		t.Errorf("an added group: %+v %v", u, err)
+	}
 }
 
 func TestMetadataTravelsInAttributes(t *testing.T) {

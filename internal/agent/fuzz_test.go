@@ -74,7 +74,7 @@ func FuzzAccounts(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
-		s := users{etc: dir}
+		s := &users{etc: dir}
 		u, err := s.lookup("tester")
 		if err == nil && (u.Name != "tester" || !path.IsAbs(u.Home) || len(u.Groups) == 0 || u.Groups[0] != u.GID) {
 			t.Errorf("%+v", u)

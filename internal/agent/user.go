@@ -1,9 +1,9 @@
 package agent
 
 import (
-	"bufio"
+	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,12 +25,32 @@ type user struct {
 	Home   string
 }
 
-// users reads the account files at every question: sandboxes add users.
+// users knows the accounts. Sandboxes add users, so each question looks whether
+// the files changed; reading them each time would cost more than the rest of a
+// small request.
 type users struct {
 	etc string
+
+	mu      sync.Mutex // guards what follows
+	passwd  account
+	group   account
+	byName  map[string]user
+	current names
 }
 
-const maxAccounts = 1 << 20 // bytes read of passwd and of group
+// account is one of the two files, and the state it was read in.
+type account struct {
+	lines [][]string
+	state fileState
+}
+
+// fileState changes whenever a file does.
+type fileState struct {
+	inode    uint64
+	size     int64
+	modified int64 // ns
+	changed  int64 // ns
+}
 
 // unknownUser is the error of lookup.
 type unknownUser struct{ name string }
@@ -37,60 +58,116 @@ type unknownUser struct{ name string }
 func (e unknownUser) Error() string { return fmt.Sprintf("invalid username: '%s'", e.name) }
 
 // lookup finds a user by name.
-func (s users) lookup(name string) (user, error) {
-	var found *user
-	err := s.each("passwd", func(f []string) {
-		if found != nil || len(f) < 6 || f[0] != name || name == "" {
-			return
+func (s *users) lookup(name string) (user, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.refresh(); err != nil {
+		return user{}, err
+	}
+	if u, ok := s.byName[name]; ok {
+		return u, nil
+	}
+	u, ok := s.parse(name)
+	if !ok {
+		return user{}, unknownUser{name}
+	}
+	s.byName[name] = u
+	return u, nil
+}
+
+// parse builds a user from the lines.
+func (s *users) parse(name string) (user, bool) {
+	for _, f := range s.passwd.lines {
+		if len(f) < 6 || f[0] != name || name == "" {
+			continue
 		}
 		uid, errU := strconv.ParseUint(f[2], 10, 32)
 		gid, errG := strconv.ParseUint(f[3], 10, 32)
-		if errU == nil && errG == nil {
-			found = &user{Name: name, UID: uint32(uid), GID: uint32(gid), Home: path.Clean("/" + f[5])}
+		if errU != nil || errG != nil {
+			continue
 		}
-	})
-	if err != nil {
-		return user{}, err
+		u := user{Name: name, UID: uint32(uid), GID: uint32(gid), Groups: []uint32{uint32(gid)}, Home: path.Clean("/" + f[5])}
+		for _, g := range s.group.lines {
+			if len(g) < 4 || !slices.Contains(strings.Split(g[3], ","), name) {
+				continue
+			}
+			gid, err := strconv.ParseUint(g[2], 10, 32)
+			if err == nil && !slices.Contains(u.Groups, uint32(gid)) {
+				u.Groups = append(u.Groups, uint32(gid))
+			}
+		}
+		return u, true
 	}
-	if found == nil {
-		return user{}, unknownUser{name}
-	}
-	found.Groups = []uint32{found.GID}
-	err = s.each("group", func(f []string) {
-		if len(f) < 4 || !slices.Contains(strings.Split(f[3], ","), name) {
-			return
-		}
-		gid, err := strconv.ParseUint(f[2], 10, 32)
-		if err == nil && !slices.Contains(found.Groups, uint32(gid)) {
-			found.Groups = append(found.Groups, uint32(gid))
-		}
-	})
-	return *found, err
+	return user{}, false
 }
 
-// names maps IDs to names, for listings.
+// names maps IDs to names, for listings. It is not changed once made.
 type names struct {
 	user, group map[uint32]string
 }
 
-// names reads both account files once.
-func (s users) names() (names, error) {
-	n := names{user: map[uint32]string{}, group: map[uint32]string{}}
-	collect := func(into map[uint32]string) func([]string) {
-		return func(f []string) {
-			if len(f) < 3 {
-				return
-			}
-			id, err := strconv.ParseUint(f[2], 10, 32)
-			if _, taken := into[uint32(id)]; err == nil && !taken {
-				into[uint32(id)] = strings.ToValidUTF8(f[0], "�")
-			}
+// names returns the names as they are now.
+func (s *users) names() (names, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.refresh(); err != nil {
+		return names{}, err
+	}
+	return s.current, nil
+}
+
+// refresh reads what has changed; mu is held.
+func (s *users) refresh() error {
+	p, errP := s.passwd.refresh(filepath.Join(s.etc, "passwd"))
+	g, errG := s.group.refresh(filepath.Join(s.etc, "group"))
+	if err := errors.Join(errP, errG); err != nil {
+		return err
+	}
+	if p || g || s.byName == nil {
+		s.byName = map[string]user{}
+		s.current = names{user: s.passwd.byID(), group: s.group.byID()}
+	}
+	return nil
+}
+
+// refresh reads the file if it changed. A missing file has no lines.
+func (a *account) refresh(path string) (changed bool, err error) {
+	var st unix.Stat_t
+	err = unix.Stat(path, &st)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("look at %s: %w", path, err)
+	}
+	now := fileState{st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}
+	if now == a.state {
+		return false, nil
+	}
+	raw, err := readBounded(path)
+	if err != nil {
+		return false, err
+	}
+	a.lines = nil
+	for line := range strings.Lines(string(raw)) {
+		if line = strings.TrimRight(line, "\n"); line != "" && line[0] != '#' {
+			a.lines = append(a.lines, strings.Split(line, ":"))
 		}
 	}
-	if err := s.each("passwd", collect(n.user)); err != nil {
-		return n, err
+	a.state = now
+	return true, nil
+}
+
+// byID maps the third field to the first; the first line of an ID names it.
+func (a *account) byID() map[uint32]string {
+	out := map[uint32]string{}
+	for _, f := range a.lines {
+		if len(f) < 3 {
+			continue
+		}
+		id, err := strconv.ParseUint(f[2], 10, 32)
+		if _, taken := out[uint32(id)]; err == nil && !taken {
+			out[uint32(id)] = utf8(f[0])
+		}
 	}
-	return n, s.each("group", collect(n.group))
+	return out
 }
 
 func nameOf(m map[uint32]string, id uint32) string {
@@ -98,26 +175,6 @@ func nameOf(m map[uint32]string, id uint32) string {
 		return n
 	}
 	return strconv.FormatUint(uint64(id), 10)
-}
-
-// each calls f with the fields of every line of an account file. A missing file
-// has no lines.
-func (s users) each(file string, f func(fields []string)) error {
-	fd, err := os.Open(filepath.Join(s.etc, file))
-	if os.IsNotExist(err) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("read the %s file: %w", file, err)
-	}
-	defer fd.Close()
-	lines := bufio.NewScanner(io.LimitReader(fd, maxAccounts))
-	for lines.Scan() {
-		if line := lines.Text(); line != "" && line[0] != '#' {
-			f(strings.Split(line, ":"))
-		}
-	}
-	return nil // an overlong line ends the file: nobody behind it exists
 }
 
 // as runs f with the user's rights, so that the kernel decides what f may touch,
@@ -132,21 +189,16 @@ func (u user) as(f func() error) error {
 	if u.UID == 0 || int64(u.UID) == int64(os.Geteuid()) {
 		return f()
 	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		restore, err := u.assume()
-		if err != nil {
-			done <- fmt.Errorf("act as %s: %w", u.Name, err)
-			return // still locked: the thread dies with this goroutine
-		}
-		err = recovered(f)
-		if restore() == nil {
-			runtime.UnlockOSThread()
-		}
-		done <- err
-	}()
-	return <-done
+	// On this very goroutine: handing f to another thread costs more, in a
+	// sandbox, than the system calls.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	restore, err := u.assume()
+	defer restore()
+	if err != nil {
+		return fmt.Errorf("act as %s: %w", u.Name, err)
+	}
+	return recovered(f)
 }
 
 // recovered runs f and makes a panic an error: it must not pass over the thread's
@@ -161,32 +213,39 @@ func recovered(f func() error) (err error) {
 }
 
 // assume gives the calling thread the user's groups and effective IDs. The raw
-// system calls act on one thread, the syscall package's on all.
-func (u user) assume() (restore func() error, err error) {
+// system calls act on one thread, the syscall package's on all. restore must be
+// called also after an error.
+func (u user) assume() (restore func(), err error) {
 	before, err := unix.Getgroups()
 	if err != nil {
-		return nil, err
+		return func() {}, fmt.Errorf("getgroups: %w", err)
 	}
-	was := make([]uint32, len(before))
-	for i, g := range before {
-		was[i] = uint32(g)
-	}
+	restore = func() { restoreRoot(before) }
 	if err := setGroups(u.Groups); err != nil {
-		return nil, fmt.Errorf("setgroups: %w", err)
+		return restore, fmt.Errorf("setgroups: %w", err)
 	}
 	if err := setEffective(unix.SYS_SETRESGID, u.GID); err != nil {
-		return nil, fmt.Errorf("setresgid: %w", err)
+		return restore, fmt.Errorf("setresgid: %w", err)
 	}
 	if err := setEffective(unix.SYS_SETRESUID, u.UID); err != nil {
-		return nil, fmt.Errorf("setresuid: %w", err)
+		return restore, fmt.Errorf("setresuid: %w", err)
 	}
-	return func() error {
-		if err := setEffective(unix.SYS_SETRESUID, 0); err != nil {
-			return err
+	return restore, nil
+}
+
+// restoreRoot undoes assume. The kernel cannot refuse it, because the real and
+// saved IDs are root's; should it do so all the same, the agent must not go on
+// with a thread that has a user's rights for everybody's requests.
+func restoreRoot(groups []int) {
+	ids := make([]uint32, len(groups))
+	for i, g := range groups {
+		ids[i] = uint32(g)
+	}
+	for range 3 { // ENOMEM may pass
+		if setEffective(unix.SYS_SETRESUID, 0) == nil && setEffective(unix.SYS_SETRESGID, 0) == nil && setGroups(ids) == nil {
+			return
 		}
-		if err := setEffective(unix.SYS_SETRESGID, 0); err != nil {
-			return err
-		}
-		return setGroups(was)
-	}, nil
+	}
+	fmt.Fprintln(os.Stderr, "cordon-agent: a thread cannot be given root's rights back")
+	os.Exit(1)
 }
