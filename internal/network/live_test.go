@@ -217,7 +217,7 @@ func TestSlotsOutliveTheServer(t *testing.T) {
 	if err := echoes(doomed); err == nil {
 		t.Error("a sandbox that nobody holds still speaks")
 	}
-	if _, err := dial(spare, "tcp", at("198.51.100.10:7777")); err == nil {
+	if reaches(spare, at("198.51.100.10:7777")) {
 		t.Error("a spare reaches the internet")
 	}
 	for end := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
@@ -432,7 +432,7 @@ func TestRearmBringsTheNetworkBack(t *testing.T) {
 	l := w.lease()
 	w.apply(l, policy.Input{})
 	enter(t, l.NetNS, func() error { return takeAway() })
-	if _, err := dial(l, "tcp", at("198.51.100.10:7777")); err == nil {
+	if reaches(l, at("198.51.100.10:7777")) {
 		t.Fatal("the addresses are still there")
 	}
 	for range 2 {
@@ -491,7 +491,7 @@ func TestADeletedTableComesBack(t *testing.T) {
 			t.Errorf("a live flow: %v", err)
 		}
 	}
-	if _, err := dial(bare, "tcp", at("198.51.101.1:7777")); err == nil {
+	if reaches(bare, at("198.51.101.1:7777")) {
 		t.Error("a slot without a policy passes")
 	}
 	w.apply(l, policy.Input{DenyOut: []string{"198.51.101.0/24"}})

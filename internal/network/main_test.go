@@ -248,6 +248,10 @@ func makeInternet(t testing.TB) string {
 	veth := netlink.NewVeth(netlink.LinkAttrs{Name: "up0"})
 	veth.PeerName, veth.PeerNamespace = "net0", netlink.NsFd(ns)
 	must(netlink.LinkAdd(veth))
+	// Until duplicate address detection is through, a second or two, a host has no
+	// link-local address to look for its neighbours with.
+	must(writeSysctl("net/ipv6/conf/up0/accept_dad", "0"))
+	enter(t, path, func() error { return writeSysctl("net/ipv6/conf/net0/accept_dad", "0") })
 	must(netlink.AddrAdd(veth, ipNet(uplink4)))
 	must(netlink.AddrAdd(veth, ipNet(uplink6)))
 	must(netlink.LinkSetUp(veth))
@@ -274,6 +278,11 @@ func makeInternet(t testing.TB) string {
 		}
 		return nil
 	})
+	h, err := netlink.NewHandle()
+	must(err)
+	defer h.Close()
+	must(settle(h, "up0", uplink6.Addr()))
+	must(inside(ns, func(h *netlink.Handle) error { return settle(h, "net0", gateway6) }))
 	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway4.AsSlice(), Dst: ipNet(everything(gateway4)).IPNet}))
 	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway6.AsSlice(), Dst: ipNet(everything(gateway6)).IPNet}))
 	return path
@@ -317,9 +326,22 @@ func inNamespace(path string, fn func() error) error {
 
 // dial connects from inside a slot.
 func dial(l sandbox.Lease, network string, to netip.AddrPort) (net.Conn, error) {
+	return dialFor(l, network, to, 2*time.Second)
+}
+
+// reaches reports whether anything answers; it does not wait long for nothing.
+func reaches(l sandbox.Lease, to netip.AddrPort) bool {
+	c, err := dialFor(l, "tcp", to, 300*time.Millisecond)
+	if err == nil {
+		c.Close()
+	}
+	return err == nil
+}
+
+func dialFor(l sandbox.Lease, network string, to netip.AddrPort, wait time.Duration) (net.Conn, error) {
 	var c net.Conn
 	err := inNamespace(l.NetNS, func() (err error) {
-		c, err = (&net.Dialer{Timeout: 2 * time.Second}).Dial(network, to.String())
+		c, err = (&net.Dialer{Timeout: wait}).Dial(network, to.String())
 		return err
 	})
 	return c, err

@@ -148,27 +148,37 @@ func (n *Network) build(s *slot) (err error) {
 	if err := n.arm(ns, s); err != nil {
 		return err
 	}
-	if err := settle(n.link, s.lease.Link); err != nil {
+	if err := settle(n.link, s.lease.Link, s.lease.Gate6); err != nil {
 		return err
 	}
-	return inside(ns, func(h *netlink.Handle) error { return settle(h, guestLink) })
+	return inside(ns, func(h *netlink.Handle) error { return settle(h, guestLink, s.lease.Addr6.Addr()) })
 }
 
-// settle waits until the kernel has put a link into operation, which it does in
-// the background: a packet sent before that is lost, and a second with it.
-func settle(h *netlink.Handle, name string) error {
-	for end := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
+// settle waits until the kernel has put a link into operation and takes packets for
+// its IPv6 address, both of which it does in the background: a packet that comes
+// before is lost, and a second with it.
+func settle(h *netlink.Handle, name string, addr6 netip.Addr) error {
+	for end := time.Now().Add(time.Second); ; time.Sleep(500 * time.Microsecond) {
 		l, err := h.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("watch link %s: %w", name, err)
 		}
-		if l.Attrs().OperState == netlink.OperUp {
+		if l.Attrs().OperState == netlink.OperUp && isLocal(h, addr6) {
 			return nil
 		}
 		if time.Now().After(end) {
 			return fmt.Errorf("link %s does not come into operation: it is %s", name, l.Attrs().OperState)
 		}
 	}
+}
+
+// isLocal reports whether packets to addr are delivered; no address needs no delivery.
+func isLocal(h *netlink.Handle, addr netip.Addr) bool {
+	if !addr.IsValid() {
+		return true
+	}
+	r, err := h.RouteGet(addr.AsSlice())
+	return err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL
 }
 
 // inside runs fn with a connection into a namespace.
