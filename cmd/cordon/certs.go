@@ -76,3 +76,16 @@ func writeBundles(c *config, log *slog.Logger) (string, error) {
 }
 
 func join(parts [][]byte) []byte { return append(bytes.Join(parts, []byte("\n")), '\n') }
+
+// clientTLS trusts the CA that a server with this configuration made for itself.
+func (c *config) clientTLS() (*tls.Config, error) {
+	b, err := os.ReadFile(filepath.Join(c.caDir(), "ca.pem"))
+	if err != nil {
+		return nil, fmt.Errorf("read cordon's CA: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("%s holds no certificate", filepath.Join(c.caDir(), "ca.pem"))
+	}
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
+}
