@@ -100,6 +100,7 @@ func (s *seat) clearCgroups() error {
 		}
 		for _, root := range roots {
 			failed = errors.Join(failed, removeCgroup(root))
+			_ = unix.Rmdir(filepath.Dir(root)) // refused while another server has cgroups there
 		}
 	}
 	return failed
