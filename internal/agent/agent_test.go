@@ -7,12 +7,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	osuser "os/user"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -121,14 +124,15 @@ func (h *harness) claim(body map[string]any) {
 	}
 }
 
-// killAll leaves no process of the test behind, whatever it forgot.
+// killAll leaves no process of the test behind, whatever it forgot: each was the
+// leader of a session and of its group, in which its orphans still are.
 func (h *harness) killAll() {
 	h.agent.procs.mu.Lock()
-	var live []*process
-	for _, p := range h.agent.procs.live {
-		live = append(live, p)
-	}
+	live, ended := slices.Collect(maps.Values(h.agent.procs.live)), slices.Clone(h.agent.procs.ended)
 	h.agent.procs.mu.Unlock()
+	for _, p := range append(live, ended...) {
+		_ = syscall.Kill(-p.pid, syscall.SIGKILL)
+	}
 	for _, p := range live {
 		p.kill()
 		<-p.done

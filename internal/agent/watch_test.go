@@ -179,7 +179,17 @@ func TestPolledWatchers(t *testing.T) {
 	for i := range 10 {
 		h.write(fmt.Sprintf("%s/more%d", d, i), "x")
 	}
-	eventually(t, "the loss is told", func() bool { return code(poll()) == "data_loss" })
+	queue, err := h.agent.watchers.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the queue is full", func() bool { queue.mu.Lock(); defer queue.mu.Unlock(); return queue.err != nil })
+	if err := poll(); err != nil {
+		t.Errorf("what was kept: %v", err)
+	}
+	if err := poll(); code(err) != "data_loss" {
+		t.Errorf("behind it: %v, want data_loss", err)
+	}
 	if len(got) > maxQueued {
 		t.Errorf("%d events were kept, want at most %d", len(got), maxQueued)
 	}
