@@ -15,10 +15,11 @@ FUZZTIME ?= 60s
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-build: ## build bin/cordon, with the agent inside
+build: ## build bin/cordon, with the agent and the probe inside
 	@scripts/go >/dev/null
 	@mkdir -p bin cmd/cordon/embedded
 	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-agent ./cmd/cordon-agent
+	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-probe ./internal/conformance/probe/cordon-probe
 	$(GO) build -ldflags='-s -w' -o bin/cordon ./cmd/cordon
 
 setup: ## install what demo and test need and the machine lacks
@@ -48,4 +49,4 @@ gen: ## regenerate what is generated from api/
 	@scripts/gen
 
 clean: ## remove what build made
-	rm -rf bin cmd/cordon/embedded/cordon-agent
+	rm -rf bin cmd/cordon/embedded/cordon-agent cmd/cordon/embedded/cordon-probe

@@ -77,7 +77,7 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 		serveCommand(a), envCommand(a), doctorCommand(a), demoCommand(a),
 		keyCommand(a), imageCommand(a), debugCommand(a),
 		createCommand(a), listCommand(a), killCommand(a), execCommand(a), urlCommand(a),
-		networkCommand(a), flowsCommand(a),
+		networkCommand(a), flowsCommand(a), conformanceCommand(a),
 	)
 	return root
 }
