@@ -193,7 +193,9 @@ func (s *server) makeManager(context.Context) error {
 		PolicyChanged: func(id sandbox.ID) { s.egress.Revoke(string(id)) },
 		Gone: func(id sandbox.ID) {
 			s.egress.Cut(string(id))
-			s.flows.Forget(string(id))
+			if _, paused := s.manager.Endpoint(id); !paused {
+				s.flows.Forget(string(id))
+			}
 		},
 		Log: s.log,
 	})
