@@ -6,13 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/runtime/gvisor"
@@ -23,9 +21,6 @@ func main() {
 	// Before anything else: this binary is also gVisor's sentry, gofer and
 	// helpers, and is started again under their names.
 	gvisor.Dispatch()
-	// Nothing the caller left open is for the programs we start. It never fails
-	// on kernels that know it (5.11), and older ones lose only this hygiene.
-	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	os.Exit(run())
 }
 

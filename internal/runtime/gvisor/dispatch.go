@@ -3,6 +3,7 @@ package gvisor
 import (
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"runtime/debug"
 	"sync"
@@ -57,11 +58,20 @@ func Dispatch() {
 		filters.RegisterGofer()
 	case runscArg0, execArg0, selfArg0:
 	default:
+		keepDescriptors()
 		return
 	}
 	runscVersion = version()
 	cli.Run(nil, commands(), nil)
 	os.Exit(0)
+}
+
+// keepDescriptors keeps what the caller of this process left open from the
+// programs it starts: a sentry meets numbers it needs for itself taken, and a
+// sandbox's processes would hold a stranger's pipe. Kernels before 5.11 do not
+// know the flag and lose only this.
+func keepDescriptors() {
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 }
 
 // commands are the runsc commands that are linked in.
