@@ -409,23 +409,6 @@ func TestASpoofedSourceIsDropped(t *testing.T) {
 	}
 }
 
-func TestARenamedSlotKeepsItsAddress(t *testing.T) {
-	w := start(t)
-	l := w.lease()
-	to := sandbox.NewID()
-	next, err := w.Rename(context.Background(), l, to)
-	if err != nil || next.Sandbox != to || next.Addr4 != l.Addr4 {
-		t.Fatal(next, err)
-	}
-	if err := w.Apply(context.Background(), l, compiled(t, policy.Input{}, nil)); err == nil {
-		t.Error("the former name still works")
-	}
-	w.apply(next, policy.Input{})
-	if id, _, _ := w.Owner(l.Addr4.Addr()); id != to {
-		t.Errorf("owner is %s", id)
-	}
-}
-
 func TestRearmBringsTheNetworkBack(t *testing.T) {
 	w := start(t)
 	w.serve(7777)

@@ -49,31 +49,6 @@ func (n *Network) give(s *slot, id sandbox.ID) sandbox.Lease {
 	return l
 }
 
-// Rename implements sandbox.Network.
-func (n *Network) Rename(_ context.Context, l sandbox.Lease, to sandbox.ID) (sandbox.Lease, error) {
-	s, err := n.held(l)
-	if err != nil {
-		return l, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.byID[l.Sandbox] != s {
-		return l, errs.New(errs.NotFound, "sandbox %s holds no network slot %d", l.Sandbox, l.Slot)
-	}
-	if n.byID[to] != nil {
-		return l, errs.New(errs.Conflict, "sandbox %s holds a network slot already", to)
-	}
-	delete(n.byID, l.Sandbox)
-	n.byID[to] = s
-	was := n.owners[s.num].Load()
-	n.owners[s.num].Store(&owner{id: to, policy: was.policy})
-	l = s.lease
-	l.Sandbox = to
-	return l, nil
-}
-
 // Rearm implements sandbox.Network.
 func (n *Network) Rearm(_ context.Context, l sandbox.Lease) error {
 	s, err := n.held(l)

@@ -25,6 +25,7 @@ import (
 //	link    an answer to what the host opened, neighbour discovery → on
 //	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
 //	        mark the flow → on
+//	proxy, dns   a new flow too many → no_limit
 //	proxy, proxied, dns   hand to the transparent socket; nobody listens → no_proxy
 //	no_…    log at a bounded rate, then refuse: TCP reset; UDP port unreachable, the one
 //	        ICMP error that gVisor hands to a socket; else ICMP prohibited
@@ -196,6 +197,11 @@ func (n *Network) addTransparent(tx *transaction) {
 				tx.rules(n.chain(chain), when(familyOf(a), l4proto(proto), tproxy(netip.AddrPortFrom(a, port)), mark, setMark(n.cfg.Mark), accept()))
 			}
 		}
+	}
+	// These flows never meet the limit in chainOK, and each takes a place in the
+	// tracker as well: a denied sandbox could fill it with questions alone.
+	for _, name := range []string{chainProxy, chainDNS} {
+		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())))
 	}
 	hand(chainProxy, policy.TCP, n.cfg.ProxyPort, setCtMark(markProxied))
 	hand(chainProxied, policy.TCP, n.cfg.ProxyPort, nil)
