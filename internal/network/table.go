@@ -226,7 +226,9 @@ func (n *Network) addShared(tx *transaction) {
 		when(drop()))
 	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
 	tx.rules(n.chain(chainLink),
-		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
+		// Not what is only related: the tracker finds the flow of an ICMP error by what
+		// the error quotes, whoever sends it, and a quote can be of anybody's flow.
+		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED), accept()),
 		when(neighbour(135), accept()),
 		when(neighbour(136), accept()),
 		when(saddrIn(linkLocal), drop())) // good for nothing else
