@@ -246,7 +246,7 @@ func (h hostSource) files() []file {
 		{"/etc/gshadow", 0o640, "root:*::\nsudo:*::\n" + userName + ":!::\n"},
 		{"/etc/shells", 0o644, "/bin/sh\n/bin/bash\n"},
 		{"/etc/environment", 0o644, ""},
-		{"/etc/profile", 0o644, "umask 022\nfor f in /etc/profile.d/*.sh; do [ -r \"$f\" ] && . \"$f\"; done\nunset f\nif [ -n \"${BASH_VERSION-}\" ] && [ -r /etc/bash.bashrc ]; then . /etc/bash.bashrc; fi\n"},
+		{"/etc/profile", 0o644, profile},
 		{"/etc/login.defs", 0o644, "UMASK 022\nUID_MIN 1000\nUID_MAX 60000\nGID_MIN 1000\nGID_MAX 60000\nENCRYPT_METHOD YESCRYPT\n"},
 		{"/etc/sudoers", 0o440, "Defaults env_reset\nDefaults secure_path=\"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\"\nroot ALL=(ALL:ALL) ALL\n@includedir /etc/sudoers.d\n"},
 		{"/etc/pam.d/sudo", 0o644, pamPermit},
