@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -114,12 +116,60 @@ func (c *config) readFile(file string) error {
 		return errs.Wrap(errs.Invalid, err, "configuration")
 	}
 	defer f.Close()
-	dec := yaml.NewDecoder(f)
+	text, err := io.ReadAll(io.LimitReader(f, maxConfig))
+	if err != nil {
+		return errs.Wrap(errs.Invalid, err, "configuration")
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(text))
 	dec.KnownFields(true)
 	if err := dec.Decode(c); err != nil && !errors.Is(err, io.EOF) {
-		return errs.Wrap(errs.Invalid, err, "configuration %s", f.Name())
+		return errs.New(errs.Invalid, "configuration %s: %s", f.Name(), explainYAML(err, string(text)))
 	}
 	return nil
+}
+
+// maxConfig bounds the configuration file, in octets.
+const maxConfig = 1 << 20
+
+var (
+	yamlLine    = regexp.MustCompile(`^line (\d+): (.*)$`)
+	yamlUnknown = regexp.MustCompile(`^field (\S+) (?:not found in type|already set in type) \S+$`)
+	yamlWrong   = regexp.MustCompile("^cannot unmarshal !!\\w+ (?:`(.*)` )?into (\\S+)$")
+)
+
+// yamlTypes are the types of the configuration's fields in an operator's words.
+var yamlTypes = map[string]string{
+	"int": "a whole number", "int64": "a whole number", "uint16": "a number from 0 to 65535", "string": "text",
+	"[]string": "a list", "map[string]int": "templates with numbers", "time.Duration": "a duration such as 90s or 24h",
+}
+
+// explainYAML says which line is wrong, quotes it and says what it should be.
+func explainYAML(err error, text string) string {
+	var wrong *yaml.TypeError
+	if !errors.As(err, &wrong) {
+		return err.Error()
+	}
+	lines := strings.Split(text, "\n")
+	out := make([]string, len(wrong.Errors))
+	for i, said := range wrong.Errors {
+		out[i] = said
+		m := yamlLine.FindStringSubmatch(said)
+		if m == nil {
+			continue
+		}
+		n, _ := strconv.Atoi(m[1]) // digits
+		if n < 1 || n > len(lines) {
+			continue
+		}
+		what := m[2]
+		if u := yamlUnknown.FindStringSubmatch(what); u != nil {
+			what = u[1] + " is no key, or is there twice: docs/operations.md lists the keys"
+		} else if w := yamlWrong.FindStringSubmatch(what); w != nil {
+			what = "use " + cmp.Or(yamlTypes[w[2]], w[2])
+		}
+		out[i] = fmt.Sprintf("line %d, %q: %s", n, strings.TrimSpace(lines[n-1]), what)
+	}
+	return strings.Join(out, "; ")
 }
 
 func (c *config) setDefaults() {
@@ -185,9 +235,13 @@ func (c *config) validate() error {
 	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
 		return bad("tls", c.TLS.Cert+c.TLS.Key, "name both cert and key, or neither")
 	}
-	for field, v := range map[string]int64{"sandboxes.cpus": int64(c.Sandboxes.CPUs), "sandboxes.memory_mb": c.Sandboxes.MemoryMB, "sandboxes.disk_mb": c.Sandboxes.DiskMB, "sandboxes.processes": c.Sandboxes.Processes, "sandboxes.max": int64(c.Sandboxes.Max)} {
-		if v < 0 {
-			return bad(field, v, "use a positive number")
+	l := c.Sandboxes
+	for _, n := range []struct {
+		field string
+		value int64
+	}{{"cpus", int64(l.CPUs)}, {"memory_mb", l.MemoryMB}, {"disk_mb", l.DiskMB}, {"processes", l.Processes}, {"max", int64(l.Max)}, {"max_timeout", int64(l.MaxTimeout)}} {
+		if n.value < 0 {
+			return bad("sandboxes."+n.field, n.value, "use a positive number")
 		}
 	}
 	if !c.Network.Subnet4.Addr().Is4() || c.Network.Subnet4.Bits() > 24 {
@@ -198,9 +252,18 @@ func (c *config) validate() error {
 			return bad("network.upstreams", up, "use an IP address, with :port if it is not 53")
 		}
 	}
-	for _, dir := range []string{c.StateDir, c.RunDir, c.CacheDir} {
-		if !filepath.IsAbs(dir) {
-			return bad("state_dir, run_dir or cache_dir", dir, "use an absolute path")
+	n := c.Network
+	for _, l := range []struct {
+		field string
+		list  policy.Operator
+	}{{"floor_open", policy.Operator{FloorOpen: n.FloorOpen}}, {"always_allow", policy.Operator{AlwaysAllow: n.AlwaysAllow}}, {"always_deny", policy.Operator{AlwaysDeny: n.AlwaysDeny}}} {
+		if _, err := policy.Compile(policy.Input{}, &l.list, 0); err != nil {
+			return errs.Wrap(errs.Invalid, err, "configuration: network.%s", l.field)
+		}
+	}
+	for _, d := range []struct{ field, dir string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}, {"cache_dir", c.CacheDir}} {
+		if !filepath.IsAbs(d.dir) {
+			return bad(d.field, d.dir, "use an absolute path")
 		}
 	}
 	return nil

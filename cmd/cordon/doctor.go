@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -39,8 +41,8 @@ func doctorCommand(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			failed := 0
-			for _, f := range examine(cmd.Context(), &cfg) {
+			failed, findings := 0, examine(cmd.Context(), &cfg)
+			for _, f := range findings {
 				mark := "ok  "
 				switch {
 				case f.ok:
@@ -56,7 +58,7 @@ func doctorCommand(a *app) *cobra.Command {
 				}
 			}
 			if failed > 0 {
-				return fmt.Errorf("%d checks failed: cordon serve will not work until they are mended", failed)
+				return fmt.Errorf("%d of %d checks failed: cordon serve will not work until they are mended", failed, len(findings))
 			}
 			return nil
 		},
@@ -195,10 +197,16 @@ func checkMmdebstrap() finding {
 	}
 }
 
+// checkPorts tries to listen where the server would. While it runs, its ports
+// are rightly taken.
 func checkPorts(ctx context.Context, cfg *config) []finding {
 	var out []finding
-	addrs := append(append([]string{}, cfg.Listen.HTTPS...), cfg.Listen.HTTP...)
-	for _, addr := range append(addrs, cfg.Listen.Plain) {
+	addrs := slices.Concat(cfg.Listen.HTTPS, cfg.Listen.HTTP, []string{cfg.Listen.Plain})
+	if cfg.Listen.Metrics != "" {
+		addrs = append(addrs, cfg.Listen.Metrics)
+	}
+	running := serves(ctx, cfg)
+	for _, addr := range addrs {
 		f := finding{name: "port", say: addr + " is free", mend: "stop what listens there, or set listen in the configuration"}
 		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 		switch {
@@ -207,12 +215,30 @@ func checkPorts(ctx context.Context, cfg *config) []finding {
 			f.ok = true
 		case strings.HasPrefix(addr, "[::1]") && errors.Is(err, unix.EADDRNOTAVAIL):
 			f.ok, f.say = true, addr+": this machine has no IPv6"
+		case running && errors.Is(err, unix.EADDRINUSE):
+			f.ok, f.say = true, addr+" is taken, and cordon runs"
 		default:
 			f.say = err.Error()
 		}
 		out = append(out, f)
 	}
 	return out
+}
+
+// serves reports whether a cordon answers where this configuration's would.
+func serves(ctx context.Context, cfg *config) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, cfg.apiURL()+"/health", nil)
+	if err != nil {
+		return false
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return false
+	}
+	defer res.Body.Close()
+	return res.StatusCode/100 == 2
 }
 
 func checkNames(ctx context.Context, cfg *config) finding {
