@@ -30,7 +30,7 @@ func networkSetCommand(a *app) *cobra.Command {
 				no := false
 				n.AllowInternetAccess = &no
 			}
-			return a.call(cmd.Context(), http.MethodPut, "/sandboxes/"+url.PathEscape(args[0])+"/network", n, nil)
+			return inFlags(a.call(cmd.Context(), http.MethodPut, "/sandboxes/"+url.PathEscape(args[0])+"/network", n, nil))
 		},
 	}
 	cmd.Flags().BoolVar(&noInternet, "no-internet", false, "reach nothing")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -39,7 +40,7 @@ func createCommand(a *app) *cobra.Command {
 			}
 			s, err := c.Create(cmd.Context(), o)
 			if err != nil {
-				return err
+				return inFlags(err)
 			}
 			fmt.Fprintln(a.out, s.ID)
 			return nil
@@ -64,6 +65,14 @@ func ruleFlags(cmd *cobra.Command, n *client.Network) {
 	f.StringVar(&n.DNS, "dns", "", "open or strict (default: strict when only domains open the resolver)")
 	f.StringVar(&n.OnDeny, "on-deny", "", "reset or explain")
 	f.StringVar(&n.Mode, "mode", "", "enforce or observe")
+}
+
+// inFlags adds to what the API says of rules how to write it here.
+func inFlags(err error) error {
+	if err != nil && strings.Contains(err.Error(), "'ALL_TRAFFIC'") {
+		return fmt.Errorf("%w Add --deny-out %s", err, client.AllTraffic)
+	}
+	return err
 }
 
 func listCommand(a *app) *cobra.Command {
