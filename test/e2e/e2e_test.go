@@ -173,7 +173,7 @@ func TestDemo(t *testing.T) {
 				t.Error("the demo shows a colour although its output is no terminal, or a failure")
 			}
 			for line := range strings.Lines(out) {
-				if what, ok := strings.CutPrefix(strings.TrimSpace(line), "✓ "); ok {
+				if what, ok := strings.CutPrefix(line, "   ✓ "); ok {
 					what, _, _ = strings.Cut(what, "  ")
 					facts[with] = append(facts[with], what)
 				}
