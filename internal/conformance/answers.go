@@ -120,28 +120,43 @@ func responses(got probe.Outcome) ([]*http.Response, []lab.Page, error) {
 	}
 }
 
-// served: the answers are exactly one page for each host, in order, and each was
-// made by the server at that address.
-func served(at netip.Addr, hosts ...string) func(probe.Outcome) error {
+// place is a server and the Host it was shown.
+type place struct {
+	at   netip.Addr // or its IPv6 twin
+	host string
+}
+
+// servedEach: the answers are exactly one page of each place, in order.
+func servedEach(places ...place) func(probe.Outcome) error {
 	return func(got probe.Outcome) error {
 		_, pages, err := responses(got)
 		if err != nil {
 			return err
 		}
-		if len(pages) != len(hosts) {
-			return fmt.Errorf("%d answers came, not %d", len(pages), len(hosts))
+		if len(pages) != len(places) {
+			return fmt.Errorf("%d answers came, not %d", len(pages), len(places))
 		}
 		for i, p := range pages {
 			server, err := netip.ParseAddrPort(p.Server)
-			if err != nil || server.Addr() != at && !(at.Is4() && server.Addr() == twin(at)) {
-				return fmt.Errorf("the answer is from %q, not from %s", p.Server, at)
+			want := places[i]
+			if err != nil || server.Addr() != want.at && !(want.at.Is4() && server.Addr() == twin(want.at)) {
+				return fmt.Errorf("the answer is from %q, not from %s", p.Server, want.at)
 			}
-			if p.Host != hosts[i] {
-				return fmt.Errorf("the server saw Host %q, not %q", p.Host, hosts[i])
+			if p.Host != want.host {
+				return fmt.Errorf("the server saw Host %q, not %q", p.Host, want.host)
 			}
 		}
 		return nil
 	}
+}
+
+// served: servedEach, all by one server.
+func served(at netip.Addr, hosts ...string) func(probe.Outcome) error {
+	places := make([]place, len(hosts))
+	for i, h := range hosts {
+		places[i] = place{at, h}
+	}
+	return servedEach(places...)
 }
 
 // twin is the lab's IPv6 address of the server at an IPv4 address.

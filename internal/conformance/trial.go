@@ -131,6 +131,8 @@ type Try struct {
 	Never []string
 	// Answer judges what each order saw; nil accepts anything but a hang.
 	Answer func(probe.Outcome) error
+	// AnswerEach judges where the orders are to see different things.
+	AnswerEach func(i int, got probe.Outcome) error
 	// Log is what the flow log must say, once for each order unless LogOnce.
 	Log     Want
 	LogOnce bool
@@ -170,7 +172,7 @@ func (t *Trial) Try(try Try) []probe.Outcome {
 		problem("it took %s", took.Round(time.Millisecond))
 	}
 	for i, got := range outcomes {
-		if err := judge(try, got, slow); err != nil {
+		if err := judge(try, i, got, slow); err != nil {
 			problem("order %d: %v: %s", i, err, describe(got))
 		}
 	}
@@ -218,14 +220,16 @@ func (t *Trial) carryOut(try Try) (out []probe.Outcome, err error) {
 	return out, err
 }
 
-func judge(try Try, got probe.Outcome, slow time.Duration) error {
-	if got.Took > slow {
+func judge(try Try, i int, got probe.Outcome, slow time.Duration) error {
+	switch {
+	case got.Took > slow:
 		return fmt.Errorf("it took %s, the most is %s", got.Took.Round(time.Millisecond), slow)
+	case try.AnswerEach != nil:
+		return try.AnswerEach(i, got)
+	case try.Answer != nil:
+		return try.Answer(got)
 	}
-	if try.Answer == nil {
-		return nil
-	}
-	return try.Answer(got)
+	return nil
 }
 
 // describe shows an outcome in a problem.

@@ -1,3 +1,0 @@
-package conformance
-
-func addrCases() []Case { return nil }

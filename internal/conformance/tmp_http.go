@@ -1,3 +1,0 @@
-package conformance
-
-func httpCases() []Case { return nil }

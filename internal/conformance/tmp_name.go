@@ -1,3 +1,0 @@
-package conformance
-
-func nameCases() []Case { return nil }
