@@ -35,7 +35,7 @@ var allowed = map[string][]string{
 	"internal/ingress":             {"internal/auth"},
 	"internal/api":                 {"internal/sandbox", "internal/policy", "internal/flowlog", "internal/auth"},
 	"internal/lab":                 {},
-	"internal/bench":               {"internal/lab", "internal/network", "internal/egress", "internal/ingress", "internal/policy", "internal/flowlog", "internal/sandbox", "client"},
+	"internal/bench":               {"internal/lab", "internal/network", "internal/egress", "internal/resolver", "internal/ingress", "internal/policy", "internal/flowlog", "internal/sandbox", "client"},
 	"internal/conformance":         {"internal/lab", "client"},
 	"client":                       {},
 }

@@ -69,7 +69,7 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 	}
 	root.PersistentFlags().StringVar(&a.configFile, "config", "", "configuration file (default "+defaultConfigFile+" if it exists)")
 	root.AddCommand(
-		serveCommand(a), envCommand(a), doctorCommand(a), demoCommand(a),
+		serveCommand(a), envCommand(a), doctorCommand(a), demoCommand(a), benchCommand(a), benchProcessCommand(),
 		keyCommand(a), imageCommand(a), debugCommand(a),
 		createCommand(a), listCommand(a), killCommand(a), execCommand(a), urlCommand(a),
 		networkCommand(a), flowsCommand(a), conformanceCommand(a),

@@ -176,7 +176,7 @@ func (l *Lab) makeNetwork() (err error) {
 		if *n, err = newNetns(); err != nil {
 			return err
 		}
-		l.undo = append(l.undo, (*n).close)
+		l.undo = append(l.undo, (*n).Close)
 		if err := loopbackUp(*n); err != nil {
 			return err
 		}

@@ -37,6 +37,27 @@ func newNetns() (*Netns, error) {
 	return made, err
 }
 
+// NewNetns creates a namespace that holds nothing but its loopback, which is up.
+func NewNetns() (*Netns, error) {
+	n, err := newNetns()
+	if err != nil {
+		return nil, err
+	}
+	if err := loopbackUp(n); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+// OpenNetns opens the namespace that a file is bound to.
+func OpenNetns(path string) (*Netns, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace: %w", err)
+	}
+	return &Netns{file: f}, nil
+}
+
 // currentNetns opens the calling thread's network namespace.
 func currentNetns() (*os.File, error) {
 	f, err := os.Open("/proc/thread-self/ns/net")
@@ -129,6 +150,7 @@ func (n *Netns) Dial(ctx context.Context, network, address string) (net.Conn, er
 	return c, err
 }
 
-func (n *Netns) close() error { return n.file.Close() }
+// Close lets go of the namespace, which ends with the last process or socket in it.
+func (n *Netns) Close() error { return n.file.Close() }
 
 func (n *Netns) handle() netns.NsHandle { return netns.NsHandle(n.FD()) }

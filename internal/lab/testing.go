@@ -63,7 +63,7 @@ func Empty(t TB) *Netns {
 	if err != nil {
 		t.Fatal("create a namespace:", err)
 	}
-	t.Cleanup(func() { _ = n.close() })
+	t.Cleanup(func() { _ = n.Close() })
 	if err := loopbackUp(n); err != nil {
 		t.Fatal("bring up the loopback:", err)
 	}

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cordonhq/cordon/internal/bench"
+	"github.com/cordonhq/cordon/internal/errs"
+)
+
+func benchCommand(a *app) *cobra.Command {
+	var o bench.Options
+	cmd := &cobra.Command{
+		Use:   "bench [" + strings.Join(bench.Tables(), "|") + "|all]...",
+		Short: "Measure cordon on this machine, side by side with what else is installed",
+		Long: `Measure cordon on this machine, side by side with what else is installed.
+
+Everything happens in namespaces without an uplink; the machine's network is not
+touched. Figures are medians over rounds, with their range; they are compared
+with the first column, in turns within one run. See docs/performance.md.`,
+		Example: `  sudo cordon bench egress
+  sudo cordon bench all --rounds 9 --each 1s`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if os.Geteuid() != 0 {
+				return errNotRoot("bench")
+			}
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			for _, table := range args {
+				if table != "all" {
+					o.Tables = append(o.Tables, table)
+				}
+			}
+			if len(args) > len(o.Tables) {
+				o.Tables = nil // all of them
+			}
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			o.Self, o.Server, o.CacheDir = []string{self, benchProcess}, []string{self}, cfg.CacheDir
+			if o.Template == "" {
+				if o.Template, err = a.builtTemplate(cmd, &cfg); err != nil {
+					return err
+				}
+			}
+			return bench.Run(cmd.Context(), o, a.out, a.errOut)
+		},
+	}
+	f := cmd.Flags()
+	f.IntVar(&o.Rounds, "rounds", 0, "how often each thing is measured (default 5)")
+	f.DurationVar(&o.Each, "each", 0, "how long one measurement takes (default 300ms)")
+	f.IntVar(&o.Sandboxes, "sandboxes", 0, "sandboxes registered beside the measured one (default 1000)")
+	f.IntVar(&o.Flows, "flows", 0, "idle connections when memory is measured (default 10000, or what the limit on open files allows)")
+	f.IntVar(&o.Starts, "starts", 0, "sandboxes started one by one (default 30)")
+	f.IntVar(&o.Burst, "burst", 0, "sandboxes started ten at a time (default 100)")
+	f.StringVar(&o.Template, "template", "", "what sandboxes start from (default base, or host while that is not built)")
+	return cmd
+}
+
+// builtTemplate is the default template if its image is there: the bench has no
+// network to build it.
+func (a *app) builtTemplate(cmd *cobra.Command, cfg *config) (string, error) {
+	images, err := cfg.images(a.errOut, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return "", err
+	}
+	defer images.Close()
+	list, err := images.List(cmd.Context())
+	if err != nil {
+		return "", err
+	}
+	for _, t := range list {
+		if t.Name == cfg.Sandboxes.DefaultTemplate && t.Built {
+			return t.Name, nil
+		}
+	}
+	return "host", nil
+}
+
+const benchProcess = "bench-process"
+
+// benchProcessCommand is one of the processes that the bench consists of.
+func benchProcessCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: benchProcess + " <role> <config>", Hidden: true, Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if os.Geteuid() != 0 {
+				return errs.New(errs.Invalid, "%s is started by cordon bench", benchProcess)
+			}
+			return bench.Process(cmd.Context(), args[0], args[1])
+		},
+	}
+}

@@ -1,0 +1,57 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/lab"
+)
+
+// processArg starts this test binary as one of the bench's processes.
+const processArg = "bench-process"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == processArg {
+		if err := Process(context.Background(), os.Args[2], os.Args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+func quick(t *testing.T, table string) string {
+	t.Helper()
+	lab.Privileged(t)
+	var out bytes.Buffer
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	o := Options{
+		Tables: []string{table}, Rounds: 1, Each: 20 * time.Millisecond, Sandboxes: 3, CIDRs: 100, Flows: 20, Starts: 1, Burst: 2,
+		Self: []string{os.Args[0], processArg},
+	}
+	if err := Run(ctx, o, &out, os.Stderr); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	t.Log(out.String())
+	return out.String()
+}
+
+// TestEveryMeasurementWorks asserts nothing about speed.
+func TestEveryMeasurementWorks(t *testing.T) {
+	for _, table := range []string{"egress", "ingress"} {
+		t.Run(table, func(t *testing.T) {
+			for line := range strings.Lines(quick(t, table)) {
+				if strings.Contains(line, "not measured") && !strings.Contains(line, "apt-get install") {
+					t.Error(line)
+				}
+			}
+		})
+	}
+}
