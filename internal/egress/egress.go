@@ -123,12 +123,16 @@ func (p *Proxy) Run(ctx context.Context, listeners ...net.Listener) error {
 	return err
 }
 
+// warnEvery is how often a listener that cannot accept says so.
+const warnEvery = 10 * time.Second
+
 // accept hands each connection to its own goroutine, so that no sandbox waits
 // for another.
 func (p *Proxy) accept(ctx context.Context, ln net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
 	defer ln.Close()
+	var warned time.Time
 	for {
 		c, err := ln.Accept()
 		switch {
@@ -141,7 +145,10 @@ func (p *Proxy) accept(ctx context.Context, ln net.Listener) error {
 			return fmt.Errorf("accept on %s: %w", ln.Addr(), err)
 		case err != nil:
 			// Out of descriptors or memory, or a client gone before it was accepted.
-			p.log.Warn("egress accept", "err", err)
+			if time.Since(warned) > warnEvery {
+				warned = time.Now()
+				p.log.Warn("egress accept", "err", err)
+			}
 			select {
 			case <-ctx.Done():
 			case <-time.After(20 * time.Millisecond):

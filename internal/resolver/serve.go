@@ -80,6 +80,9 @@ func (r *Resolver) handleUDP(ctx context.Context, d Datagrams, t transport, wire
 	}
 }
 
+// warnEvery is how often a listener that cannot accept says so.
+const warnEvery = 10 * time.Second
+
 // ServeTCP answers queries on the connections of l, whose local address is the
 // server that the sandbox addressed, until ctx ends; then it closes l and all
 // connections and waits for them.
@@ -91,6 +94,7 @@ func (r *Resolver) ServeTCP(ctx context.Context, l net.Listener) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
+	var warned time.Time
 	for {
 		c, err := l.Accept()
 		if ctx.Err() != nil {
@@ -103,7 +107,10 @@ func (r *Resolver) ServeTCP(ctx context.Context, l net.Listener) error {
 			return fmt.Errorf("accept dns connections: %w", err)
 		}
 		if err != nil { // out of descriptors: do not spin
-			r.cfg.Log.Warn("dns connection not accepted", "err", err)
+			if time.Since(warned) > warnEvery {
+				warned = time.Now()
+				r.cfg.Log.Warn("dns connection not accepted", "err", err)
+			}
 			select {
 			case <-time.After(50 * time.Millisecond):
 			case <-ctx.Done():
