@@ -10,8 +10,24 @@ import (
 // TestEgress runs everything that leaves the server alone, against one server.
 func TestEgress(t *testing.T) {
 	s := newStand(t, "")
-	t.Run("rules", func(t *testing.T) { testRules(t, s) })
+	p := startPins(t, s) // they take half a minute to run out
+	for _, c := range []struct {
+		name string
+		run  func(*testing.T, *stand)
+	}{
+		{"rules", testRules},
+		{"cut", testCut},
+		{"modes", testModes},
+		{"hellos", testHellos},
+		{"follow", testFollow},
+		{"latency", testLatency},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.run(t, s) })
+	}
+	t.Run("pins", p.finish)
 }
+
+func contains(s, part string) bool { return strings.Contains(s, part) }
 
 // hostOf is the host of "host:port".
 func hostOf(addr string) string {
@@ -25,4 +41,12 @@ func hostOf(addr string) string {
 func parseAddr(host string) (netip.Addr, bool) {
 	a, err := netip.ParseAddr(strings.Trim(host, "[]"))
 	return a, err == nil
+}
+
+func mustAddr(host string) netip.Addr {
+	a, ok := parseAddr(host)
+	if !ok {
+		panic(host + " is no address")
+	}
+	return a
 }

@@ -339,12 +339,11 @@ func (c *oneByteConn) Write(b []byte) (int, error) {
 		return c.Conn.Write(b)
 	}
 	c.done = true
-	_ = c.Conn.(*net.TCPConn).SetNoDelay(true)
+	_ = c.Conn.(*net.TCPConn).SetNoDelay(true) // each byte in its own segment
 	for i := range b {
 		if _, err := c.Conn.Write(b[i : i+1]); err != nil {
 			return i, err
 		}
-		time.Sleep(200 * time.Microsecond) // each in its own segment
 	}
 	return len(b), nil
 }
