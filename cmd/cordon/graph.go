@@ -282,19 +282,6 @@ func (s *server) makeEgress(context.Context) (err error) {
 	return err
 }
 
-// dialSelf connects a sandbox that asked for one of our own public URLs to the
-// ingress, where the request passes every check a stranger's does.
-func (s *server) dialSelf(ctx context.Context, _ netip.AddrPort, port uint16) (net.Conn, error) {
-	addr := s.selfAddress
-	if port == 80 {
-		addr = s.selfPlain
-	}
-	if addr == "" {
-		return nil, fmt.Errorf("no listener for port %d", port)
-	}
-	return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
-}
-
 func (s *server) makeIngress(context.Context) (err error) {
 	tlsConfig, err := s.cfg.serverTLS(s.log)
 	if err != nil {
@@ -307,7 +294,8 @@ func (s *server) makeIngress(context.Context) (err error) {
 			_, _, err := s.manager.Connect(ctx, "", sandbox.ID(id), 0)
 			return err
 		},
-		API: s.api(), TLS: tlsConfig, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
+		Inside: func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
+		API:    s.api(), TLS: tlsConfig, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
 	return err
 }
@@ -463,6 +451,9 @@ func (s *server) remember(mode ingress.Mode, addr net.Addr) {
 	ip := a.Addr().Unmap()
 	if ip.IsUnspecified() {
 		ip = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	if !ip.Is4() { // dialSelf's source is an IPv4 address
+		return
 	}
 	local := netip.AddrPortFrom(ip, a.Port()).String()
 	switch {

@@ -45,6 +45,11 @@ type Config struct {
 	TLS *tls.Config
 	// TrustedProxies may say who the client is by X-Forwarded-For and -Proto.
 	TrustedProxies []netip.Prefix
+	// Inside returns the sandbox's own address for the source of a connection that
+	// was opened for a sandbox which asked for one of our names. Its rules were
+	// applied to the name that the TLS handshake shows, so requests for another
+	// host are refused there. Nil: sandboxes do not come this way.
+	Inside func(src netip.Addr) (sandbox netip.Addr, ok bool)
 	// HSTS is the max-age of Strict-Transport-Security; 0 sends none.
 	HSTS time.Duration
 	// HTTPSPort is where listeners of mode Redirect send clients; 0 means 443.
@@ -147,7 +152,7 @@ func New(cfg Config) (*Ingress, error) {
 	in := &Ingress{
 		cfg: cfg, domains: ds, log: cfg.Log, pages: pages,
 		metrics:  newMetrics(),
-		sources:  newSources(cfg.Limits.ConnsPerSource, cfg.TrustedProxies),
+		sources:  newSources(&cfg),
 		backends: map[string]*backend{},
 		wakes:    map[string]*wakeCall{},
 	}
@@ -217,6 +222,10 @@ type visit struct {
 func (v *visit) serve() {
 	if v.mode == TLS && v.in.cfg.HSTS > 0 {
 		v.w.Header().Set("Strict-Transport-Security", v.in.hsts())
+	}
+	if v.info.inside && !showsItsHost(v.r) {
+		v.refuse(misdirected())
+		return
 	}
 	to, refused := v.in.route(v.r, v.mode)
 	if refused != nil {

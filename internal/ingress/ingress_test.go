@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -215,6 +216,46 @@ func TestTrustedProxy(t *testing.T) {
 	out := l.plain(t, "GET / HTTP/1.1\r\nHost: "+a.host(port)+"\r\nX-Forwarded-For: 192.0.2.7\r\nX-Forwarded-Proto: https\r\nConnection: close\r\n\r\n")
 	if !strings.Contains(out, "x-forwarded-for=192.0.2.7, 127.0.0.1\n") || !strings.Contains(out, "x-forwarded-proto=https\n") {
 		t.Error(out)
+	}
+}
+
+func TestSandboxesReachOnlyTheNameTheyShow(t *testing.T) {
+	outside := netip.MustParseAddr("127.0.0.1")
+	l := newLab(t, func(c *Config) {
+		c.TrustedProxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} // it does not cover sandboxes
+		c.Inside = func(a netip.Addr) (netip.Addr, bool) { return netip.MustParseAddr("10.223.0.2"), a != outside }
+	})
+	a, b := l.sandbox(idA), l.sandbox(idB)
+	pa, pb := a.serve(echo), b.serve(echo)
+	l.both(t, func(t *testing.T, c *http.Client) {
+		c.Transport.(*http.Transport).DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 223, 0, 2)}}
+			return d.DialContext(ctx, network, l.https)
+		}
+		resp, body := get(t, c, "https://"+a.host(pa)+"/", "X-Forwarded-For", "192.0.2.7")
+		if resp.StatusCode != 200 || !strings.Contains(body, "x-forwarded-for=10.223.0.2\n") {
+			t.Errorf("the host shown: %d %s", resp.StatusCode, body)
+		}
+		for _, other := range []string{b.host(pb), a.host(pb), "api." + domain, domain, "sandbox." + domain, "localhost", "127.0.0.1"} {
+			req, err := http.NewRequest("GET", "https://"+a.host(pa)+"/health", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Host = other
+			resp, body := do(t, c, req, "E2b-Sandbox-Id", idB, "E2b-Sandbox-Port", strconv.Itoa(pb))
+			if resp.StatusCode != http.StatusMisdirectedRequest {
+				t.Errorf("%s over a connection for %s: %d %s", other, a.host(pa), resp.StatusCode, body)
+			}
+		}
+	})
+	// Others may bring many hosts over one connection, as browsers do.
+	req, err := http.NewRequest("GET", "https://"+a.host(pa)+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = b.host(pb)
+	if resp, body := do(t, l.client(true), req); resp.StatusCode != 200 {
+		t.Errorf("a client outside: %d %s", resp.StatusCode, body)
 	}
 }
 

@@ -30,6 +30,13 @@ func badRequest(sentence string) *refusal {
 		hint: "Check the address. Sandboxes are reached at <port>-<sandboxID> followed by the domain."}
 }
 
+// misdirected makes a client that reuses connections try again on one of its own
+// for this host (RFC 9110 section 15.5.20).
+func misdirected() *refusal {
+	return &refusal{Code: http.StatusMisdirectedRequest, Message: "The request is for another host than its connection was opened for.",
+		title: "Wrong connection", hint: "Open a connection for each host: the sandbox's network rules are applied to the name that a connection shows."}
+}
+
 func notFound(id string) *refusal {
 	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Message: "The sandbox was not found", title: "Sandbox not found",
 		hint: "It may have been stopped or have reached the end of its time. Start it again, or check the address."}

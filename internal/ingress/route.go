@@ -52,6 +52,16 @@ func (in *Ingress) route(r *http.Request, mode Mode) (route, *refusal) {
 	return to, nil
 }
 
+// showsItsHost reports whether a request is for the host that the TLS handshake of
+// its connection named. Without TLS there is nothing to disagree with.
+func showsItsHost(r *http.Request) bool {
+	if r.TLS == nil {
+		return true
+	}
+	host, _, err := splitHost(r.Host)
+	return err == nil && lower(strings.TrimSuffix(host, ".")) == lower(r.TLS.ServerName)
+}
+
 // apiPath reports whether a path is the control API's. The agent has none
 // like it, and one SDK sends its sandbox's routing headers to the API as well
 // (novita-sandbox for Python, on connect).

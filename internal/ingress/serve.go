@@ -177,6 +177,7 @@ type connInfo struct {
 	conn      net.Conn // nil when the server is not ours
 	addr      netip.Addr
 	from      string // addr as text
+	inside    bool   // a sandbox: addr is its own
 	trusted   bool   // a proxy whose X-Forwarded-* we believe
 	upgrading bool   // its request may take the connection over; set and read by the goroutine that serves it
 	source    *sources
@@ -209,14 +210,22 @@ func infoOf(r *http.Request) *connInfo {
 type sources struct {
 	limit   int
 	trusted []netip.Prefix
+	inside  func(netip.Addr) (netip.Addr, bool)
 
 	mu    sync.Mutex // guards the fields below
 	conns map[net.Conn]*connInfo
 	count map[netip.Prefix]int
 }
 
-func newSources(limit int, trusted []netip.Prefix) *sources {
-	return &sources{limit: limit, trusted: trusted, conns: map[net.Conn]*connInfo{}, count: map[netip.Prefix]int{}}
+func newSources(c *Config) *sources {
+	inside := c.Inside
+	if inside == nil {
+		inside = func(netip.Addr) (netip.Addr, bool) { return netip.Addr{}, false }
+	}
+	return &sources{
+		limit: c.Limits.ConnsPerSource, trusted: c.TrustedProxies, inside: inside,
+		conns: map[net.Conn]*connInfo{}, count: map[netip.Prefix]int{},
+	}
 }
 
 // key is the address, or the /64 an IPv6 client can choose addresses from.
@@ -234,10 +243,13 @@ func (s *sources) connContext(ctx context.Context, c net.Conn) context.Context {
 	info := &connInfo{conn: c, source: s}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		info.addr = a.AddrPort().Addr().Unmap().WithZone("")
-		info.from = info.addr.String()
 		for _, p := range s.trusted {
 			info.trusted = info.trusted || p.Contains(info.addr)
 		}
+		if sandbox, ok := s.inside(info.addr); ok {
+			info.addr, info.inside, info.trusted = sandbox, true, false
+		}
+		info.from = info.addr.String()
 	}
 	s.mu.Lock()
 	s.conns[c] = info
