@@ -43,7 +43,7 @@ const addrB6v = "[2001:db8:80::c633:641e]" // shared-b.test, by IPv6
 // passes, and nothing that is not leaves the host.
 func (g *guest) unattended() {
 	g.t.Helper()
-	mark := g.stand.lab.Recorder().Mark()
+	mark := g.live.lab.Recorder().Mark()
 	for _, y := range temptations() {
 		if o := g.try(y); o.Class == "ok" || o.Class == "NOERROR" {
 			g.t.Errorf("%s: got %s while nobody judges", y, o)
@@ -63,7 +63,7 @@ func (g *guest) unattended() {
 // nothing demands that no packet of a temptation left the host since mark.
 func (g *guest) nothing(mark lab.Mark) {
 	g.t.Helper()
-	seen := g.stand.lab.Recorder().Since(mark)
+	seen := g.live.lab.Recorder().Since(mark)
 	for _, host := range []string{attacker, "198.51.100.30", addrB6v, "169.254.169.254", "10.0.0.5"} {
 		if err := seen.To(mustAddr(host)).None(); err != nil {
 			g.t.Errorf("to %s: %v", host, err)
@@ -99,11 +99,11 @@ func (g *guest) attended(began time.Time) {
 	)
 }
 
-func testFrozen(t *testing.T, s *stand, g *guest) {
+func testFrozen(t *testing.T, s *live, g *guest) {
 	g.flow(opening{ID: "proxied", Kind: "https", Addr: nameA + ":443", Name: nameA, Path: endless})
 	mark := s.lab.Recorder().Mark()
 	s.signal(t, syscall.SIGSTOP)
-	defer func() { _ = syscall.Kill(s.pid(), syscall.SIGCONT) }()
+	defer func() { _ = syscall.Kill(s.PID(), syscall.SIGCONT) }()
 	g.unattended()
 	s.signal(t, syscall.SIGCONT)
 	g.attended(time.Now())
@@ -111,9 +111,9 @@ func testFrozen(t *testing.T, s *stand, g *guest) {
 	g.moves("proxied")
 }
 
-func testStarved(t *testing.T, s *stand, g *guest) {
+func testStarved(t *testing.T, s *live, g *guest) {
 	g.flow(opening{ID: "spliced", Kind: "https", Addr: nameA + ":443", Name: nameA, Path: endless})
-	pid := s.pid()
+	pid := s.PID()
 	mark := s.lab.Recorder().Mark()
 	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {
@@ -144,15 +144,15 @@ func testStarved(t *testing.T, s *stand, g *guest) {
 		g.attended(time.Now())
 	}
 	g.nothing(mark)
-	if got := s.pid(); got != pid || !s.healthy(5*time.Second) {
+	if got := s.PID(); got != pid || !s.healthy(5*time.Second) {
 		t.Errorf("the server %d is now %d, or not healthy", pid, got)
 	}
 }
 
-func testKilled(t *testing.T, s *stand, g *guest) {
+func testKilled(t *testing.T, s *live, g *guest) {
 	g.flow(opening{ID: "dying", Kind: "https", Addr: nameA + ":443", Name: nameA, Path: endless})
 	mark := s.lab.Recorder().Mark()
-	s.stop(t, syscall.SIGKILL)
+	s.Stop(t, syscall.SIGKILL)
 	g.ended("dying", time.Now().Add(5*time.Second))
 	for _, y := range []try{web(addrA, nameA), get(addrA, nameA), ask8(nameA)} {
 		if o := g.try(y); o.Class != "refused" {
@@ -161,7 +161,7 @@ func testKilled(t *testing.T, s *stand, g *guest) {
 	}
 	g.unattended()
 	began := time.Now()
-	if err := s.start(context.WithoutCancel(t.Context())); err != nil {
+	if err := s.Start(context.WithoutCancel(t.Context())); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("the server answers again after %s", time.Since(began).Round(time.Millisecond))

@@ -39,7 +39,7 @@ func (g *guest) moves(id string) {
 }
 
 // spring answers each datagram with ten, like a download over UDP.
-func spring(t *testing.T, s *stand, addr string) {
+func spring(t *testing.T, s *live, addr string) {
 	t.Helper()
 	c, err := s.lab.Internet().ListenPacket(t.Context(), "udp4", addr)
 	if err != nil {
@@ -87,7 +87,7 @@ func cutFlows() (denied, kept []opening) {
 }
 
 // testCut tightens and loosens the rules under live downloads.
-func testCut(t *testing.T, s *stand) {
+func testCut(t *testing.T, s *live) {
 	spring(t, s, attacker+":4001")
 	spring(t, s, addrB+":4001")
 	before := []string{attacker, addrB, "shared-a.test", nameA, addrA6, addrB6}
@@ -157,7 +157,7 @@ func (g *guest) ended(id string, by time.Time) state {
 }
 
 // testLatency measures how soon an update is felt by new flows.
-func testLatency(t *testing.T, s *stand) {
+func testLatency(t *testing.T, s *live) {
 	g := s.guest(t, client.Network{})
 	for _, size := range []int{1, 1000, 10_000} {
 		deny := make([]string, 0, size)
@@ -201,7 +201,7 @@ func rounded(ds []time.Duration) time.Duration {
 }
 
 // testHellos sends ClientHellos of odd shapes to an allowed and a denied name.
-func testHellos(t *testing.T, s *stand) {
+func testHellos(t *testing.T, s *live) {
 	g := s.guest(t, client.Network{DenyOut: all, AllowOut: []string{nameA}})
 	wrong := verdict{"deny", "deny[0]", "name-denied"}
 	for _, shape := range []string{"", "huge", "bytes", "records"} {
@@ -218,7 +218,7 @@ func testHellos(t *testing.T, s *stand) {
 }
 
 // testFollow compares the stream of events with the list.
-func testFollow(t *testing.T, s *stand) {
+func testFollow(t *testing.T, s *live) {
 	g := s.guest(t, client.Network{DenyOut: all, AllowOut: []string{nameA, addrB}})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -267,7 +267,7 @@ func testFollow(t *testing.T, s *stand) {
 }
 
 // testModes tries the modes that tell more than they must.
-func testModes(t *testing.T, s *stand) {
+func testModes(t *testing.T, s *live) {
 	g := s.guest(t, client.Network{DenyOut: all, AllowOut: []string{nameA}, Mode: "observe"})
 	t.Run("observe lets everything above the floor pass and says what it would have denied", func(t *testing.T) {
 		g := g.in(t)
@@ -312,7 +312,7 @@ type pins struct {
 }
 
 // startPins tries them; finish looks again when the pins have run out.
-func startPins(t *testing.T, s *stand) *pins {
+func startPins(t *testing.T, s *live) *pins {
 	g := s.guest(t, client.Network{DenyOut: all, AllowOut: []string{"short.test:4000", "short.test:8080", "*.wild.test:4000", "shared-a.test:443"}})
 	p := &pins{g: g}
 	const addr = "198.51.100.13" // of short.test and of zero.test

@@ -13,7 +13,7 @@ func TestEgress(t *testing.T) {
 	p := startPins(t, s) // they take half a minute to run out
 	for _, c := range []struct {
 		name string
-		run  func(*testing.T, *stand)
+		run  func(*testing.T, *live)
 	}{
 		{"rules", testRules},
 		{"cut", testCut},

@@ -149,7 +149,7 @@ func steps() []step {
 	}
 }
 
-func testRules(t *testing.T, s *stand) {
+func testRules(t *testing.T, s *live) {
 	sequence := steps()
 	g := s.guest(t, sequence[0].rules)
 	for i, st := range sequence {
@@ -196,7 +196,7 @@ func (g *guest) silent(mark lab.Mark, checks []check) {
 			reached[hostOf(c.Addr)], reached[hostOf(c.server)] = true, true
 		}
 	}
-	seen := g.stand.lab.Recorder().Since(mark)
+	seen := g.live.lab.Recorder().Since(mark)
 	for _, c := range checks {
 		host := hostOf(c.Addr)
 		if c.Kind == "dns" {
@@ -215,7 +215,7 @@ func (g *guest) silent(mark lab.Mark, checks []check) {
 	}
 }
 
-func testPause(t *testing.T, s *stand, g *guest) {
+func testPause(t *testing.T, s *live, g *guest) {
 	g = g.in(t)
 	g.rules(client.Network{DenyOut: all, AllowOut: []string{nameA, addrB}})
 	g.sh("echo kept > /home/user/note")

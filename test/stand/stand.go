@@ -4,6 +4,7 @@
 package stand
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,12 @@ const API = "http://127.0.0.1:3900"
 type Options struct {
 	// Spares is how many running spares of the base template it keeps.
 	Spares int
+	// IPv6 gives the lab and its sandboxes IPv6 as well.
+	IPv6 bool
+	// Network is more YAML for the network section, indented by two.
+	Network string
+	// LogLevel is the server's; empty means debug.
+	LogLevel string
 }
 
 // Stand is a lab with a server in it.
@@ -59,7 +66,7 @@ func New(t testing.TB, o Options) *Stand {
 	name := fmt.Sprintf("t%03s", strconv.FormatInt(rand.Int64N(36*36*36), 36)) // tests of several packages run at once
 	// Cleanups run in reverse order: the server ends, then the lab, then this.
 	t.Cleanup(func() { clearCgroups(t, name) })
-	s := &Stand{Lab: lab.Start(t, lab.Config{Domain: Domain}), Dir: dir, Config: filepath.Join(dir, "cordon.yaml"), Name: name}
+	s := &Stand{Lab: lab.Start(t, lab.Config{Domain: Domain, IPv6: o.IPv6}), Dir: dir, Config: filepath.Join(dir, "cordon.yaml"), Name: name}
 	if err := os.WriteFile(s.Config, s.configuration(o), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -91,15 +98,19 @@ listen:
   plain: 127.0.0.1:3900
 network:
   upstreams: [8.8.8.8, 1.1.1.1]
+%[6]s
 sandboxes:
   extra_ca: %[4]s
   spares: {base: %[5]d}
-log: {level: debug}
-`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares)
+log: {level: %[7]s}
+`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"))
 }
 
-// Binary is the server's program, which make build makes.
+// Binary is the server's program, which make build makes; TEST_BINARY names another.
 func Binary() string {
+	if path := os.Getenv("TEST_BINARY"); path != "" {
+		return path
+	}
 	path, err := filepath.Abs("../../bin/cordon")
 	if err != nil {
 		panic(err) // the working directory is gone
@@ -164,6 +175,13 @@ func (s *Stand) Stop(t testing.TB, sig syscall.Signal) {
 		<-done
 	}
 	s.server = nil
+}
+
+// PID is the server's process.
+func (s *Stand) PID() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.server.Process.Pid
 }
 
 // Log is the end of what the server printed so far.
