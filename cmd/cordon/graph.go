@@ -54,6 +54,7 @@ type server struct {
 	egressOn    []net.Listener
 	resolverOn  []func(context.Context) error // one for each socket
 	metricsOn   net.Listener
+	descriptors int    // how many this process may have
 	selfAddress string // where the egress proxy reaches the ingress with TLS
 	selfPlain   string // and without
 }
@@ -66,6 +67,9 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err er
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	if s.descriptors, err = descriptors(); err != nil {
+		return nil, fmt.Errorf("read the limit of descriptors: %w", err)
+	}
 	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, dir := range []string{cfg.StateDir, cfg.RunDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -277,6 +281,7 @@ func (s *server) makeEgress(context.Context) (err error) {
 		},
 		Resolve:  s.resolver.Resolve,
 		DialSelf: s.dialSelf,
+		Limits:   egressLimits(s.descriptors),
 		Flows:    s.flows, Log: s.log,
 	})
 	return err
@@ -295,6 +300,7 @@ func (s *server) makeIngress(context.Context) (err error) {
 			return err
 		},
 		Inside: func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
+		Limits: ingressLimits(s.descriptors),
 		API:    s.api(), TLS: tlsConfig, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
 	return err
