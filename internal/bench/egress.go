@@ -341,7 +341,7 @@ func (r *run) perConnection(ctx context.Context, ways []*way, of map[string]*pro
 		if w.addr != nil {
 			l = w.addr(l)
 		}
-		if v, err := held(ctx, w.client, of[w.name], l); err != nil {
+		if v, err := r.held(ctx, w.client, of[w.name], l); err != nil {
 			f.name += " (" + strings.TrimSpace(err.Error()) + ")"
 		} else {
 			f.values = []float64{v}
@@ -351,7 +351,7 @@ func (r *run) perConnection(ctx context.Context, ways []*way, of map[string]*pro
 	return out
 }
 
-func held(ctx context.Context, client, of *process, l Load) (kib float64, err error) {
+func (r *run) held(ctx context.Context, client, of *process, l Load) (kib float64, err error) {
 	before, err := of.memory()
 	if err != nil {
 		return 0, err
@@ -363,7 +363,7 @@ func held(ctx context.Context, client, of *process, l Load) (kib float64, err er
 	select { // timers and buffers of the opening go
 	case <-ctx.Done():
 		return 0, ctx.Err()
-	case <-time.After(time.Second):
+	case <-time.After(min(time.Second, 4*r.Each)):
 	}
 	after, err := of.memory()
 	return float64(after-before) / float64(l.Conns) / 1024, err
