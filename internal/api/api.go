@@ -94,6 +94,7 @@ type Config struct {
 // server implements the generated interface; its methods are the operations.
 type server struct {
 	Config
+	streams streams
 }
 
 var _ control.StrictServerInterface = (*server)(nil)
@@ -103,7 +104,7 @@ func New(c Config) http.Handler {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &server{c}
+	s := &server{Config: c}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", s.noRoute)
 	for pattern, what := range notSupported {

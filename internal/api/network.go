@@ -3,10 +3,13 @@ package api
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/cordonhq/cordon/api/gen/control"
+	"github.com/cordonhq/cordon/internal/auth"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/policy"
@@ -37,13 +40,13 @@ func (s *server) ListNetworkEvents(ctx context.Context, r control.ListNetworkEve
 		return nil, err
 	}
 	if r.Params.Follow {
+		if err := s.streams.open(ctx, callerOf(ctx).ID); err != nil {
+			return nil, err
+		}
 		return eventStream{
 			ctx:    ctx,
 			events: s.Flows.Follow(ctx, filter),
-			gone: func() bool {
-				_, err := s.Sandboxes.Get(ctx, owner(ctx), rec.ID)
-				return errs.Is(err, errs.NotFound)
-			},
+			gone:   func() bool { return s.ended(ctx, rec.ID) },
 		}, nil
 	}
 	events := s.Flows.Events(filter)
@@ -54,11 +57,53 @@ func (s *server) ListNetworkEvents(ctx context.Context, r control.ListNetworkEve
 	return list, nil
 }
 
+// ended reports whether a stream is over: its sandbox has ended, or the caller's
+// key was revoked.
+func (s *server) ended(ctx context.Context, id sandbox.ID) bool {
+	if _, err := s.Sandboxes.Get(ctx, owner(ctx), id); errs.Is(err, errs.NotFound) {
+		return true
+	}
+	keys, err := s.Keys.Keys(ctx)
+	return err == nil && !slices.ContainsFunc(keys, func(k auth.Key) bool { return k.ID == callerOf(ctx).ID })
+}
+
+// maxStreams is how many event streams one key may follow at a time: every verdict
+// about any sandbox is offered to each of them.
+const maxStreams = 64
+
+// streams counts the streams of each key. The zero value is ready.
+type streams struct {
+	mu    sync.Mutex // guards byKey
+	byKey map[string]int
+}
+
+// open counts a stream until ctx, its request's, ends.
+func (s *streams) open(ctx context.Context, key string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byKey[key] >= maxStreams {
+		return errs.New(errs.Exhausted, "this API key follows %d event streams already: end one first", maxStreams)
+	}
+	if s.byKey == nil {
+		s.byKey = map[string]int{}
+	}
+	s.byKey[key]++
+	context.AfterFunc(ctx, func() { s.closed(key) })
+	return nil
+}
+
+func (s *streams) closed(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byKey[key]--; s.byKey[key] == 0 {
+		delete(s.byKey, key)
+	}
+}
+
 func flowFilter(id sandbox.ID, p *control.ListNetworkEventsParams) (flowlog.Filter, error) {
 	none := flowlog.Filter{}
-	limit, err := pageLimit(p.Limit)
-	if err != nil {
-		return none, err
+	if p.Limit < 0 {
+		return none, errs.New(errs.Invalid, "parameter limit is %d, it must be at least 1", p.Limit)
 	}
 	if p.Verdict != "" && !p.Verdict.Valid() {
 		return none, errs.New(errs.Invalid, "parameter verdict is %q: use allow, deny, observe, close or fail", p.Verdict)
@@ -67,7 +112,7 @@ func flowFilter(id sandbox.ID, p *control.ListNetworkEventsParams) (flowlog.Filt
 	if p.Since < 0 || p.LastEventID < 0 {
 		return none, errs.New(errs.Invalid, "parameter since is %d, it must not be negative", min(p.Since, p.LastEventID))
 	}
-	return flowlog.Filter{Sandbox: string(id), Verdict: flowlog.Verdict(p.Verdict), Since: uint64(since), Limit: limit}, nil
+	return flowlog.Filter{Sandbox: string(id), Verdict: flowlog.Verdict(p.Verdict), Since: uint64(since), Limit: p.Limit}, nil
 }
 
 // unnamed is the address a name is judged at when none is given: one that is
