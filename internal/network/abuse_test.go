@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"encoding/binary"
 	"net"
 	"net/netip"
@@ -141,4 +142,37 @@ func portUnreachable(l sandbox.Lease, from, to netip.AddrPort) error {
 		defer unix.Close(fd)
 		return unix.Sendto(fd, m, 0, &unix.SockaddrInet4{Addr: from.Addr().As4()})
 	})
+}
+
+// TestASlotRestsUntilItsFlowsAreForgotten breaks the connection to the tracker:
+// the slot must not go before its flows do.
+func TestASlotRestsUntilItsFlowsAreForgotten(t *testing.T) {
+	w := start(t)
+	l := w.lease()
+	w.apply(l, policy.Input{})
+	w.halt() // so that nobody else empties the trash
+	if err := w.Release(context.Background(), l); err != nil {
+		t.Fatal(err)
+	}
+	w.ct.mu.Lock()
+	if w.ct.conn == nil {
+		t.Fatal("no connection to break")
+	}
+	w.ct.conn.Close()
+	w.ct.mu.Unlock()
+	there := func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.slots[l.Slot] != nil
+	}
+	if err := w.deleteReleased(); err == nil || !there() {
+		t.Errorf("with the tracker out of reach: error %v, slot there: %t", err, there())
+	}
+	if err := w.deleteReleased(); err != nil || there() {
+		t.Errorf("afterwards: error %v, slot there: %t", err, there())
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.boot(nil)
 }

@@ -198,7 +198,13 @@ func (n *Network) deleteReleased() error {
 	if len(batch) == 0 {
 		return nil
 	}
-	err := n.forgetFlows(batch)
+	if err := n.forgetFlows(batch); err != nil {
+		n.mu.Lock()
+		n.trash = append(n.trash, batch...) // for the next time
+		n.mu.Unlock()
+		return err
+	}
+	var err error
 	for _, s := range batch {
 		s.mu.Lock()
 		if !s.retired { // never leased: its addresses are still admitted
