@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/cordonhq/cordon/client"
@@ -172,6 +173,23 @@ func (s *suite) close() error {
 	}
 	if s.stand != nil {
 		err = errors.Join(err, s.stand.close())
+	}
+	return err
+}
+
+// restart kills the server without warning, does something while it is gone, and
+// starts it again.
+func (s *suite) restart(ctx context.Context, gone func() error) error {
+	if err := s.stand.stop(syscall.SIGKILL); err != nil {
+		return fmt.Errorf("kill the server: %w", err)
+	}
+	for _, sub := range s.subjects {
+		sub.stale = true
+	}
+	err := gone()
+	s.stand.http.CloseIdleConnections() // to the dead
+	if serr := s.stand.start(ctx); serr != nil {
+		return errors.Join(err, fmt.Errorf("start the server again: %w", serr))
 	}
 	return err
 }

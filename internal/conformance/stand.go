@@ -23,8 +23,9 @@ import (
 
 // Where the throw-away server is found, in the lab.
 const (
-	domain = "sbx.test"
-	plain  = "127.0.0.1:3900"
+	standName = "conf"
+	domain    = "sbx.test"
+	plain     = "127.0.0.1:3900"
 )
 
 // stand is a lab with a server in it.
@@ -89,7 +90,7 @@ func (s *stand) writeConfig() error {
 	for _, up := range s.lab.Upstreams() {
 		upstreams = append(upstreams, up.Addr().String())
 	}
-	text := fmt.Sprintf(`name: conf
+	text := fmt.Sprintf(`name: %[6]s
 state_dir: %[1]s/state
 run_dir: %[1]s/run
 domain: %[2]s
@@ -103,7 +104,7 @@ sandboxes:
   extra_ca: %[5]s
   spares: {base: 2}
 log: {level: debug}
-`, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile())
+`, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile(), standName)
 	return os.WriteFile(s.config, []byte(text), 0o600)
 }
 
@@ -202,30 +203,49 @@ type link struct {
 	gate  netip.Prefix     // the host's address on it
 }
 
-// linkOf finds the link whose network holds a sandbox's address.
-func (s *stand) linkOf(a netip.Addr) (found link, err error) {
+// links returns every link of the server to a sandbox or a slot in waiting.
+func (s *stand) links() (out []link, err error) {
 	err = s.lab.Host().Do(func() error {
-		links, err := net.Interfaces()
+		all, err := net.Interfaces()
 		if err != nil {
 			return err
 		}
-		for _, l := range links {
+		for _, l := range all {
+			if !strings.HasPrefix(l.Name, "cd"+standName+"-") {
+				continue // not a sandbox's
+			}
+			file := filepath.Join(s.dir, "run", "netns", l.Name)
 			addrs, err := l.Addrs()
 			if err != nil {
 				return err
 			}
 			for _, b := range addrs {
-				p, err := netip.ParsePrefix(b.String())
-				if err == nil && p.Contains(a) && p.Addr() != a {
-					found = link{netns: filepath.Join(s.dir, "run", "netns", l.Name), mac: l.HardwareAddr, gate: p}
-					return nil
+				if p, err := netip.ParsePrefix(b.String()); err == nil && p.Addr().Is4() {
+					out = append(out, link{netns: file, mac: l.HardwareAddr, gate: p})
 				}
 			}
 		}
-		return fmt.Errorf("no link leads to %s", a)
+		return nil
 	})
-	return found, err
+	return out, err
 }
+
+// linkOf finds the link whose network holds a sandbox's address.
+func (s *stand) linkOf(a netip.Addr) (link, error) {
+	all, err := s.links()
+	if err != nil {
+		return link{}, err
+	}
+	for _, l := range all {
+		if l.gate.Contains(a) {
+			return l, nil
+		}
+	}
+	return link{}, fmt.Errorf("no link leads to %s", a)
+}
+
+// guest is the sandbox's address on the link: the other one of a /30.
+func (l link) guest() netip.Addr { return l.gate.Addr().Next() }
 
 // logTail returns the server's last words.
 func (s *stand) logTail(n int) string {

@@ -24,7 +24,9 @@ type Subject struct {
 	process *client.Process
 
 	addr     netip.Addr // its own; valid after Addr
-	below    *prober    // the probe in the sandbox's place, after Takeover
+	addr6    netip.Addr
+	stale    bool    // the server was restarted: nobody hears the probe
+	below    *prober // the probe in the sandbox's place, after Takeover
 	takeover *lab.Cmd
 }
 
@@ -54,7 +56,7 @@ func (s *Subject) startProbe(ctx context.Context) error {
 		return fmt.Errorf("start the probe: %w", err)
 	}
 	p.send = process.Send
-	s.inside, s.process = p, process
+	s.inside, s.process, s.stale = p, process, false
 	return nil
 }
 
@@ -74,7 +76,7 @@ func (s *Subject) end(ctx context.Context) error {
 	return err
 }
 
-// Addr is the sandbox's own IPv4 address.
+// Addr is the sandbox's own IPv4 address; addr6 is the other one then.
 func (s *Subject) Addr(ctx context.Context) (netip.Addr, error) {
 	if s.addr.IsValid() {
 		return s.addr, nil
@@ -84,12 +86,19 @@ func (s *Subject) Addr(ctx context.Context) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("ask for the sandbox's address: %w", err)
 	}
 	for _, word := range strings.Fields(r.Stdout) {
-		if a, err := netip.ParseAddr(word); err == nil && a.Is4() {
+		a, err := netip.ParseAddr(word)
+		switch {
+		case err != nil:
+		case a.Is4():
 			s.addr = a
-			return a, nil
+		case a.IsPrivate():
+			s.addr6 = a
 		}
 	}
-	return netip.Addr{}, fmt.Errorf("the sandbox names no IPv4 address: %q", r.Stdout)
+	if !s.addr.IsValid() || !s.addr6.IsValid() {
+		return netip.Addr{}, fmt.Errorf("the sandbox does not name its addresses: %q", r.Stdout)
+	}
+	return s.addr, nil
 }
 
 // prober speaks with one running probe.

@@ -129,6 +129,9 @@ func frames(o Order) (got Outcome) {
 		if i > 0 {
 			time.Sleep(o.Gap)
 		}
+		if len(frame) >= 14 && [6]byte(frame[6:12]) == [6]byte{} {
+			copy(frame[6:12], link.HardwareAddr) // the link's own, unless the frame has one
+		}
 		if err := unix.Sendto(fd, frame, 0, to); err != nil {
 			got.End = ending(err)
 			return got

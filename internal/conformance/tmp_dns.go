@@ -1,3 +1,0 @@
-package conformance
-
-func dnsCases() []Case { return nil }

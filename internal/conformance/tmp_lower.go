@@ -1,3 +1,0 @@
-package conformance
-
-func lowerCases() []Case { return nil }
