@@ -31,7 +31,7 @@ const (
 type EventOptions struct {
 	Verdict control.NetworkEventVerdict // empty: all
 	Since   int64                       // only events with a greater Seq
-	Limit   int                         // the newest so many; 0: 1000
+	Limit   int                         // the newest so many; 0: 1000, and 4096 are all that is kept
 }
 
 func (o EventOptions) query() url.Values {

@@ -138,11 +138,20 @@ func networkEventOf(e *flowlog.Event) control.NetworkEvent {
 		Destination: addrOf(e.Dst),
 		Upstream:    addrOf(e.Upstream),
 		Name:        e.Name,
+		Answers:     textsOf(e.Answers),
 		Detail:      e.Detail,
 		BytesOut:    e.BytesOut,
 		BytesIn:     e.BytesIn,
 		DurationMs:  float64(e.Duration) / float64(time.Millisecond),
 	}
+}
+
+func textsOf(addrs []netip.Addr) []string {
+	var out []string
+	for _, a := range addrs {
+		out = append(out, a.String())
+	}
+	return out
 }
 
 func ruleOf(r policy.Rule) control.Rule { return control.Rule{Id: r.ID, Text: r.Text} }

@@ -25,8 +25,9 @@ type Event struct {
 	Dst        netip.AddrPort `json:"dst"`      // what the sandbox addressed
 	Upstream   netip.AddrPort `json:"upstream"` // what the proxy dialled, if it did
 	Name       string         `json:"name,omitempty"`
-	Detail     string         `json:"detail,omitempty"` // one line for a person: "GET /x", "A", "server_name missing"
-	BytesOut   int64          `json:"bytesOut"`         // sandbox to upstream
+	Answers    []netip.Addr   `json:"answers,omitempty"` // of a DNS question: the addresses the sandbox was told
+	Detail     string         `json:"detail,omitempty"`  // one line for a person: "GET /x", "A", "server_name missing"
+	BytesOut   int64          `json:"bytesOut"`          // sandbox to upstream
 	BytesIn    int64          `json:"bytesIn"`
 	Duration   time.Duration  `json:"durationNs"`
 }

@@ -305,6 +305,9 @@ func (r *Resolver) finish(q *query, out outcome) []byte {
 		Detail: strings.TrimSpace(q.kind() + " " + rcode), BytesOut: int64(q.size), BytesIn: int64(len(wire)),
 		Duration: time.Since(q.began),
 	}
+	if out.reply != nil {
+		e.Answers = addrsOf(out.reply.Answer)
+	}
 	switch {
 	case out.failed:
 		e.Verdict = flowlog.Failed

@@ -482,7 +482,9 @@ type Network struct {
 
 // NetworkEvent defines model for NetworkEvent.
 type NetworkEvent struct {
-	BytesIn int64 `json:"bytesIn"`
+	// Answers Of a DNS question: the addresses that the sandbox was told.
+	Answers []string `json:"answers,omitempty,omitzero"`
+	BytesIn int64    `json:"bytesIn"`
 
 	// BytesOut From the sandbox.
 	BytesOut int64 `json:"bytesOut"`
@@ -780,8 +782,8 @@ type ListNetworkEventsParams struct {
 	// Since Only events with a greater seq.
 	Since int64 `form:"since,omitempty" json:"since,omitempty,omitzero"`
 
-	// Limit At most so many.
-	Limit       Limit `form:"limit,omitempty" json:"limit,omitempty,omitzero"`
+	// Limit The newest so many; without it 1000. No more are kept than 4096.
+	Limit       int   `form:"limit,omitempty" json:"limit,omitempty,omitzero"`
 	Follow      bool  `form:"follow,omitempty" json:"follow,omitempty,omitzero"`
 	LastEventID int64 `json:"Last-Event-ID,omitempty,omitzero"`
 }
