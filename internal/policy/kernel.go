@@ -26,7 +26,7 @@ type KernelRules struct {
 	Allow         []PrefixPort
 	Deny          []PrefixPort
 	DenyAll       bool     // Deny covers every destination, both families
-	NameRules     bool     // some rule names a domain: ProxyPorts go to the proxy
+	NameRules     bool     // some rule names a domain, or Observe: ProxyPorts go to the proxy
 	ProxyPorts    []uint16 // 80, 443 and, with NameRules, nothing else
 	AutoDNS       bool
 	Pins          bool // some rule is host:port: keep a pin set
@@ -55,11 +55,12 @@ func (c *Compiled) deriveKernel() {
 	} else {
 		k.Deny = merge(translated(c.deny.prefixes))
 	}
-	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || c.opDeny.proxied()
+	k.Observe = c.input.Mode == ModeObserve
+	// Whoever observes wants to know the names, so the proxy has a look at them.
+	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || c.opDeny.proxied() || k.Observe
 	k.ProxyPorts = []uint16{80, 443}
 	k.AutoDNS = c.autoDNS
 	k.Pins = c.allow.pins() || c.opAllow.pins() || c.floorOpen.pins()
-	k.Observe = c.input.Mode == ModeObserve
 	// The tries decide from here on.
 	for _, s := range []*ruleSet{&c.allow, &c.deny, &c.opAllow, &c.opDeny, &c.floorOpen} {
 		s.prefixes = nil

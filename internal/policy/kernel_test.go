@@ -94,7 +94,7 @@ func TestKernelRules(t *testing.T) {
 		{"a domain on another port needs no proxy", Input{AllowOut: []string{"a.com:5432"}, DenyOut: []string{"0.0.0.0/0"}}, nil,
 			KernelRules{Deny: prefixes(t, "0.0.0.0/0", "::/0"), DenyAll: true, Pins: true, AutoDNS: true}},
 		{"the operator", Input{Mode: ModeObserve}, op,
-			KernelRules{FloorOpen: prefixes(t, "10.0.0.5:22"), FloorNames: true, OperatorDeny: prefixes(t, "6.6.6.6", "64:ff9b::606:606", "2002:606:606::/48"), OperatorAllow: prefixes(t, "5.5.5.5"), Observe: true}},
+			KernelRules{FloorOpen: prefixes(t, "10.0.0.5:22"), FloorNames: true, OperatorDeny: prefixes(t, "6.6.6.6", "64:ff9b::606:606", "2002:606:606::/48"), OperatorAllow: prefixes(t, "5.5.5.5"), NameRules: true, Observe: true}},
 		{"a denied port for all", Input{DenyOut: []string{"0.0.0.0/0:25"}}, nil,
 			KernelRules{Deny: prefixes(t, "0.0.0.0/0:25", "[::/0]:25")}},
 	}
