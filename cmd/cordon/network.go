@@ -15,7 +15,7 @@ import (
 
 func networkCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{Use: "network", Short: "Change and explain what a sandbox may reach"}
-	cmd.AddCommand(networkSetCommand(a), networkExplainCommand(a))
+	cmd.AddCommand(networkSetCommand(a), networkExplainCommand(a), networkSuggestCommand(a))
 	return cmd
 }
 
