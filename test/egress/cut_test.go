@@ -2,11 +2,14 @@ package egress_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/cordonhq/cordon/client"
 	"github.com/cordonhq/cordon/internal/lab"
@@ -303,6 +306,46 @@ func testModes(t *testing.T, s *live) {
 			}
 		}
 	})
+}
+
+// testSuggest watches a sandbox, asks for the rules it needs, and enforces them.
+func testSuggest(t *testing.T, s *live) {
+	g := s.guest(t, client.Network{DenyOut: all, Mode: "observe"})
+	work := []try{web(nameA, ""), get(nameB, ""), tcp("shared-a.test"), udp(attacker), tcp("[2001:db8:80::c633:6463]"), web("x.wild.test", ""), web("y.wild.test", "")}
+	for _, y := range work {
+		if o := g.try(y); o.Class != "ok" {
+			t.Fatalf("%s in observe mode: %s", y, o)
+		}
+	}
+	time.Sleep(50 * time.Millisecond) // the log is a few milliseconds behind
+	suggest := func(args ...string) string {
+		out, err := s.Command(t.Context(), append([]string{"network", "suggest", g.ID}, args...)...).Output()
+		if err != nil {
+			t.Fatalf("suggest: %v", err)
+		}
+		return string(out)
+	}
+	var rules client.Network
+	if err := json.Unmarshal([]byte(suggest("--form", "json")), &rules); err != nil {
+		t.Fatal(err)
+	}
+	want := client.Network{
+		AllowOut: []string{nameA, nameB, "shared-a.test:4000", "x.wild.test", "y.wild.test", attacker + ":4000", "[2001:db8:80::c633:6463]:4000"}, DenyOut: all,
+	}
+	if diff := cmp.Diff(want, rules); diff != "" {
+		t.Error(diff)
+	}
+	if wide := suggest("--wildcards"); !contains(wide, `allowOut: ["*.wild.test", "allowed.test", `) || !contains(wide, `"deny_out": ["0.0.0.0/0"]`) {
+		t.Errorf("with wildcards, as code:\n%s", wide)
+	}
+	g.rules(rules)
+	for _, y := range work {
+		if o := g.try(y); o.Class != "ok" {
+			t.Errorf("%s under what was suggested: %s", y, o)
+		}
+	}
+	wrong := verdict{"deny", "deny[0]", "name-denied"}
+	g.run(check{web(attacker, "attacker.test"), "alert", wrong, ""}, refuses(udp(addrB), denied), check{ask8("shared-b.test"), "REFUSED", verdict{"deny", "dns", "name-denied"}, ""})
 }
 
 // pins are rules about a name and a port, whose addresses the resolver pins.

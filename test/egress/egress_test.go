@@ -18,9 +18,12 @@ func TestEgress(t *testing.T) {
 		{"rules", testRules},
 		{"cut", testCut},
 		{"modes", testModes},
+		{"suggest", testSuggest},
 		{"hellos", testHellos},
 		{"follow", testFollow},
 		{"latency", testLatency},
+		{"flood", testFlood},
+		{"log", testLogLoad},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, s) })
 	}

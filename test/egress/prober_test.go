@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -81,6 +82,7 @@ func serveProbes() error {
 	mux.HandleFunc("POST /look", answer(p.look))
 	mux.HandleFunc("POST /flood", answer(p.flood))
 	mux.HandleFunc("POST /rate", answer(measure))
+	mux.HandleFunc("POST /requests", answer(request))
 	s := &http.Server{Addr: fmt.Sprintf(":%d", proberPort), Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	return s.ListenAndServe()
 }
@@ -601,4 +603,43 @@ func measure(ctx context.Context, m measuring) (out struct {
 		time.Sleep(m.Gap)
 	}
 	return out, nil
+}
+
+// requesting asks for HTTP requests on connections that are kept.
+type requesting struct {
+	Addr, Name string
+	PerSecond  int
+	For        time.Duration
+}
+
+// request sends them and returns how many were answered.
+func request(ctx context.Context, q requesting) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, q.For)
+	defer cancel()
+	const workers = 8
+	var answered atomic.Int64
+	var wg sync.WaitGroup
+	hc := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: workers, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, network, q.Addr)
+	}}}
+	defer hc.CloseIdleConnections()
+	for range workers {
+		wg.Go(func() {
+			gap := time.NewTicker(time.Second * workers / time.Duration(q.PerSecond))
+			defer gap.Stop()
+			for ctx.Err() == nil {
+				<-gap.C
+				req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+q.Name+"/status/204", nil)
+				if err != nil {
+					return
+				}
+				if res, err := hc.Do(req); err == nil {
+					res.Body.Close()
+					answered.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return int(answered.Load()), nil
 }
