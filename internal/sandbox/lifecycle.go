@@ -31,15 +31,33 @@ func (m *Manager) remove(ctx context.Context, id ID, why Event) error {
 	// A client that goes away must not leave half a sandbox.
 	ctx = context.WithoutCancel(ctx)
 	v := e.view.Load()
-	if err := m.cfg.Store.DeleteSandbox(ctx, id); err != nil {
-		return fmt.Errorf("delete record: %w", err)
+	unwritten := m.deleteRecord(ctx, id)
+	if unwritten == nil {
+		m.forget(id)
 	}
-	m.forget(id)
 	closeOnce(v.done)
 	err = m.free(ctx, v)
+	if unwritten != nil {
+		// A store that cannot write, on a full disk say, must not keep a sandbox alive,
+		// which may be what filled it. Its files are gone now: the record may follow.
+		// If not, the call fails and can be repeated.
+		if again := m.deleteRecord(ctx, id); again != nil {
+			return errors.Join(fmt.Errorf("delete record: %w", again), err)
+		}
+		m.forget(id)
+	}
 	m.event(ctx, &v.rec, why)
 	m.cfg.Log.Info("sandbox ended", "sandbox", id, "why", why.Name, "lived", time.Since(v.rec.Created))
 	return err
+}
+
+// storePatience bounds a write that must not hold up the end of a sandbox.
+const storePatience = 5 * time.Second
+
+func (m *Manager) deleteRecord(ctx context.Context, id ID) error {
+	ctx, cancel := context.WithTimeout(ctx, storePatience)
+	defer cancel()
+	return m.cfg.Store.DeleteSandbox(ctx, id)
 }
 
 // free gives back everything a sandbox holds outside the store.
@@ -143,11 +161,13 @@ func (m *Manager) replacePolicy(ctx context.Context, e *entry, next view) error 
 	return nil
 }
 
-// expired returns the running sandboxes whose time is over.
+// expired returns the running sandboxes whose time is over and that nobody is
+// busy with: what takes longer than a tick must not be waited for at each.
 func (m *Manager) expired(now time.Time) []ID {
 	var out []ID
 	for _, e := range m.entries() {
-		if v := e.view.Load(); v.rec.State == Running && !now.Before(v.rec.Expires) {
+		if v := e.view.Load(); v.rec.State == Running && !now.Before(v.rec.Expires) && e.op.TryLock() {
+			e.op.Unlock()
 			out = append(out, v.rec.ID)
 		}
 	}

@@ -79,6 +79,51 @@ func TestBadRequestsChangeNothing(t *testing.T) {
 	}
 }
 
+// TestAStoreThatCannotWriteKeepsNothingAlive is about a full disk: the sandbox that
+// filled it must end, and its network with it.
+func TestAStoreThatCannotWriteKeepsNothingAlive(t *testing.T) {
+	for _, how := range []string{"kill", "expiry"} {
+		t.Run(how, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				m := newManager(t, w)
+				runManager(t, m)
+				rec, err := m.Create(t.Context(), CreateRequest{Timeout: 10 * time.Second})
+				if err != nil {
+					t.Fatal(err)
+				}
+				ep, _ := m.Endpoint(rec.ID)
+				w.failAt("delete", true)
+				if how == "kill" {
+					if err := m.Kill(t.Context(), "", rec.ID); !errors.Is(err, errBroken) {
+						t.Errorf("a kill whose record stays: %v", err)
+					}
+				} else {
+					time.Sleep(11 * time.Second)
+				}
+				synctest.Wait()
+				select {
+				case <-ep.Done:
+				default:
+					t.Error("its connections go on")
+				}
+				if left := w.leftovers(); len(left) != 1 || left[0] != "record "+string(rec.ID) {
+					t.Errorf("left: %q; want the record only", left)
+				}
+				w.failAt("delete", false)
+				if how == "kill" {
+					err = m.Kill(t.Context(), "", rec.ID)
+				} else {
+					time.Sleep(time.Second)
+				}
+				if left := w.leftovers(); err != nil || len(left) > 0 {
+					t.Errorf("with the store back: error %v, left %q", err, left)
+				}
+			})
+		})
+	}
+}
+
 func TestKillFreesEverythingOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
