@@ -68,7 +68,7 @@ func doctorCommand(a *app) *cobra.Command {
 // examine checks everything cordon needs of the host, in the order a person
 // would mend it.
 func examine(ctx context.Context, cfg *config) []finding {
-	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkForward(), checkCgroups(), checkMmdebstrap()}
+	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3))
 }
@@ -143,7 +143,7 @@ func checkNftables() finding {
 
 // checkForward looks for another firewall whose FORWARD policy drops what we
 // accept: a packet must pass every table.
-func checkForward() finding {
+func checkForward(cfg *config) finding {
 	f := finding{name: "forwarding", warn: true}
 	conn, err := nftables.New()
 	if err != nil {
@@ -158,7 +158,7 @@ func checkForward() finding {
 	for _, c := range chains {
 		if c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookForward && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
 			f.say = fmt.Sprintf("table %s chain %s drops forwarded packets by default", c.Table.Name, c.Name)
-			f.mend = "let sandbox links pass there: for Docker, sudo iptables -I DOCKER-USER -i 'cdn+' -j ACCEPT and the same with -o"
+			f.mend = fmt.Sprintf("let sandbox links pass there: for Docker, sudo iptables -I DOCKER-USER -i 'cd%s-+' -j ACCEPT and the same with -o", cfg.Name)
 			return f
 		}
 	}

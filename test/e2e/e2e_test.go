@@ -47,6 +47,7 @@ func TestScripts(t *testing.T) {
 				Files: []string{file},
 				Setup: func(e *testscript.Env) error {
 					e.Setenv("DIR", c.stand.Dir)
+					e.Setenv("NAME", c.stand.Name)
 					e.Setenv("CONFIG", c.stand.Config)
 					e.Setenv("CORDON", stand.Binary())
 					return nil
