@@ -118,13 +118,17 @@ func (p *goPlayer) live(ctx context.Context) error {
 	if err := p.created(ctx, sandbox, err); err != nil {
 		return err
 	}
+	begun := make(firstWrite, 1)
 	// show
-	download, err := sandbox.Commands.Start(ctx, "curl -sN 'https://example.com/slow?n=300&every=50ms'", client.RunOptions{})
+	download, err := sandbox.Commands.Start(ctx, "curl -sN 'https://example.com/slow?n=300&every=50ms'", client.RunOptions{Stdout: begun})
 	// end
 	if err != nil {
 		return err
 	}
-	time.Sleep(300 * time.Millisecond)
+	select {
+	case <-begun:
+	case <-time.After(10 * time.Second):
+	}
 	start := time.Now()
 	// show
 	err = sandbox.SetNetwork(ctx, client.Network{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"1.1.1.1"}})
@@ -318,4 +322,15 @@ func statusAndMessage(res *http.Response) (string, error) {
 	}
 	err := json.NewDecoder(io.LimitReader(res.Body, 1<<16)).Decode(&said)
 	return strconv.Itoa(res.StatusCode) + " " + said.Message, err
+}
+
+// firstWrite has a value once something was written to it.
+type firstWrite chan struct{}
+
+func (f firstWrite) Write(b []byte) (int, error) {
+	select {
+	case f <- struct{}{}:
+	default:
+	}
+	return len(b), nil
 }

@@ -102,7 +102,7 @@ const acts = {
     // show
     const download = await sandbox.commands.run("curl -sN 'https://example.com/slow?n=300&every=50ms'", { background: true })
     // end
-    await new Promise((r) => setTimeout(r, 300))
+    for (let i = 0; i < 500 && !download.stdout; i++) await new Promise((r) => setTimeout(r, 20)) // it has begun
     const start = performance.now()
     // show
     await sandbox.setNetwork({ denyOut: ['0.0.0.0/0'], allowOut: ['1.1.1.1'] })

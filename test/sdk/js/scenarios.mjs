@@ -39,18 +39,25 @@ async function status(sandbox, url, extra = '') {
   return Number(r.stdout)
 }
 
-/** Connects from inside: the errno (0 is success) and the milliseconds it took. */
+/**
+ * Connects from inside, three times: the errno of the last (0 is success) and the
+ * milliseconds of the quickest, which a busy machine does not blur.
+ */
 async function connect(sandbox, ip, port) {
   const family = ip.includes(':') ? 'AF_INET6' : 'AF_INET'
   const r = await run(sandbox, `python3 -c "
 import socket, time
-s = socket.socket(socket.${family}); s.settimeout(5)
-t = time.perf_counter()
-try:
-    e = s.connect_ex(('${ip}', ${port}))
-except TimeoutError:
-    e = 110
-print(e, (time.perf_counter() - t) * 1000)"`)
+took = []
+for _ in range(3):
+    s = socket.socket(socket.${family}); s.settimeout(5)
+    t = time.perf_counter()
+    try:
+        e = s.connect_ex(('${ip}', ${port}))
+    except TimeoutError:
+        e = 110
+    took.append((time.perf_counter() - t) * 1000)
+    s.close()
+print(e, min(took))"`)
   const [errno, ms] = r.stdout.trim().split(' ').map(Number)
   return { errno, ms }
 }

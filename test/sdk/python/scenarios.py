@@ -58,18 +58,23 @@ def status(s, url, extra=""):
 
 
 def connect(s, ip, port):
-    """Connects from inside: the errno (0 is success) and the milliseconds it took."""
+    """Connects from inside, three times: the errno of the last (0 is success) and the
+    milliseconds of the quickest, which a busy machine does not blur."""
     r = run(
         s,
         f'''python3 -c "
 import socket, time
-s = socket.socket(); s.settimeout(5)
-t = time.perf_counter()
-try:
-    e = s.connect_ex(('{ip}', {port}))
-except TimeoutError:
-    e = 110
-print(e, (time.perf_counter() - t) * 1000)"''',
+took = []
+for _ in range(3):
+    s = socket.socket(); s.settimeout(5)
+    t = time.perf_counter()
+    try:
+        e = s.connect_ex(('{ip}', {port}))
+    except TimeoutError:
+        e = 110
+    took.append((time.perf_counter() - t) * 1000)
+    s.close()
+print(e, min(took))"''',
     )
     errno, ms = r.stdout.split()
     return int(errno), float(ms)
