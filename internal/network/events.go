@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"time"
 
 	"github.com/florianl/go-nflog/v2"
-	"github.com/mdlayher/netlink"
-	"github.com/ti-mo/conntrack"
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
@@ -25,74 +22,70 @@ const (
 	ReasonReplaced policy.Reason = "replaced"       // decided by a policy that is no longer in force
 )
 
-// Multicast groups of the connection tracker (linux/netfilter/nfnetlink.h).
-const groupsNewAndDestroy = 1<<(unix.NFNLGRP_CONNTRACK_NEW-1) | 1<<(unix.NFNLGRP_CONNTRACK_DESTROY-1)
-
 // eventBuffer is what the kernel keeps for us while we are slow. When it is full
 // events are lost, and counted; packets are not held up.
 const eventBuffer = 8 << 20
 
 // followFlows records the beginning and end of flows that the kernel forwards.
 func (n *Network) followFlows(ctx context.Context) error {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: groupsNewAndDestroy})
+	s, err := openTracked()
 	if err != nil {
-		return fmt.Errorf("follow flows: open netlink: %w", err)
+		return fmt.Errorf("follow flows: %w", err)
 	}
-	defer c.Close()
-	if err := c.SetReadBuffer(eventBuffer); err != nil {
-		return fmt.Errorf("follow flows: enlarge the buffer: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() { defer close(interrupted); s.interrupt() })
+	defer func() {
+		if !stop() {
+			<-interrupted
+		}
+		_ = s.close()
+	}()
+	buf := make([]byte, 64<<10)
+	lost := func() { n.stats.lostFlows.Add(1) }
 	for {
-		msgs, err := c.Receive()
-		switch {
-		case ctx.Err() != nil:
+		if err := s.wait(); err != nil {
+			return fmt.Errorf("wait for flows: %w", err)
+		}
+		if ctx.Err() != nil {
 			return nil
-		case errors.Is(err, unix.ENOBUFS):
-			n.stats.lostFlows.Add(1)
-			continue
-		case err != nil:
+		}
+		if err := s.read(buf, n.recordFlow, lost); err != nil {
 			return fmt.Errorf("follow flows: %w", err)
 		}
-		for _, m := range msgs {
-			var e conntrack.Event
-			if err := e.Unmarshal(m); err != nil || e.Flow == nil {
-				continue // an event this version of the library does not know
-			}
-			n.recordFlow(&e)
+		select { // let some gather
+		case <-ctx.Done():
+			return nil
+		case <-time.After(trackedBatch):
 		}
 	}
 }
 
 // recordFlow records one event of the tracker, if it is about a slot's own flow.
-func (n *Network) recordFlow(e *conntrack.Event) {
-	f := e.Flow
-	i, proxied, ok := slotOfMark(f.Mark)
-	if !ok || proxied || e.Type != conntrack.EventNew && e.Type != conntrack.EventDestroy {
+func (n *Network) recordFlow(f *tracked) {
+	i, proxied, ok := slotOfMark(f.mark)
+	if !ok || proxied {
 		return
 	}
-	src := f.TupleOrig.IP.SourceAddress
-	if at, ours := n.plan.slotOf(src); !ours || at != i {
+	if at, ours := n.plan.slotOf(f.src.Addr()); !ours || at != i {
 		return
 	}
 	o := n.owners[i].Load()
 	if o == nil || o.policy == nil {
 		return
 	}
-	flow := policy.Flow{Proto: policy.Proto(f.TupleOrig.Proto.Protocol), Dst: destination(*f)}
+	flow := policy.Flow{Proto: f.proto, Dst: f.dst}
 	out := flowlog.Event{
 		Time: time.Now(), Sandbox: string(o.id), Generation: o.policy.Generation(), Layer: flowlog.LayerKernel,
-		Proto: protoName(flow.Proto), Src: netip.AddrPortFrom(src, f.TupleOrig.Proto.SourcePort), Dst: flow.Dst, Upstream: flow.Dst,
+		Proto: protoName(flow.Proto), Src: f.src, Dst: flow.Dst, Upstream: flow.Dst,
 	}
 	v := n.explain(i, o.policy, flow)
 	out.Rule, out.Reason, out.Name = v.rule, v.reason, v.name
 	switch {
-	case e.Type == conntrack.EventDestroy:
+	case f.ended:
 		out.Verdict = flowlog.Closed
-		out.BytesOut, out.BytesIn = int64(f.CountersOrig.Bytes), int64(f.CountersReply.Bytes)
-		if t := f.Timestamp; !t.Start.IsZero() && t.Stop.After(t.Start) {
-			out.Duration = t.Stop.Sub(t.Start)
+		out.BytesOut, out.BytesIn = int64(f.bytesOut), int64(f.bytesIn)
+		if f.start != 0 && f.stop > f.start {
+			out.Duration = time.Duration(f.stop - f.start)
 		}
 	case v.observed:
 		out.Verdict = flowlog.Observed
@@ -197,7 +190,9 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	if o.policy != nil {
 		out.Generation = o.policy.Generation()
 	}
-	judgeRefusal(&out, class(*a.Prefix), o.policy, p)
+	if !n.overBudget(&out, class(*a.Prefix)) {
+		judgeRefusal(&out, class(*a.Prefix), o.policy, p)
+	}
 	n.cfg.Flows.Record(out)
 }
 
