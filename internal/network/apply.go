@@ -75,6 +75,9 @@ func (n *Network) install(s *slot, p *policy.Compiled) error {
 		}
 	}
 	err := n.kern.do(func(tx *transaction) {
+		if !s.applied {
+			n.addQuota(tx, s)
+		}
 		n.addProgram(tx, s, prog, big)
 		if s.applied {
 			tx.remove(n.namedSet(setMarks), n.markElement(s, former))
@@ -192,6 +195,7 @@ func (n *Network) withdraw(s *slot) error {
 		tx.FlushChain(n.chain(s.chain()))
 		tx.DelChain(n.chain(s.chain()))
 		n.deleteSets(tx, s.sets)
+		n.deleteQuota(tx, s)
 	})
 }
 

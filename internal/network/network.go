@@ -68,6 +68,13 @@ type Config struct {
 	// MaxFlows is how many flows one sandbox may have at a time, so that none fills
 	// the host's connection tracker; default 8192.
 	MaxFlows uint32
+	// MaxNewFlows is how many flows one sandbox may open in a second, and at once; 0:
+	// no limit.
+	MaxNewFlows uint32
+	// MaxBytesOut is how many bytes, headers and all, the flows that a sandbox opens
+	// may take out in all, whoever passes them on; then every packet is refused. A
+	// restart of the server does not begin a new budget, a new slot does. 0: no limit.
+	MaxBytesOut uint64
 	// Quarantine is how long a released slot's addresses rest; default one minute.
 	Quarantine time.Duration
 	Flows      flowlog.Recorder // required

@@ -155,6 +155,9 @@ func (n *Network) readBack(kept []adopted) {
 				s.tries = s.gen
 			}
 		}
+		if err := n.readSpent(c, bySlot); err != nil {
+			return err
+		}
 		sets, err := c.GetSets(n.table())
 		if err != nil {
 			return err
@@ -221,6 +224,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 			if b.prog == nil {
 				continue
 			}
+			n.addQuota(tx, b.slot)
 			n.addProgram(tx, b.slot, b.prog, false)
 			tx.add(n.namedSet(setSlots), []nftables.SetElement{n.slotElement(b.slot)})
 			tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(b.slot, markOf(b.slot.num, b.slot.tries))})

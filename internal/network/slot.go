@@ -112,7 +112,8 @@ type slot struct {
 	applied bool       // it has a chain
 	sets    []string   // of its chain
 	pins    pinTable
-	retired bool // its rules are withdrawn
+	spent   uint64 // of Config.MaxBytesOut, by an earlier server process
+	retired bool   // its rules are withdrawn
 }
 
 // createSlot makes the namespace, the veth pair, addresses and routes of slot

@@ -120,6 +120,8 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
 	case setFlows:
 		s.Dynamic, s.Size = true, 1<<16
+	case setRates:
+		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
 	case setOwn4:
 		s.Concatenation, s.KeyByteOrder = true, nil
 		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFIndex, nftables.TypeEtherAddr, nftables.TypeIPAddr)
@@ -163,6 +165,7 @@ func (n *Network) addTable(tx *transaction) {
 		tx.AddChain(n.chain(name))
 	}
 	n.addRefusals(tx)
+	n.addBudgets(tx)
 	n.addTransparent(tx)
 	n.addShared(tx)
 	n.addHooks(tx)
@@ -220,7 +223,9 @@ func (n *Network) addShared(tx *transaction) {
 		when(l4proto(policy.UDP), dport(53), goTo(chainDNS)),
 		when(l4proto(policy.TCP), dport(53), goTo(chainDNS)),
 		// The proxy's connections stay with the proxy, whatever a later policy says.
-		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)),
+		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)))
+	tx.rules(n.chain(chainOK), n.paced()...)
+	tx.rules(n.chain(chainOK),
 		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
 		when(setCtMark(0), accept()),
 		when(drop()))
