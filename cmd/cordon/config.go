@@ -86,6 +86,15 @@ type networkConfig struct {
 	FloorOpen   []string     `yaml:"floor_open" env:"FLOOR_OPEN"`
 	AlwaysAllow []string     `yaml:"always_allow" env:"ALWAYS_ALLOW"`
 	AlwaysDeny  []string     `yaml:"always_deny" env:"ALWAYS_DENY"`
+	Limits      limitsConfig `yaml:"limits" envPrefix:"LIMITS_"`
+}
+
+// limitsConfig is what one sandbox may use of the network.
+type limitsConfig struct {
+	Connections    int   `yaml:"connections" env:"CONNECTIONS"`         // at a time
+	NewConnections int   `yaml:"new_connections" env:"NEW_CONNECTIONS"` // a second, also at once; the kernel's and the proxy's are counted apart
+	DNSQueries     int   `yaml:"dns_queries" env:"DNS_QUERIES"`         // a second, three times as many at once
+	BytesOut       int64 `yaml:"bytes_out" env:"BYTES_OUT"`             // in all packets of one run; 0: no limit
 }
 
 type logConfig struct {
@@ -195,6 +204,9 @@ func (c *config) setDefaults() {
 	n.ProxyPort = cmp.Or(n.ProxyPort, 15001)
 	n.DNSPort = cmp.Or(n.DNSPort, 15053)
 	n.LogGroup = cmp.Or(n.LogGroup, 5223)
+	n.Limits.Connections = cmp.Or(n.Limits.Connections, 8192)
+	n.Limits.NewConnections = cmp.Or(n.Limits.NewConnections, 10_000)
+	n.Limits.DNSQueries = cmp.Or(n.Limits.DNSQueries, 100)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 	c.Log.Format = cmp.Or(c.Log.Format, "text")
 }
@@ -235,13 +247,18 @@ func (c *config) validate() error {
 	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
 		return bad("tls", c.TLS.Cert+c.TLS.Key, "name both cert and key, or neither")
 	}
-	l := c.Sandboxes
+	l, nl := c.Sandboxes, c.Network.Limits
 	for _, n := range []struct {
 		field string
 		value int64
-	}{{"cpus", int64(l.CPUs)}, {"memory_mb", l.MemoryMB}, {"disk_mb", l.DiskMB}, {"processes", l.Processes}, {"max", int64(l.Max)}, {"max_timeout", int64(l.MaxTimeout)}} {
+	}{
+		{"sandboxes.cpus", int64(l.CPUs)}, {"sandboxes.memory_mb", l.MemoryMB}, {"sandboxes.disk_mb", l.DiskMB},
+		{"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)}, {"sandboxes.max_timeout", int64(l.MaxTimeout)},
+		{"network.limits.connections", int64(nl.Connections)}, {"network.limits.new_connections", int64(nl.NewConnections)},
+		{"network.limits.dns_queries", int64(nl.DNSQueries)}, {"network.limits.bytes_out", nl.BytesOut},
+	} {
 		if n.value < 0 {
-			return bad("sandboxes."+n.field, n.value, "use a positive number")
+			return bad(n.field, n.value, "use a positive number")
 		}
 	}
 	if !c.Network.Subnet4.Addr().Is4() || c.Network.Subnet4.Bits() > 24 {

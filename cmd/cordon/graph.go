@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -125,12 +126,29 @@ func (s *server) makeNetwork(context.Context) (err error) {
 	s.network, err = network.New(network.Config{
 		Name: s.cfg.Name, RunDir: s.cfg.RunDir, Subnet4: n.Subnet4,
 		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup,
+		MaxFlows: clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
 		Flows: s.flows, Log: s.log,
 	})
 	if err == nil {
 		s.closers = append(s.closers, s.network)
 	}
 	return err
+}
+
+// clamp32 turns a limit into the kernel's width.
+func clamp32(n int) uint32 { return uint32(min(n, math.MaxUint32)) }
+
+// proxy is the part of the limits that the proxy keeps, within what the process
+// can hold at all.
+func (l limitsConfig) proxy(out egress.Limits) egress.Limits {
+	out.Conns, out.NewPerSecond = min(l.Connections, out.TotalConns/8), l.NewConnections
+	out.Pending = min(out.Conns, 1024)
+	return out
+}
+
+// budget is the part that the resolver keeps.
+func (l limitsConfig) budget() resolver.Budget {
+	return resolver.Budget{QueriesPerSecond: float64(l.DNSQueries), Burst: 3 * l.DNSQueries}
 }
 
 // operator is the policy layer over every sandbox's rules.
@@ -243,6 +261,7 @@ func (s *server) makeResolver(context.Context) (err error) {
 		Upstreams: upstreams,
 		Pin:       s.pin,
 		IPv6:      s.network.HasIPv6(),
+		Budget:    s.cfg.Network.Limits.budget(),
 		Flows:     s.flows, Log: s.log,
 	})
 	return err
@@ -281,7 +300,7 @@ func (s *server) makeEgress(context.Context) (err error) {
 		},
 		Resolve:  s.resolver.Resolve,
 		DialSelf: s.dialSelf,
-		Limits:   egressLimits(s.descriptors),
+		Limits:   s.cfg.Network.Limits.proxy(egressLimits(s.descriptors)),
 		Flows:    s.flows, Log: s.log,
 	})
 	return err
