@@ -85,7 +85,7 @@ func (g *guest) logged(since int64, c check) {
 // about reports whether an event is about the attempt itself, not about a
 // question that it needed first.
 func (y try) about(e *client.Event) bool {
-	if (y.Kind == "dns") != (e.Protocol == "dns") {
+	if e.Layer != "kernel" && (y.Kind == "dns") != (e.Protocol == "dns") {
 		return false
 	}
 	host, port, err := net.SplitHostPort(y.Addr)
@@ -93,7 +93,7 @@ func (y try) about(e *client.Event) bool {
 		return false
 	}
 	if net.ParseIP(host) != nil {
-		return e.Destination == net.JoinHostPort(host, port) && (y.Kind != "dns" || e.Name == y.Name)
+		return e.Destination == net.JoinHostPort(host, port) && (y.Kind != "dns" || e.Layer == "kernel" || e.Name == y.Name)
 	}
 	return strings.HasSuffix(e.Destination, ":"+port) && (e.Name == host || e.Layer == "kernel")
 }

@@ -83,6 +83,7 @@ func serveProbes() error {
 	mux.HandleFunc("POST /flood", answer(p.flood))
 	mux.HandleFunc("POST /rate", answer(measure))
 	mux.HandleFunc("POST /requests", answer(request))
+	mux.HandleFunc("POST /send", answer(send))
 	s := &http.Server{Addr: fmt.Sprintf(":%d", proberPort), Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	return s.ListenAndServe()
 }
@@ -643,3 +644,49 @@ func request(ctx context.Context, q requesting) (int, error) {
 	wg.Wait()
 	return int(answered.Load()), nil
 }
+
+// sending asks for bytes to be sent to an echo, by TCP or as the body of a POST.
+type sending struct {
+	Try try
+	N   int
+}
+
+// send succeeds when all has come back.
+func send(ctx context.Context, q sending) (outcome, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	c, err := (&net.Dialer{}).DialContext(ctx, "tcp", q.Try.Addr)
+	if err != nil {
+		return failed(err), nil
+	}
+	defer c.Close()
+	deadline, _ := ctx.Deadline()
+	_ = c.SetDeadline(deadline)
+	if q.Try.Kind == "https" {
+		t := tls.Client(c, q.Try.tlsConfig())
+		if err := t.HandshakeContext(ctx); err != nil {
+			return failed(err), nil
+		}
+		c = t
+		if _, err := fmt.Fprintf(c, "POST /echo HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n", q.Try.Name, q.N); err != nil {
+			return failed(err), nil
+		}
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.CopyN(c, zeros{}, int64(q.N))
+		sent <- err
+	}()
+	_, err = io.CopyN(io.Discard, c, int64(q.N)) // what comes back may have a head as well
+	if err != nil {
+		c.Close()
+	}
+	if err = cmp.Or(err, <-sent); err != nil {
+		return failed(err), nil
+	}
+	return outcome{Class: "ok"}, nil
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { return len(b), nil }
