@@ -36,11 +36,10 @@ func dialTCP(ctx context.Context, dst netip.AddrPort, check func(netip.AddrPort)
 			return check(actual)
 		},
 	}
-	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, dst)
-	if err != nil {
-		return nil, err // not c: a nil *net.TCPConn is no nil net.Conn
-	}
-	return c, nil
+	// Not DialTCP: with a zero local address it binds the socket, and a port that
+	// is bound before the destination is known serves one connection of the whole
+	// host at a time; one that connect(2) chooses serves one for each destination.
+	return d.DialContext(ctx, "tcp", dst.String())
 }
 
 // refusedError says that the policy refuses an address the name resolves to.

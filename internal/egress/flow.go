@@ -327,11 +327,11 @@ func (f *flow) pump(dst, src net.Conn, count *atomic.Int64) {
 	if err != nil {
 		reset(dst)
 		reset(src)
-	} else {
-		closeWrite(dst)
 	}
-	if f.pumps.Add(-1) == 0 {
+	if f.pumps.Add(-1) == 0 { // the last one: closing sends its FIN as well
 		f.finish()
+	} else if err == nil {
+		closeWrite(dst)
 	}
 }
 

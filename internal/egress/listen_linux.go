@@ -22,16 +22,17 @@ func ListenTransparent(ctx context.Context, addr netip.AddrPort) (*net.TCPListen
 		network, level, option = "tcp6", unix.SOL_IPV6, unix.IPV6_TRANSPARENT
 	}
 	lc := net.ListenConfig{
-		KeepAliveConfig: keepAlive,
+		KeepAlive: -1, // each connection inherits the listener's: four system calls less
 		Control: func(_, _ string, raw syscall.RawConn) error {
 			var failed error
-			if err := raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), level, option, 1) }); err != nil {
-				return err
-			}
-			if failed != nil {
-				return fmt.Errorf("set IP_TRANSPARENT (needs CAP_NET_ADMIN): %w", failed)
-			}
-			return nil
+			err := raw.Control(func(fd uintptr) {
+				if failed = unix.SetsockoptInt(int(fd), level, option, 1); failed != nil {
+					failed = fmt.Errorf("set IP_TRANSPARENT (needs CAP_NET_ADMIN): %w", failed)
+					return
+				}
+				failed = setKeepAlive(int(fd))
+			})
+			return errors.Join(err, failed)
 		},
 	}
 	lc.SetMultipathTCP(false) // its sockets cannot splice
@@ -45,6 +46,21 @@ func ListenTransparent(ctx context.Context, addr netip.AddrPort) (*net.TCPListen
 		return nil, fmt.Errorf("listen transparently on %s: %T is no TCP listener", addr, ln)
 	}
 	return tl, nil
+}
+
+// setKeepAlive is what net does with a KeepAliveConfig.
+func setKeepAlive(fd int) error {
+	for _, o := range []struct{ level, option, value int }{
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.SOL_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle.Seconds())},
+		{unix.SOL_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval.Seconds())},
+		{unix.SOL_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.option, o.value); err != nil {
+			return fmt.Errorf("keep connections alive: %w", err)
+		}
+	}
+	return nil
 }
 
 // originalDst is SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST

@@ -291,3 +291,60 @@ func tproxy(t *testing.T, from, to uint16) {
 		t.Fatalf("load the tproxy rules: %v", err)
 	}
 }
+
+func TestUpstreamPortsAreCountedForEachDestination(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	internet(t)
+	const ports = 4
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40003"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, dst := range []string{"93.184.216.1:443", "93.184.216.2:443"} {
+		ln, err := net.Listen("tcp", dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		for i := range ports {
+			c, err := dialTCP(t.Context(), netip.MustParseAddrPort(dst), func(netip.AddrPort) error { return nil })
+			if err != nil {
+				t.Fatalf("connection %d to %s: %v", i, dst, err)
+			}
+			defer c.Close()
+		}
+	}
+}
+
+func TestTransparentConnectionsAreKeptAlive(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	internet(t)
+	ln, err := ListenTransparent(t.Context(), netip.MustParseAddrPort("127.0.0.1:15001"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	dialFrom(t, "10.88.0.2", "127.0.0.1:15001")
+	c, err := ln.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = raw.Control(func(fd uintptr) {
+		on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+		idle, err2 := unix.GetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPIDLE)
+		if on != 1 || idle != int(keepAlive.Idle.Seconds()) || err != nil || err2 != nil {
+			t.Errorf("SO_KEEPALIVE %d, idle %d s: %v %v", on, idle, err, err2)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
