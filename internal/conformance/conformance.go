@@ -146,6 +146,7 @@ type suite struct {
 type postponed struct {
 	due   time.Time
 	trial *Trial
+	kept  []*Subject // the first half's own
 	run   func(*Trial)
 }
 
@@ -186,6 +187,11 @@ func (s *suite) restart(ctx context.Context, gone func() error) error {
 	for _, sub := range s.subjects {
 		sub.stale = true
 	}
+	for _, p := range s.later {
+		for _, sub := range p.kept {
+			sub.stale = true
+		}
+	}
 	err := gone()
 	s.stand.http.CloseIdleConnections() // to the dead
 	if serr := s.stand.start(ctx); serr != nil {
@@ -213,7 +219,15 @@ func (s *suite) runLater(ctx context.Context, report *Report) {
 		case <-ctx.Done():
 			return
 		}
-		p.trial.within(ctx, p.run)
+		p.trial.within(ctx, func(t *Trial) {
+			t.fresh = p.kept
+			for _, sub := range p.kept {
+				if sub.stale {
+					t.must("start the probe again", sub.startProbe(t.ctx))
+				}
+			}
+			p.run(t)
+		})
 		for i := range report.Results {
 			if report.Results[i].Case == p.trial.c.ID {
 				report.Results[i] = p.trial.result

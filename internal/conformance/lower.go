@@ -3,6 +3,7 @@ package conformance
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -356,7 +357,7 @@ func unguarded(t *Trial) {
 	usedAddress(t)
 }
 
-// waitingSlots: a namespace that has no sandbox yet has no network.
+// waitingSlots: a namespace that has no sandbox yet, or no longer, has no network.
 func waitingSlots(t *Trial) {
 	all, err := t.suite.stand.links()
 	t.must("list the links", err)
@@ -366,27 +367,20 @@ func waitingSlots(t *Trial) {
 		t.must("find a sandbox's address", err)
 		taken[a] = true
 	}
-	tried := 0
 	t.Try(Try{
 		What: "UDP and TCP from namespaces in waiting", Never: []string{"canary-60"},
 		Do: func(ctx context.Context) error {
+			tried := 0
 			for _, l := range all {
 				if taken[l.guest()] || tried == 6 {
 					continue
 				}
-				tried++
-				p, cmd, err := t.suite.stand.probeIn(l.netns)
-				if err != nil {
+				switch err := sendFrom(ctx, t.suite.stand, l); {
+				case errors.Is(err, errProbeGone): // as the namespace is
+				case err != nil:
 					return err
-				}
-				src := netip.AddrPortFrom(l.guest(), 5560)
-				udp := udpHeader(src, netip.AddrPortFrom(addrB, 4000), []byte("canary-60"))
-				syn := tcpSYN(src, netip.AddrPortFrom(addrB, 80), []byte("canary-60"))
-				_, err = p.do(ctx, frames(frame(l, nil, ipv4(protoUDP, l.guest(), addrB, udp)), frame(l, nil, ipv4(protoTCP, l.guest(), addrB, syn))))
-				_ = cmd.Process.Kill() // it waits for orders
-				_ = cmd.Wait()
-				if err != nil {
-					return err
+				default:
+					tried++
 				}
 			}
 			if tried == 0 {
@@ -395,6 +389,21 @@ func waitingSlots(t *Trial) {
 			return nil
 		},
 	})
+}
+
+// sendFrom sends what is allowed without rules from a link that has none.
+func sendFrom(ctx context.Context, s *stand, l link) error {
+	p, cmd, err := s.probeIn(l.netns)
+	if err != nil {
+		return err
+	}
+	src := netip.AddrPortFrom(l.guest(), 5560)
+	udp := udpHeader(src, netip.AddrPortFrom(addrB, 4000), []byte("canary-60"))
+	syn := tcpSYN(src, netip.AddrPortFrom(addrB, 80), []byte("canary-60"))
+	_, err = p.do(ctx, frames(frame(l, nil, ipv4(protoUDP, l.guest(), addrB, udp)), frame(l, nil, ipv4(protoTCP, l.guest(), addrB, syn))))
+	_ = cmd.Process.Kill() // it waits for orders, or is gone
+	<-p.ended
+	return err
 }
 
 // withoutServer: the rules are the kernel's and outlive the server; what needs the
@@ -410,13 +419,14 @@ func withoutServer(t *Trial) {
 		src, dst := netip.AddrPortFrom(s.addr, 5562), netip.AddrPortFrom(to, port)
 		return frame(l, nil, ipv4(protoUDP, s.addr, to, udpHeader(src, dst, payload)))
 	}
-	refusals := func(got probe.Outcome) (n int) {
-		for _, r := range got.Replies {
-			if len(r) >= 14+40 && r[14+9] == protoTCP && r[14+20+13]&lab.FlagRST != 0 {
-				n++
+	refusals := func(got probe.Outcome) int {
+		from := map[string]bool{}
+		for _, r := range got.Replies { // behind 14 octets of Ethernet and 20 of IPv4
+			if len(r) >= 14+40 && r[14+9] == protoTCP && r[14+20+13]&lab.FlagRST != 0 && binary.BigEndian.Uint16(r[14+22:]) == 5561 {
+				from[string(r[14+12:14+16])+string(r[14+20:14+22])] = true
 			}
 		}
-		return n
+		return len(from)
 	}
 	t.must("kill the server and start it again", t.suite.restart(t.ctx, func() error {
 		t.Try(Try{

@@ -30,6 +30,9 @@ type Subject struct {
 	takeover *lab.Cmd
 }
 
+// maxOutcome bounds one line of the probe's: it may keep a mebibyte.
+const maxOutcome = 8 << 20
+
 // guestProbe is where the probe is put.
 const guestProbe = "/tmp/cordon-probe"
 
@@ -56,6 +59,10 @@ func (s *Subject) startProbe(ctx context.Context) error {
 		return fmt.Errorf("start the probe: %w", err)
 	}
 	p.send = process.Send
+	go func() {
+		defer close(p.ended)
+		_, _ = process.Wait(context.WithoutCancel(ctx)) // however it ended
+	}()
 	s.inside, s.process, s.stale = p, process, false
 	return nil
 }
@@ -64,7 +71,7 @@ func (s *Subject) startProbe(ctx context.Context) error {
 func (s *Subject) end(ctx context.Context) error {
 	if s.takeover != nil {
 		_ = s.takeover.Process.Kill() // it may have ended with its namespace
-		_ = s.takeover.Wait()
+		<-s.below.ended
 	}
 	err := s.Kill(ctx)
 	if errors.Is(err, client.ErrNotFound) {
@@ -103,7 +110,8 @@ func (s *Subject) Addr(ctx context.Context) (netip.Addr, error) {
 
 // prober speaks with one running probe.
 type prober struct {
-	send func(context.Context, []byte) error
+	send  func(context.Context, []byte) error
+	ended chan struct{} // closed when the probe is gone
 
 	mu      sync.Mutex // guards the rest
 	next    int
@@ -111,12 +119,17 @@ type prober struct {
 	partial []byte // of a line
 }
 
-func newProber() *prober { return &prober{waiting: map[int]chan probe.Outcome{}} }
+func newProber() *prober {
+	return &prober{waiting: map[int]chan probe.Outcome{}, ended: make(chan struct{})}
+}
 
 // Write takes the probe's output and hands outcomes to who waits for them.
 func (p *prober) Write(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if len(p.partial)+len(b) > maxOutcome {
+		return 0, errors.New("an outcome is longer than any can be")
+	}
 	p.partial = append(p.partial, b...)
 	for {
 		line, rest, ok := bytes.Cut(p.partial, []byte("\n"))
@@ -155,6 +168,9 @@ func (p *prober) begin(ctx context.Context, o probe.Order) (<-chan probe.Outcome
 	return c, nil
 }
 
+// errProbeGone: the probe ended, or what it ran in did.
+var errProbeGone = errors.New("the probe is gone")
+
 // do carries out orders at the same time and returns their outcomes in order.
 func (p *prober) do(ctx context.Context, orders []probe.Order) ([]probe.Outcome, error) {
 	pending := make([]<-chan probe.Outcome, len(orders))
@@ -168,6 +184,8 @@ func (p *prober) do(ctx context.Context, orders []probe.Order) ([]probe.Outcome,
 	for i, c := range pending {
 		select {
 		case out[i] = <-c:
+		case <-p.ended:
+			return nil, errProbeGone
 		case <-ctx.Done():
 			return nil, fmt.Errorf("the probe did not end: %w", ctx.Err())
 		}
@@ -205,5 +223,9 @@ func (s *stand) probeIn(netns string) (*prober, *lab.Cmd, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, nil, fmt.Errorf("start the probe in %s: %w", netns, err)
 	}
+	go func() {
+		defer close(p.ended)
+		_ = cmd.Wait() // killed, or never begun
+	}()
 	return p, cmd, nil
 }

@@ -82,12 +82,8 @@ func (t *Trial) must(doing string, err error) {
 // Later runs the rest of the case when so much time has passed, after all other
 // cases.
 func (t *Trial) Later(d time.Duration, run func(*Trial)) {
-	kept := t.fresh
+	t.suite.later = append(t.suite.later, postponed{due: time.Now().Add(d), trial: t, kept: t.fresh, run: run})
 	t.fresh = nil
-	t.suite.later = append(t.suite.later, postponed{due: time.Now().Add(d), trial: t, run: func(t *Trial) {
-		t.fresh = kept
-		run(t)
-	}})
 }
 
 // Sandbox returns a sandbox under the rules, shared with other cases that need

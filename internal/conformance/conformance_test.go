@@ -1,0 +1,189 @@
+package conformance
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cordonhq/cordon/client"
+	"github.com/cordonhq/cordon/internal/conformance/probe"
+	"github.com/cordonhq/cordon/internal/lab"
+)
+
+// built returns the program that make build makes.
+func built(t *testing.T) string {
+	t.Helper()
+	path, err := filepath.Abs("../../bin/cordon")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%v: run make build first", err)
+	}
+	return path
+}
+
+// TestEveryCasePasses runs the suite as a user does. Every case must pass; none
+// may be skipped.
+func TestEveryCasePasses(t *testing.T) {
+	lab.Privileged(t)
+	if testing.Short() {
+		t.Skip("it takes two minutes")
+	}
+	// Asked to end, the command cleans up; only then is it killed.
+	ctx, cancel := context.WithTimeout(t.Context(), 280*time.Second)
+	defer cancel()
+	log := filepath.Join(t.TempDir(), "server.log")
+	cmd := exec.CommandContext(ctx, built(t), "conformance", "--json", "--server-log", log)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 20 * time.Second
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	runErr := cmd.Run()
+	var report Report
+	if err := json.Unmarshal(out.Bytes(), &report); err != nil {
+		t.Fatalf("read the report: %v; the command: %v\n%s", err, runErr, errOut.Bytes())
+	}
+	t.Logf("%d cases in %s", len(report.Results), report.Took)
+	ran := map[int]bool{}
+	for _, r := range report.Results {
+		ran[r.Case] = true
+		if r.Verdict == Pass {
+			continue
+		}
+		text, err := json.MarshalIndent(r, "", "  ")
+		t.Errorf("case %d, %s: %s\n%s%v", r.Case, r.Title, r.Verdict, text, err)
+	}
+	for _, c := range Cases() {
+		if !ran[c.ID] {
+			t.Errorf("case %d, %s, did not run: is bin/cordon older than the suite?", c.ID, c.Title)
+		}
+	}
+	if runErr != nil && !t.Failed() {
+		t.Errorf("the command: %v\n%s", runErr, errOut.Bytes())
+	}
+	if t.Failed() {
+		b, _ := os.ReadFile(log)
+		t.Logf("the server's last words:\n%s", b[max(0, len(b)-8000):])
+	}
+}
+
+// TestAgainstAnotherServer runs the cases that need no recorder against a server
+// by its URL, and finds the others skipped.
+func TestAgainstAnotherServer(t *testing.T) {
+	lab.Privileged(t)
+	if testing.Short() {
+		t.Skip("it starts a server")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	s, err := newStand(ctx, Options{Binary: built(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	key, err := os.ReadFile(filepath.Join(s.dir, "state", "admin.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := s.lab.HostCommand(ctx, built(t), "conformance", "--json", "--against", "http://"+plain, "--case", "1,38,66,67,68,69,70,71")
+	cmd.Env = append(cmd.Env, "CORDON_API_KEY="+strings.TrimSpace(string(key)))
+	out, err := cmd.Output()
+	var report Report
+	if jerr := json.Unmarshal(out, &report); jerr != nil {
+		t.Fatalf("read the report: %v; the command: %v\n%s", jerr, err, out)
+	}
+	if skipped, passed := report.Count(Skip), report.Count(Pass); skipped != 1 || passed != 7 {
+		t.Errorf("%d skipped and %d passed, want 1 and 7: %v\n%s", skipped, passed, err, out)
+	}
+}
+
+func TestCasesAreNumberedOnce(t *testing.T) {
+	seen := map[int]bool{}
+	for _, c := range Cases() {
+		if seen[c.ID] || c.ID == 0 || c.Title == "" || c.Group == "" || c.Run == nil {
+			t.Errorf("case %d, %q: numbered twice, or incomplete", c.ID, c.Title)
+		}
+		seen[c.ID] = true
+	}
+}
+
+func TestHelloIsPutTogetherAsItWas(t *testing.T) {
+	h := newHello(nameA)
+	if got := takeApart(h.bytes()[5:]).bytes(); !bytes.Equal(got, h.bytes()) {
+		t.Error("a hello taken apart and put together is another")
+	}
+	if !bytes.Contains(h.bytes(), []byte(nameA)) || bytes.Contains(h.named().bytes(), []byte(nameA)) {
+		t.Error("the name is not replaced")
+	}
+	cut := probe.Records(h.bytes(), 7)
+	var message []byte
+	for len(cut) > 0 {
+		n := int(cut[3])<<8 | int(cut[4])
+		message, cut = append(message, cut[5:5+n]...), cut[5+n:]
+	}
+	if !bytes.Equal(message, h.bytes()[5:]) {
+		t.Error("records lose bytes of the message")
+	}
+}
+
+func TestNaiveMatcher(t *testing.T) {
+	n := client.Network{AllowOut: []string{"198.51.100.70/29"}, DenyOut: []string{"198.51.100.64/26", "198.51.100.200/32"}}
+	for addr, want := range map[string]bool{
+		"198.51.100.63": true, "198.51.100.64": true, "198.51.100.71": true, "198.51.100.72": false,
+		"198.51.100.127": false, "198.51.100.128": true, "198.51.100.200": false, "198.51.100.201": true,
+	} {
+		if got := naive(n, netip.MustParseAddr(addr)); got != want {
+			t.Errorf("%s is allowed: %v, want %v", addr, got, want)
+		}
+	}
+}
+
+func TestListedNames(t *testing.T) {
+	n := only("allowed.test", "*.wild.test", "ported.test:25")
+	for name, want := range map[string]bool{
+		"allowed.test": true, "x.allowed.test": false, "wild.test": false, "x.wild.test": true, "a.b.wild.test": true,
+		"notwild.test": false, "ported.test": true, "denied.test": false,
+	} {
+		if got := listed(n, name); got != want {
+			t.Errorf("%s is listed: %v, want %v", name, got, want)
+		}
+	}
+}
+
+// FuzzOutcomes feeds what a probe in a sandbox may say.
+func FuzzOutcomes(f *testing.F) {
+	f.Add([]byte("{\"ID\":1,\"Received\":\"SFRUUC8xLjEgMjAwIE9LDQpDb250ZW50LUxlbmd0aDogMg0KDQp7fQ==\",\"End\":\"eof\"}\n"))
+	f.Add([]byte("{\"ID\":1,\"Replies\":[\"AAAAAAABAAAAAAAA\"],\"End\":\"wanted\"}\n{\"ID\":1}\n"))
+	f.Add([]byte("not JSON\n"))
+	f.Fuzz(func(t *testing.T, said []byte) {
+		p := newProber()
+		p.send = func(context.Context, []byte) error { return nil }
+		c, err := p.begin(t.Context(), probe.Order{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Write(said); err != nil {
+			return
+		}
+		select {
+		case got := <-c:
+			for _, judge := range []func(probe.Outcome) error{cut, alerted, reset, refused, served(addrA, nameA), blocked, resolvesTo(addrA), serverHello} {
+				_ = judge(got) // any verdict, no panic
+			}
+			_ = describe(got)
+		default:
+		}
+	})
+}

@@ -1,3 +1,0 @@
-package conformance
-
-func ingressCases() []Case { return nil }
