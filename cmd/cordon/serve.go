@@ -8,9 +8,11 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -49,6 +51,11 @@ Sandboxes outlive it: when it is started again it adopts them.`,
 // serve builds the server, adopts what runs, and answers until ctx ends.
 func serve(ctx context.Context, cfg config, log *slog.Logger, out io.Writer) (err error) {
 	began := time.Now()
+	name, err := holdName(ctx, cfg.Name)
+	if err != nil {
+		return err
+	}
+	defer name.Close()
 	s, err := build(ctx, cfg, log)
 	if err != nil {
 		return err
@@ -74,6 +81,17 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, out io.Writer) (er
 	}
 	log.Info("cordon serves", "domain", cfg.publicDomain(), "api", cfg.apiURL(), "version", version(), "took", time.Since(began))
 	return s.run(ctx)
+}
+
+// holdName makes this the only server of its name in the network namespace: a
+// second one would replace the first one's rules. An abstract socket belongs to
+// the namespace and ends with its process (unix(7)).
+func holdName(ctx context.Context, name string) (io.Closer, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", "@cordon-"+name)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, errs.New(errs.Conflict, "another cordon server on this machine has the name %s: stop it, or set another name for this one", name)
+	}
+	return l, err
 }
 
 // run serves until ctx ends or a part fails. The parts that end others' flows
