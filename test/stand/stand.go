@@ -137,16 +137,22 @@ func (s *Stand) Start(ctx context.Context) error {
 	if err := s.server.Start(); err != nil {
 		return err
 	}
-	deadline := time.Now().Add(3 * time.Minute) // the first start may build the image
-	for time.Now().Before(deadline) {
+	ended := make(chan struct{})
+	go func(server *lab.Cmd) {
+		_ = server.Wait() // Stop reports it
+		close(ended)
+	}(s.server)
+	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) { // the first start may build the image
 		if res, err := s.Client().Get(API + "/health"); err == nil {
 			res.Body.Close()
 			return nil
 		}
-		if err := s.server.Process.Signal(syscall.Signal(0)); err != nil {
+		select {
+		case <-ended:
+			s.server = nil
 			return fmt.Errorf("the server ended:\n%s", s.Log(50))
+		default:
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	return fmt.Errorf("the server does not answer:\n%s", s.Log(50))
 }
