@@ -119,12 +119,10 @@ func (b *backend) dial(ctx context.Context, port uint16) (net.Conn, error) {
 }
 
 func (b *backend) direct(ctx context.Context, port uint16) (net.Conn, error) {
+	// Not DialTCP: with a zero local address it binds first, and the port is then
+	// taken for all destinations at once.
 	var d net.Dialer
-	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(b.target.Addr, port))
-	if err != nil {
-		return nil, err // not c: a nil *TCPConn is not a nil Conn
-	}
-	return c, nil
+	return d.DialContext(ctx, "tcp", netip.AddrPortFrom(b.target.Addr, port).String())
 }
 
 func (b *backend) isInside(port uint16) bool {
