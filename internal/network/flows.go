@@ -188,7 +188,7 @@ func nudge(s *slot, flows []conntrack.Flow) error {
 	}()
 	for _, f := range flows {
 		t := f.TupleOrig
-		if t.Proto.Protocol != uint8(policy.TCP) {
+		if t.Proto.Protocol != uint8(policy.TCP) || over(f) {
 			continue
 		}
 		if fd < 0 {
@@ -205,6 +205,14 @@ func nudge(s *slot, flows []conntrack.Flow) error {
 		}
 	}
 	return nil
+}
+
+// over reports whether both ends have said goodbye: the sandbox would answer with a
+// reset of its own, and the log would call that an attempt.
+func over(f conntrack.Flow) bool {
+	const timeWait, closed = 7, 8 // include/uapi/linux/netfilter/nf_conntrack_tcp.h
+	tcp := f.ProtoInfo.TCP
+	return tcp != nil && (tcp.State == timeWait || tcp.State == closed)
 }
 
 // bigEndian returns v as it lies in memory in network order.
