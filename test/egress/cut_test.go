@@ -203,6 +203,22 @@ func rounded(ds []time.Duration) time.Duration {
 	return ds[len(ds)/2].Round(10 * time.Microsecond)
 }
 
+// testQuiet changes the rules after everything is over: nobody is told anything.
+func testQuiet(t *testing.T, s *live) {
+	g := s.guest(t, client.Network{})
+	g.run(passes(tcp(addrA), open), passes(web(addrA, nameA), open), passes(udp(addrA), open))
+	since := g.lastSeq()
+	var calls []time.Duration
+	for range 10 {
+		calls = append(calls, g.rules(client.Network{DenyOut: all}), g.rules(client.Network{}))
+	}
+	t.Logf("without traffic an update takes %s, at most %s", rounded(calls), slices.Max(calls))
+	time.Sleep(100 * time.Millisecond)
+	for _, e := range g.events(client.EventOptions{Since: since, Verdict: client.Denied}) {
+		t.Errorf("nothing was tried, but the flow log says %s", line(&e))
+	}
+}
+
 // testHellos sends ClientHellos of odd shapes to an allowed and a denied name.
 func testHellos(t *testing.T, s *live) {
 	g := s.guest(t, client.Network{DenyOut: all, AllowOut: []string{nameA}})

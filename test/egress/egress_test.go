@@ -17,6 +17,7 @@ func TestEgress(t *testing.T) {
 	}{
 		{"rules", testRules},
 		{"cut", testCut},
+		{"quiet", testQuiet},
 		{"modes", testModes},
 		{"suggest", testSuggest},
 		{"hellos", testHellos},

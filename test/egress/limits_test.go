@@ -57,7 +57,7 @@ func (g *guest) saw(layer, verdict string, reasons ...string) {
 	g.t.Helper()
 	var events []client.Event
 	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		events = g.events(client.EventOptions{})
+		events = g.events(client.EventOptions{Limit: 4096})
 		if slices.ContainsFunc(events, func(e client.Event) bool {
 			return string(e.Layer) == layer && string(e.Verdict) == verdict && slices.Contains(reasons, e.Reason)
 		}) {

@@ -532,26 +532,29 @@ type flooding struct {
 	For           time.Duration
 }
 
-// flooded says how many connections were made.
-type flooded struct{ Made, Failed int }
+// flooded says how many connections were made, and why others were not.
+type flooded struct {
+	Made   int
+	Failed map[string]int
+}
 
 // flood keeps that many connections open for a time, renewing those that the other
 // side ends.
 func (p *prober) flood(ctx context.Context, f flooding) (flooded, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.For)
 	defer cancel()
-	var out flooded
+	out := flooded{Failed: map[string]int{}}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for i := range f.Silent + f.Begun {
 		wg.Go(func() {
-			for ctx.Err() == nil {
-				made := pester(ctx, f.Addr, i >= f.Silent)
+			for ; ctx.Err() == nil; time.Sleep(time.Second) { // so that it holds connections, not the CPU
+				err := pester(ctx, f.Addr, i >= f.Silent)
 				mu.Lock()
-				if made {
+				if err == nil {
 					out.Made++
-				} else {
-					out.Failed++
+				} else if ctx.Err() == nil {
+					out.Failed[failed(err).Class+" "+err.Error()[:20]]++
 				}
 				mu.Unlock()
 			}
@@ -562,14 +565,10 @@ func (p *prober) flood(ctx context.Context, f flooding) (flooded, error) {
 }
 
 // pester holds one connection until the other side or ctx ends it.
-func pester(ctx context.Context, to netip.AddrPort, begin bool) bool {
+func pester(ctx context.Context, to netip.AddrPort, begin bool) error {
 	c, err := (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
 	if err != nil {
-		select {
-		case <-ctx.Done():
-		case <-time.After(50 * time.Millisecond):
-		}
-		return false
+		return err
 	}
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.Close() })
@@ -578,7 +577,7 @@ func pester(ctx context.Context, to netip.AddrPort, begin bool) bool {
 		_, _ = c.Write([]byte{22, 3, 1, 2, 0, 1, 0, 1, 252})
 	}
 	_, _ = io.Copy(io.Discard, c)
-	return true
+	return nil
 }
 
 // measuring asks how long new connections take.
