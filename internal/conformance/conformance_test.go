@@ -17,9 +17,12 @@ import (
 	"github.com/cordonhq/cordon/internal/lab"
 )
 
-// built returns the program that make build makes.
+// built returns the program that make build makes; TEST_BINARY names another.
 func built(t *testing.T) string {
 	t.Helper()
+	if path := os.Getenv("TEST_BINARY"); path != "" {
+		return path
+	}
 	path, err := filepath.Abs("../../bin/cordon")
 	if err != nil {
 		t.Fatal(err)
@@ -106,6 +109,31 @@ func TestAgainstAnotherServer(t *testing.T) {
 	}
 	if skipped, passed := report.Count(Skip), report.Count(Pass); skipped != 1 || passed != 7 {
 		t.Errorf("%d skipped and %d passed, want 1 and 7: %v\n%s", skipped, passed, err, out)
+	}
+}
+
+// TestKilledRunsAreTidiedUp finds what a run left that could not clean up, and
+// leaves alone what is held.
+func TestKilledRunsAreTidiedUp(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	dead, _, lock, err := newFolder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock.Close() // as the kernel does for the dead
+	alive, _, held, err := newFolder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if err := removeLeft(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dead); err == nil {
+		t.Error("the folder of a dead run is still there")
+	}
+	if _, err := os.Stat(alive); err != nil {
+		t.Error("the folder of a living run is gone")
 	}
 }
 

@@ -549,6 +549,12 @@ func proxyPorts(t *Trial) {
 			Answer: unanswered, Log: denied("floor"),
 		})
 	}
+	loopbackFrames(t, open)
+	borrowedIdentity(t, s, open)
+}
+
+// loopbackFrames: the host's own loopback is not on a sandbox's link.
+func loopbackFrames(t *Trial, open *Subject) {
 	l := t.takeover(open)
 	loopback := netip.MustParseAddr("127.0.0.1")
 	var packets [][]byte
@@ -567,6 +573,10 @@ func proxyPorts(t *Trial) {
 		},
 		Log: denied("floor"), LogOnce: true,
 	})
+}
+
+// borrowedIdentity: who a sandbox is says its link, and nothing that it sends.
+func borrowedIdentity(t *Trial, s, open *Subject) {
 	headers := func(names ...string) []byte {
 		var b strings.Builder
 		fmt.Fprintf(&b, "GET /canary-61 HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n", nameB)

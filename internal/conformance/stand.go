@@ -23,9 +23,8 @@ import (
 
 // Where the throw-away server is found, in the lab.
 const (
-	standName = "conf"
-	domain    = "sbx.test"
-	plain     = "127.0.0.1:3900"
+	domain = "sbx.test"
+	plain  = "127.0.0.1:3900"
 )
 
 // stand is a lab with a server in it.
@@ -33,6 +32,8 @@ type stand struct {
 	opts   Options
 	lab    *lab.Lab
 	dir    string
+	name   string   // of the server, no other's on this machine
+	lock   *os.File // tells other runs that this one lives
 	config string
 	probe  string // path of the probe on this machine
 	server *lab.Cmd
@@ -50,7 +51,7 @@ func newStand(ctx context.Context, o Options) (_ *stand, err error) {
 			err = errors.Join(err, s.close())
 		}
 	}()
-	if s.dir, err = os.MkdirTemp("", "cordon-conformance-"); err != nil {
+	if s.dir, s.name, s.lock, err = newFolder(); err != nil {
 		return nil, err
 	}
 	s.config = filepath.Join(s.dir, "cordon.yaml")
@@ -104,7 +105,7 @@ sandboxes:
   extra_ca: %[5]s
   spares: {base: 2}
 log: {level: debug}
-`, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile(), standName)
+`, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile(), s.name)
 	return os.WriteFile(s.config, []byte(text), 0o600)
 }
 
@@ -167,8 +168,8 @@ func (s *stand) close() error {
 	if s.log != nil {
 		err = errors.Join(err, s.log.Close())
 	}
-	if s.dir != "" {
-		err = errors.Join(err, os.RemoveAll(s.dir))
+	if s.lock != nil {
+		err = errors.Join(err, removeCgroups(s.name), os.RemoveAll(s.dir), s.lock.Close())
 	}
 	return err
 }
@@ -211,7 +212,7 @@ func (s *stand) links() (out []link, err error) {
 			return err
 		}
 		for _, l := range all {
-			if !strings.HasPrefix(l.Name, "cd"+standName+"-") {
+			if !strings.HasPrefix(l.Name, "cd"+s.name+"-") {
 				continue // not a sandbox's
 			}
 			file := filepath.Join(s.dir, "run", "netns", l.Name)
