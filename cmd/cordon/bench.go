@@ -19,10 +19,10 @@ func benchCommand(a *app) *cobra.Command {
 		Long: `Measure cordon on this machine, side by side with what else is installed.
 
 Everything happens in namespaces without an uplink; the machine's network is not
-touched. Figures are medians over rounds, with their range; they are compared
-with the first column, in turns within one run. See docs/performance.md.`,
+touched. Figures are medians over rounds, with the range of the
+middle half; they are compared with the first column, in turns within one run. See docs/performance.md.`,
 		Example: `  sudo cordon bench egress
-  sudo cordon bench all --rounds 9 --each 1s`,
+  sudo cordon bench all --rounds 21 --each 300ms`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if os.Geteuid() != 0 {
 				return errNotRoot("bench")
@@ -53,8 +53,8 @@ with the first column, in turns within one run. See docs/performance.md.`,
 		},
 	}
 	f := cmd.Flags()
-	f.IntVar(&o.Rounds, "rounds", 0, "how often each thing is measured (default 5)")
-	f.DurationVar(&o.Each, "each", 0, "how long one measurement takes (default 300ms)")
+	f.IntVar(&o.Rounds, "rounds", 0, "how often each thing is measured (default 11)")
+	f.DurationVar(&o.Each, "each", 0, "how long one measurement takes (default 100ms)")
 	f.IntVar(&o.Sandboxes, "sandboxes", 0, "sandboxes registered beside the measured one (default 1000)")
 	f.IntVar(&o.Flows, "flows", 0, "idle connections when memory is measured (default 10000, or what the limit on open files allows)")
 	f.IntVar(&o.Starts, "starts", 0, "sandboxes started one by one (default 30)")

@@ -36,8 +36,8 @@ import (
 // Options say what to measure and how long. Zero fields take the defaults.
 type Options struct {
 	Tables    []string      // of Tables(); all
-	Rounds    int           // how often each thing is measured; 5
-	Each      time.Duration // how long one measurement takes; 300 ms
+	Rounds    int           // how often each thing is measured; 11
+	Each      time.Duration // how long one measurement takes; 100 ms
 	Sandboxes int           // registered beside the one that is measured; 1000
 	CIDRs     int           // in its policy then; 10,000
 	Flows     int           // idle connections when memory is measured; 10,000
@@ -77,12 +77,12 @@ func (o *Options) fill() {
 		o.Tables = Tables()
 	}
 	if o.Each <= 0 {
-		o.Each = 300 * time.Millisecond
+		o.Each = 100 * time.Millisecond
 	}
 	for _, f := range []struct {
 		v *int
 		d int
-	}{{&o.Rounds, 5}, {&o.Sandboxes, 1000}, {&o.CIDRs, 10_000}, {&o.Flows, 10_000}, {&o.Starts, 30}, {&o.Burst, 100}} {
+	}{{&o.Rounds, 11}, {&o.Sandboxes, 1000}, {&o.CIDRs, 10_000}, {&o.Flows, 10_000}, {&o.Starts, 30}, {&o.Burst, 100}} {
 		if *f.v <= 0 {
 			*f.v = f.d
 		}
@@ -155,7 +155,7 @@ func runTables(ctx context.Context, config string) error {
 	if r.files, err = raiseLimit(); err != nil {
 		return err
 	}
-	r.Flows = min(r.Flows, r.files*2/5) // a proxy has two for each
+	r.Flows = min(r.Flows, r.files*3/10) // a proxy has two for each, and pipes
 	if r.cert, err = newCertificate(r.Scratch); err != nil {
 		return err
 	}

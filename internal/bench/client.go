@@ -34,6 +34,8 @@ type Load struct {
 	Name  string // shown in a hello, a Host header or both; empty: no hello
 	Conns int    // at a time; 1 when zero
 	For   time.Duration
+	// Program is the process whose processor time is measured meanwhile; or 0.
+	Program int
 
 	hello []byte // the ClientHello that shows Name
 }
@@ -58,6 +60,8 @@ const (
 type Result struct {
 	Rate     float64 // of steps a second; octets a second for bulk
 	P50, P99 time.Duration
+	Steps    int
+	Spent    time.Duration // by Load.Program, for all steps
 }
 
 // deadline is when a connection that hangs fails.
@@ -122,16 +126,21 @@ func (l Load) steps() (Result, error) {
 		})
 	}
 	ready.Wait()
+	before := processorTime(l.Program)
 	began = time.Now()
 	close(start)
 	running.Wait()
 	elapsed := time.Since(began)
+	spent := processorTime(l.Program) - before
 	all := slices.Concat(took...)
 	if err := errors.Join(failed...); err != nil || len(all) == 0 {
 		return Result{}, fmt.Errorf("%s: %w", l.Kind, firstOf(failed))
 	}
 	slices.Sort(all)
-	return Result{Rate: float64(len(all)) / elapsed.Seconds(), P50: quantile(all, 0.5), P99: quantile(all, 0.99)}, nil
+	return Result{
+		Rate: float64(len(all)) / elapsed.Seconds(), P50: quantile(all, 0.5), P99: quantile(all, 0.99),
+		Steps: len(all), Spent: spent,
+	}, nil
 }
 
 func firstOf(failed []error) error {

@@ -95,52 +95,53 @@ func (w *world) bare(name string) (*way, *lab.Netns, error) {
 }
 
 // gateway is a way through cordon.
-func (w *world) gateway(ctx context.Context, name string, c GatewayConfig) (*way, *process, error) {
+func (w *world) gateway(ctx context.Context, name string, c GatewayConfig) (*way, error) {
 	router, err := w.router()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	g, err := w.start(router, roleGateway)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if c.RunDir, err = w.r.folder("gateway"); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	var path string
 	if err := g.call(ctx, "Setup", c, &path); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	slot, err := lab.OpenNetns(path)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	w.closers = append(w.closers, slot.Close)
 	if err := prepareClient(slot); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	p, err := w.start(slot, roleClient)
-	return &way{name: name, client: p}, g, err
+	return &way{name: name, client: p, program: g}, err
 }
 
 // filter is a way through a peer that judges names, and why there is none.
-func (w *world) filter(ctx context.Context, p peer, transparent bool) (*way, *process, string, error) {
+func (w *world) filter(ctx context.Context, p peer, transparent bool) (*way, string, error) {
 	if why := p.missing(); why != "" {
-		return nil, nil, why, nil
+		return nil, why, nil
 	}
 	way, router, err := w.bare(p.name)
 	if err != nil {
-		return nil, nil, "", err
+		return nil, "", err
 	}
 	if err := divert(router, transparent); err != nil {
-		return nil, nil, "", err
+		return nil, "", err
 	}
 	proc, err := w.r.startPeer(ctx, router, p, peerFacts{Names: names, Web: webName, TLSPort: peerTLS, WebPort: peerHTTP})
 	if err != nil {
-		return nil, nil, err.Error(), ctx.Err() // a peer that does not start is a remark
+		return nil, err.Error(), ctx.Err() // a peer that does not start is a remark
 	}
 	w.keep(proc)
-	return way, proc, "", nil
+	way.program = proc
+	return way, "", nil
 }
 
 // oneRule is a policy of one CIDR: no proxy on the way.
@@ -161,12 +162,12 @@ func kernelTable(ctx context.Context, r *run, w *world) error {
 	if err != nil {
 		return err
 	}
-	one, gateway, err := w.gateway(ctx, "cordon", GatewayConfig{Policy: oneRule})
+	one, err := w.gateway(ctx, "cordon", GatewayConfig{Policy: oneRule})
 	if err != nil {
 		return err
 	}
 	manyName := fmt.Sprintf("cordon, %d sandboxes, %d CIDRs", r.Sandboxes, r.CIDRs)
-	many, _, err := w.gateway(ctx, manyName, GatewayConfig{Policy: manyRules(r.CIDRs), Slots: r.Sandboxes})
+	many, err := w.gateway(ctx, manyName, GatewayConfig{Policy: manyRules(r.CIDRs), Slots: r.Sandboxes})
 	if err != nil {
 		return err
 	}
@@ -196,16 +197,16 @@ func kernelTable(ctx context.Context, r *run, w *world) error {
 		return err
 	}
 	t.print(r.out)
-	return r.updates(ctx, one, gateway)
+	return r.updates(ctx, one)
 }
 
 // updates measures how soon a policy update takes effect.
-func (r *run) updates(ctx context.Context, w *way, gateway *process) error {
+func (r *run) updates(ctx context.Context, w *way) error {
 	var answered, refused, cut []float64
 	millis := func(from, to time.Time) float64 { return float64(to.Sub(from).Nanoseconds()) / 1e6 }
-	for range max(r.Rounds*4, 3) {
+	for range r.Rounds * 2 {
 		var done Applied
-		if err := gateway.call(ctx, "Apply", oneRule, &done); err != nil {
+		if err := w.program.call(ctx, "Apply", oneRule, &done); err != nil {
 			return err
 		}
 		var seen Watched
@@ -219,7 +220,7 @@ func (r *run) updates(ctx context.Context, w *way, gateway *process) error {
 		case <-time.After(30 * time.Millisecond):
 		}
 		tight := policy.Input{DenyOut: append(slices.Clone(oneRule.DenyOut), rawAddr.Addr().String())}
-		if err := gateway.call(ctx, "Apply", tight, &done); err != nil {
+		if err := w.program.call(ctx, "Apply", tight, &done); err != nil {
 			return err
 		}
 		if err := <-watched; err != nil {
@@ -252,17 +253,16 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 	if err != nil {
 		return err
 	}
-	cordon, gateway, err := w.gateway(ctx, "cordon", GatewayConfig{Policy: nameRules()})
+	cordon, err := w.gateway(ctx, "cordon", GatewayConfig{Policy: nameRules()})
 	if err != nil {
 		return err
 	}
 	t := proxyMeasures(direct, cordon)
-	memory := map[string]*process{cordon.name: gateway}
 	for _, p := range []struct {
 		peer
 		transparent bool
 	}{{haproxyFilter, true}, {nginxFilter, false}} {
-		way, proc, why, err := w.filter(ctx, p.peer, p.transparent)
+		way, why, err := w.filter(ctx, p.peer, p.transparent)
 		if err != nil {
 			return err
 		}
@@ -271,10 +271,9 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 			continue
 		}
 		t.ways = append(t.ways, way)
-		memory[way.name] = proc
 	}
 	idle := Load{Kind: loadEcho, Addr: rawAddr, Name: rawName, Conns: r.Flows}
-	figures := r.perConnection(ctx, t.ways[1:], memory, idle, 12)
+	figures := r.perConnection(ctx, t.ways[1:], idle, 12)
 	if err := t.run(ctx, r); err != nil {
 		return err
 	}
@@ -331,7 +330,7 @@ func proxyMeasures(direct, cordon *way) *table {
 
 // perConnection holds idle connections through each way and compares what its
 // process needs more; goal is in KiB.
-func (r *run) perConnection(ctx context.Context, ways []*way, of map[string]*process, l Load, goal float64) []figure {
+func (r *run) perConnection(ctx context.Context, ways []*way, l Load, goal float64) []figure {
 	var out []figure
 	for i, w := range ways {
 		f := figure{name: w.name, unit: "KiB", quantile: 0.5}
@@ -341,7 +340,7 @@ func (r *run) perConnection(ctx context.Context, ways []*way, of map[string]*pro
 		if w.addr != nil {
 			l = w.addr(l)
 		}
-		if v, err := r.held(ctx, w.client, of[w.name], l); err != nil {
+		if v, err := r.held(ctx, w, l); err != nil {
 			f.name += " (" + strings.TrimSpace(err.Error()) + ")"
 		} else {
 			f.values = []float64{v}
@@ -351,20 +350,20 @@ func (r *run) perConnection(ctx context.Context, ways []*way, of map[string]*pro
 	return out
 }
 
-func (r *run) held(ctx context.Context, client, of *process, l Load) (kib float64, err error) {
-	before, err := of.memory()
+func (r *run) held(ctx context.Context, w *way, l Load) (kib float64, err error) {
+	before, err := w.program.memory()
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, client.call(ctx, "Release", struct{}{}, nil)) }()
-	if err := client.call(ctx, "Hold", l, nil); err != nil {
+	defer func() { err = errors.Join(err, w.client.call(ctx, "Release", struct{}{}, nil)) }()
+	if err := w.client.call(ctx, "Hold", l, nil); err != nil {
 		return 0, err
 	}
 	select { // timers and buffers of the opening go
 	case <-ctx.Done():
 		return 0, ctx.Err()
-	case <-time.After(min(time.Second, 4*r.Each)):
+	case <-time.After(min(time.Second, 10*r.Each)):
 	}
-	after, err := of.memory()
+	after, err := w.program.memory()
 	return float64(after-before) / float64(l.Conns) / 1024, err
 }

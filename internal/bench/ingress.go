@@ -104,16 +104,14 @@ func (w *world) compareFronts(ctx context.Context) (*table, []figure, error) {
 		return nil, nil, err
 	}
 	t := frontMeasures(&way{name: "service itself", client: client, addr: func(l Load) Load { l.Kind, l.Addr = loadPlain, backendAddr; return l }}, facts.Hosts[0])
-	memory := map[string]*process{}
 	add := func(name string, p *process, port uint16) {
 		to := netip.AddrPortFrom(backendAddr.Addr(), port)
-		t.ways = append(t.ways, &way{name: name, client: client, addr: func(l Load) Load { l.Addr = to; return l }})
-		memory[name] = p
+		t.ways = append(t.ways, &way{name: name, client: client, program: p, addr: func(l Load) Load { l.Addr = to; return l }})
 	}
 	if err := w.fronts(ctx, ns, t, facts, ids, add); err != nil {
 		return nil, nil, err
 	}
-	figures := w.r.perConnection(ctx, t.ways[1:], memory, Load{Kind: holdUpgraded, Name: facts.Hosts[0], Conns: w.r.Flows}, 25)
+	figures := w.r.perConnection(ctx, t.ways[1:], Load{Kind: holdUpgraded, Name: facts.Hosts[0], Conns: w.r.Flows}, 25)
 	return t, figures, t.run(ctx, w.r)
 }
 

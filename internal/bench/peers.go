@@ -28,7 +28,8 @@ type peer struct {
 // peerFacts fill a peer's configuration.
 type peerFacts struct {
 	Dir              string // its working folder
-	Cores, Conns     int    // connections at a time
+	Cores            int
+	Conns, Files     int // at a time
 	TLSPort, WebPort int
 	Names            map[string]netip.AddrPort // what it lets through, and where that is
 	Web              string                    // the one of them that speaks HTTP
@@ -58,7 +59,7 @@ daemon off;
 worker_processes {{.Cores}};
 pid {{.Dir}}/nginx.pid;
 error_log stderr crit;
-events { worker_connections {{.Conns}}; }
+events { worker_connections {{.Files}}; }
 `
 
 // filters judge names of a client's connections that are handed to them.
@@ -207,7 +208,8 @@ func (r *run) startPeer(ctx context.Context, ns *lab.Netns, p peer, facts peerFa
 	if err != nil {
 		return nil, err
 	}
-	facts.Dir, facts.Cores, facts.Conns = dir, runtime.NumCPU(), r.files/4
+	facts.Dir, facts.Cores, facts.Files = dir, runtime.NumCPU(), min(r.files-100, 200_000)
+	facts.Conns = facts.Files * 36 / 100 // two files each, and pipes
 	config, err := fill(p.config, facts)
 	if err != nil {
 		return nil, err

@@ -4,33 +4,37 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 )
 
 // way is one of the things that are compared: a client and what stands between
 // it and the server.
 type way struct {
-	name   string
-	client *process
-	addr   func(Load) Load // where this way wants a load sent; nil: as it is
+	name    string
+	client  *process
+	program *process        // what stands between, if it is one: its processor time is shown
+	addr    func(Load) Load // where this way wants a load sent; nil: as it is
 }
 
 // unit is how a measure's values read.
 type unit struct {
-	of    func(Result) float64
-	print string // of a value, with its unit
+	of     func(Result) float64
+	name   string
+	digits int // after the point
 	// added says that a way is compared by its difference to the first way, as
 	// delays are; others by their quotient.
 	added bool
 }
 
 var (
-	gigabits   = unit{of: func(r Result) float64 { return r.Rate * 8 / 1e9 }, print: "%.1f Gbit/s"}
-	perSecond  = unit{of: func(r Result) float64 { return r.Rate }, print: "%.0f /s"}
-	medianUsec = unit{of: func(r Result) float64 { return float64(r.P50.Nanoseconds()) / 1e3 }, print: "%.0f µs", added: true}
-	tailUsec   = unit{of: func(r Result) float64 { return float64(r.P99.Nanoseconds()) / 1e3 }, print: "%.0f µs", added: true}
+	gigabits   = unit{of: func(r Result) float64 { return r.Rate * 8 / 1e9 }, name: "Gbit/s", digits: 1}
+	perSecond  = unit{of: func(r Result) float64 { return r.Rate }, name: "/s"}
+	medianUsec = unit{of: func(r Result) float64 { return float64(r.P50.Nanoseconds()) / 1e3 }, name: "µs", added: true}
+	tailUsec   = unit{of: func(r Result) float64 { return float64(r.P99.Nanoseconds()) / 1e3 }, name: "µs", added: true}
 )
 
 // measure is one load and what is read from it.
@@ -63,13 +67,20 @@ type table struct {
 	remarks  []string
 
 	values map[string]map[string][]float64 // by row and way, one for each round
+	spent  map[string]map[string]effort    // by row and way
 	failed map[string]string               // the first failure by row and way
+}
+
+// effort is the processor time of a program over all rounds, and what it did.
+type effort struct {
+	time  time.Duration
+	steps int
 }
 
 // run measures everything, in rounds: in each, every way once for every load,
 // and the order of ways turns, so that what disturbs the machine disturbs all.
 func (t *table) run(ctx context.Context, r *run) error {
-	t.values, t.failed = map[string]map[string][]float64{}, map[string]string{}
+	t.values, t.failed, t.spent = map[string]map[string][]float64{}, map[string]string{}, map[string]map[string]effort{}
 	for round := range r.Rounds {
 		for _, m := range t.measures {
 			for i := range t.ways {
@@ -93,21 +104,39 @@ func (t *table) sample(ctx context.Context, m measure, w *way, r *run) error {
 	if w.addr != nil {
 		load = w.addr(load)
 	}
+	if w.program != nil {
+		load.Program = w.program.cmd.Process.Pid
+	}
 	var res Result
 	err := w.client.call(ctx, "Do", load, &res)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
+	if err == nil && w.program != nil && res.Steps > 0 {
+		t.effort(m.reads[0], w, res)
+	}
 	for _, row := range m.reads {
 		if err != nil {
-			if t.failed[row.name+"\x00"+w.name] == "" {
-				t.failed[row.name+"\x00"+w.name] = err.Error()
+			if key := row.name + ", " + w.name; t.failed[key] == "" {
+				t.failed[key] = err.Error()
 			}
 			continue
 		}
 		t.add(row.name, w.name, row.unit.of(res))
 	}
 	return nil
+}
+
+// effort adds up what the steps of a rate cost the program on the way.
+func (t *table) effort(row reading, w *way, res Result) {
+	if row.unit.added {
+		return
+	}
+	if t.spent[row.name] == nil {
+		t.spent[row.name] = map[string]effort{}
+	}
+	e := t.spent[row.name][w.name]
+	t.spent[row.name][w.name] = effort{e.time + res.Spent, e.steps + res.Steps}
 }
 
 func (t *table) add(row, way string, v float64) {
@@ -128,10 +157,10 @@ func compare(u unit, a, b []float64) []float64 {
 	return out
 }
 
-// spread is the median and the range of values.
+// spread is the median of values and the range of their middle half.
 func spread(v []float64) (mid, low, high float64) {
 	s := slices.Sorted(slices.Values(v))
-	return quantile(s, 0.5), s[0], s[len(s)-1]
+	return quantile(s, 0.5), quantile(s, 0.25), quantile(s, 0.75)
 }
 
 // print writes the table, its goals and what could not be measured.
@@ -153,18 +182,52 @@ func (t *table) print(out io.Writer) {
 		}
 	}
 	tab.Flush()
+	t.printEffort(out)
+	fmt.Fprintln(out)
 	for _, g := range t.goals {
 		if line := t.verdict(g); line != "" {
 			fmt.Fprintln(out, line)
 		}
 	}
-	for key, why := range t.failed {
-		row, way, _ := strings.Cut(key, "\x00")
-		fmt.Fprintf(out, "not measured: %s, %s: %s\n", row, way, strings.TrimSpace(why))
+	for _, key := range slices.Sorted(maps.Keys(t.failed)) {
+		fmt.Fprintf(out, "not measured: %s: %s\n", key, strings.TrimSpace(t.failed[key]))
 	}
 	for _, s := range t.remarks {
 		fmt.Fprintln(out, s)
 	}
+}
+
+// printEffort writes what each step costs the program on the way: unlike a rate
+// it hardly depends on what else the machine does.
+func (t *table) printEffort(out io.Writer) {
+	if len(t.spent) == 0 {
+		return
+	}
+	fmt.Fprintln(out)
+	tab := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	head := []string{"processor time of the program, each"}
+	for _, w := range t.ways {
+		if w.program != nil {
+			head = append(head, w.name)
+		}
+	}
+	fmt.Fprintln(tab, strings.Join(head, "\t"))
+	for _, m := range t.measures {
+		row := m.reads[0].name
+		if t.spent[row] == nil {
+			continue
+		}
+		cells := []string{row}
+		for _, w := range t.ways {
+			if e := t.spent[row][w.name]; e.steps > 0 {
+				cells = append(cells, fmt.Sprintf("%.1f µs", float64(e.time.Nanoseconds())/1e3/float64(e.steps)))
+			} else if w.program != nil {
+				cells = append(cells, "–")
+			}
+		}
+		fmt.Fprintln(tab, strings.Join(cells, "\t"))
+	}
+	tab.Flush()
 }
 
 // cell is a value: of the first way as it is, of the others compared with it.
@@ -176,7 +239,8 @@ func (t *table) cell(row reading, w *way) string {
 	base := t.values[row.name][t.ways[0].name]
 	if w == t.ways[0] || len(base) == 0 {
 		mid, low, high := spread(v)
-		return fmt.Sprintf(row.unit.print+" (%.3g–%.3g)", mid, low, high)
+		d := row.unit.digits
+		return fmt.Sprintf("%.*f %s (%.*f–%.*f)", d, mid, row.unit.name, d, low, d, high)
 	}
 	mid, low, high := spread(compare(row.unit, v, base))
 	if row.unit.added {
@@ -212,7 +276,7 @@ func judge(what string, got, least, most float64) string {
 	if !met {
 		word = "MISSED"
 	}
-	return fmt.Sprintf("goal %s: %s: %.3g, goal %s %.3g", word, what, got, sign, want)
+	return fmt.Sprintf("goal %s: %s: %.4g, goal %s %g", word, what, got, sign, want)
 }
 
 func (t *table) unitOf(row string) unit {
