@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -214,4 +215,21 @@ func FuzzOutcomes(f *testing.F) {
 		default:
 		}
 	})
+}
+
+// TestDocsListEveryCase keeps docs/conformance.md complete.
+func TestDocsListEveryCase(t *testing.T) {
+	page, err := os.ReadFile("../../docs/conformance.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range Cases() {
+		where := ""
+		if c.Anywhere {
+			where = "any server "
+		}
+		if line := fmt.Sprintf("| %d | %s | %s|\n", c.ID, c.Title, where); !bytes.Contains(page, []byte(line)) {
+			t.Errorf("docs/conformance.md lacks the line %q", line)
+		}
+	}
 }
