@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"io"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/cordonhq/cordon/internal/lab"
 	"github.com/cordonhq/cordon/test/stand"
 )
 
@@ -188,12 +190,7 @@ func TestDemo(t *testing.T) {
 
 func runDemo(t *testing.T, with string) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("REQUIRE_PRIVILEGED") != "" {
-			t.Fatal("the demo needs root, and REQUIRE_PRIVILEGED is set")
-		}
-		t.Skip("the demo needs root")
-	}
+	lab.Privileged(t)
 	if with == "js" {
 		if _, err := os.Stat("../sdk/js/node_modules/novita-sandbox"); err != nil && os.Getenv("CI") != "true" {
 			t.Skip("the SDK's package is not installed: scripts/test installs it")
@@ -208,4 +205,39 @@ func runDemo(t *testing.T, with string) string {
 	}
 	t.Logf("%s", out)
 	return string(out)
+}
+
+// TestKilledDemo kills the demo in the middle: nothing of it runs on, and what it
+// leaves on the disk and of cgroups the next one removes.
+func TestKilledDemo(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts servers and sandboxes")
+	}
+	lab.Privileged(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, stand.Binary(), "demo", "--client", "go")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if strings.HasPrefix(lines.Text(), "4. ") {
+			break
+		}
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	runDemo(t, "go")
+	for _, pattern := range []string{"/sys/fs/cgroup/cordon/dem*", "/sys/fs/cgroup/*/cordon/dem*", "/var/cache/cordon/demo/[0-9]/*"} {
+		left, err := filepath.Glob(pattern)
+		if err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v %v", left, err)
+		}
+	}
 }

@@ -409,7 +409,6 @@ func watch(ctx context.Context, w watching) ([]seen, error) {
 type prober struct {
 	mu      sync.Mutex // guards streams
 	streams map[string]*stream
-	held    []net.Conn // of floods
 }
 
 // stream is a flow that goes on.

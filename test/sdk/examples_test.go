@@ -13,10 +13,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/cordonhq/cordon/test/stand"
 )
@@ -181,4 +183,57 @@ func newWheel(t *testing.T) []byte {
 		t.Error(err)
 	}
 	return b.Bytes()
+}
+
+var (
+	linked  = regexp.MustCompile(`\]\(([^)#:]*)(?:#([^)]*))?\)`)
+	heading = regexp.MustCompile(`(?m)^#+ (.*)$`)
+)
+
+// TestLinksLeadSomewhere follows the links between README.md, docs and the code, as
+// a reader on a code host would.
+func TestLinksLeadSomewhere(t *testing.T) {
+	var files []string
+	for _, pattern := range []string{"../../*.md", "../../docs/*.md", "../../docs/*/*.md"} {
+		found, err := filepath.Glob(pattern)
+		must(t, err)
+		files = append(files, found...)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		must(t, err)
+		for _, m := range linked.FindAllStringSubmatch(string(text), -1) {
+			to := file
+			if m[1] != "" {
+				to = filepath.Join(filepath.Dir(file), m[1])
+			}
+			if m[2] == "" {
+				if _, err := os.Stat(to); err != nil {
+					t.Errorf("%s: %v", file, err)
+				}
+				continue
+			}
+			target, err := os.ReadFile(to)
+			if err != nil {
+				t.Errorf("%s: %v", file, err)
+			}
+			if !slices.Contains(anchors(string(target)), m[2]) {
+				t.Errorf("%s: %s has no heading #%s", file, to, m[2])
+			}
+		}
+	}
+}
+
+// anchors are the headings of a page as links name them.
+func anchors(text string) []string {
+	var out []string
+	for _, m := range heading.FindAllStringSubmatch(text, -1) {
+		out = append(out, strings.ReplaceAll(strings.Map(func(r rune) rune {
+			if r == ' ' || r == '-' || r == '_' || unicode.IsLetter(r) || unicode.IsDigit(r) {
+				return unicode.ToLower(r)
+			}
+			return -1
+		}, m[1]), " ", "-"))
+	}
+	return out
 }
