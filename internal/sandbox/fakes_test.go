@@ -124,8 +124,11 @@ func (fakeRuntime) ExportUpper(context.Context, ID, io.Writer) error { return ni
 
 func (r fakeRuntime) Wait(ctx context.Context, id ID) error {
 	r.mu.Lock()
-	done := r.running[id]
+	done, ok := r.running[id]
 	r.mu.Unlock()
+	if !ok { // it has ended already
+		return nil
+	}
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
