@@ -182,7 +182,7 @@ const sdkPackage = "novita-sandbox"
 
 func (d *demo) installSDK(ctx context.Context) (modules string, err error) {
 	if _, err := exec.LookPath("node"); err != nil {
-		return "", errors.New("Node.js is not installed")
+		return "", errors.New("no Node.js is installed")
 	}
 	var known []string
 	if program, err := os.Executable(); err == nil { // a checkout's, which its tests installed

@@ -103,7 +103,7 @@ func atLeast(release, want string) bool {
 }
 
 func kernelVersion(release string) (major, minor int) {
-	fmt.Sscanf(release, "%d.%d", &major, &minor)
+	_, _ = fmt.Sscanf(release, "%d.%d", &major, &minor)
 	return major, minor
 }
 

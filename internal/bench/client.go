@@ -348,7 +348,7 @@ func (l Load) refused() error {
 	defer unix.Close(fd)
 	err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(l.Addr.Port()), Addr: l.Addr.Addr().As4()})
 	if !errors.Is(err, unix.ECONNREFUSED) {
-		return fmt.Errorf("connect: %v, want it refused", err)
+		return fmt.Errorf("connect: %s, want it refused", fmt.Sprint(err))
 	}
 	return nil
 }
@@ -486,7 +486,7 @@ func (c *Client) Watch(l Load, out *Watched) error {
 		fresh.Close()
 	}
 	if err := <-cut; !errors.Is(err, syscall.ECONNRESET) {
-		return fmt.Errorf("the live connection: %v, want a reset", err)
+		return fmt.Errorf("the live connection: %s, want a reset", fmt.Sprint(err))
 	}
 	return ctx.Err()
 }

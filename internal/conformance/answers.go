@@ -165,17 +165,3 @@ func twin(a netip.Addr) netip.Addr {
 	copy(b[12:], v4[:])
 	return netip.AddrFrom16(b)
 }
-
-// status: exactly one response came, with this status.
-func status(code int) func(probe.Outcome) error {
-	return func(got probe.Outcome) error {
-		all, _, err := responses(got)
-		if err != nil {
-			return err
-		}
-		if len(all) != 1 || all[0].StatusCode != code {
-			return fmt.Errorf("not one response of status %d", code)
-		}
-		return nil
-	}
-}

@@ -165,7 +165,7 @@ func runTool(ctx context.Context, j job, tool string, args []string) error {
 	tail := make(chan []string, 1)
 	go func() { tail <- follow(r, j.progress) }()
 	err = cmd.Wait()
-	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // whoever it left behind, so that the pipe ends
+	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // whoever it left behind, so that the pipe ends
 	lines := <-tail
 	if ctx.Err() != nil {
 		return fmt.Errorf("install packages: %w", ctx.Err())
@@ -202,7 +202,7 @@ func follow(r io.Reader, p *progress) []string {
 		}
 		last = append(last[max(0, len(last)-4):], line)
 	}
-	io.Copy(io.Discard, r) // a line over the limit must not block the tool
+	_, _ = io.Copy(io.Discard, r) // a line over the limit must not block the tool
 	if len(bad) > 0 {
 		return bad
 	}

@@ -44,7 +44,7 @@ func (in *Ingress) Run(ctx context.Context, listeners ...Listener) error {
 		s, err := in.server(l.Mode)
 		if err != nil {
 			for _, l := range listeners {
-				l.Close() //nolint:errcheck // the configuration is what is wrong
+				l.Close()
 			}
 			return err
 		}

@@ -778,11 +778,19 @@ func TestSmuggling(t *testing.T) {
 func TestClientThatLeavesIsNoticedByTheService(t *testing.T) {
 	l := newLab(t)
 	a := l.sandbox(idA)
-	gone := make(chan struct{})
-	port := a.serve(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done(); gone <- struct{}{} }))
+	came, gone := make(chan struct{}), make(chan struct{})
+	port := a.serve(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		came <- struct{}{}
+		<-r.Context().Done()
+		gone <- struct{}{}
+	}))
 	l.both(t, func(t *testing.T, c *http.Client) {
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
+		go func() {
+			<-came
+			cancel()
+		}()
 		req, _ := http.NewRequestWithContext(ctx, "GET", "https://"+a.host(port)+"/", nil)
 		if _, err := c.Do(req); err == nil {
 			t.Error("an answer")

@@ -32,12 +32,12 @@ func TestABudgetOfBytesOutlivesUpdatesAndServers(t *testing.T) {
 	w.serve(7777)
 	to, to6 := at("198.51.100.10:7777"), at("[2001:db8:2::10]:7777")
 	l, other := w.lease(), w.lease()
-	p := w.apply(l, policy.Input{})
+	w.apply(l, policy.Input{})
 	w.apply(other, policy.Input{})
 	if err := sends(l, to, 200_000); err != nil {
 		t.Fatal("within the budget:", err)
 	}
-	p = w.apply(l, policy.Input{DenyOut: []string{"198.51.102.0/24"}})
+	p := w.apply(l, policy.Input{DenyOut: []string{"198.51.102.0/24"}})
 	live := open(t, l, to)
 	w.halt()
 	w.Close()

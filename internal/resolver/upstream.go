@@ -46,7 +46,7 @@ func (r *Resolver) lookup(ctx context.Context, q question) (*answers, error) {
 		if res.Err != nil {
 			return nil, res.Err
 		}
-		return res.Val.(*answers), nil //nolint:errcheck // the function above returns nothing else
+		return res.Val.(*answers), nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

@@ -110,7 +110,6 @@ func (r *Runtime) root() string        { return runscRoot(r.cfg.StateDir) }
 func (r *Runtime) bundle(id sandbox.ID) string {
 	return filepath.Join(r.cfg.StateDir, "sandboxes", string(id))
 }
-func (r *Runtime) dataDir(id sandbox.ID) string { return filepath.Join(r.cfg.DataDir, string(id)) }
 
 // Files in a bundle.
 const (
