@@ -54,7 +54,7 @@ func TestABudgetOfBytesOutlivesUpdatesAndServers(t *testing.T) {
 	if _, err := dial(l, "tcp", to); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("a new flow: %v, want a refusal", err)
 	}
-	if err := echoUDP(l, to, time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+	if err := refusalUDP(l, to); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("a datagram: %v, want a refusal", err)
 	}
 	w.flows.wait(t, "budget", func(e flowlog.Event) bool {

@@ -437,6 +437,18 @@ func echoUDP(l sandbox.Lease, to netip.AddrPort, wait time.Duration) error {
 	return err
 }
 
+// refusalUDP is echoUDP for a datagram that should be refused. The kernel limits
+// ICMP errors to about one a second for a destination, so a silent refusal is
+// asked for again.
+func refusalUDP(l sandbox.Lease, to netip.AddrPort) (err error) {
+	for range 5 {
+		if err = echoUDP(l, to, 700*time.Millisecond); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+	}
+	return err
+}
+
 // nothingLeft fails the test when the kernel still holds anything of ours.
 func nothingLeft(t testing.TB, cfg Config) {
 	t.Helper()
