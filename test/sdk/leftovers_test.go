@@ -176,8 +176,9 @@ var (
 	address = regexp.MustCompile(`\b10\.223\.\d+\.\d+\b|\bfd[0-9a-f:]+\b|\bfe80::[0-9a-f:]+\b`)
 	mac     = regexp.MustCompile(`\b02(:[0-9a-f]{2}){5}\b`)
 	ifindex = regexp.MustCompile(`@if\d+`)
-	// The log's rate limiter forgets a link a minute after its last denial.
-	limiter = regexp.MustCompile(`^nft (elements = \{ )?\S+ limit rate`)
+	// The log's rate limiter forgets a link a minute after its last denial, and the
+	// counter of its flows with the last of them.
+	limiter = regexp.MustCompile(`^nft (elements = \{ )?\S+ (limit rate|ct count over)`)
 )
 
 // plain makes one slot look like another, and leaves out the events of sandboxes,
