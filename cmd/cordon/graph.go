@@ -362,7 +362,7 @@ func (s *server) target(id string) (*ingress.Target, bool) {
 		return nil, false
 	}
 	rec := ep.Record
-	addr := sandbox.AgentAddr{Addr: netip.AddrPortFrom(rec.Lease.Addr4.Addr(), sandbox.AgentPort), Token: rec.ControlToken}
+	addr := rec.Agent()
 	state := ingress.Running
 	if rec.State != sandbox.Running {
 		state = ingress.Paused

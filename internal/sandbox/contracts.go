@@ -123,6 +123,11 @@ type Lease struct {
 	Gate6   netip.Addr   `json:"gate6"`
 }
 
+// agent is how the host reaches the agent of the sandbox in the slot.
+func (l Lease) agent(controlToken string) AgentAddr {
+	return AgentAddr{Addr: netip.AddrPortFrom(l.Addr4.Addr(), AgentPort), Token: controlToken}
+}
+
 // Images finds the root file systems that sandboxes start from.
 type Images interface {
 	// Resolve returns the image behind a template's name or ID. A template that

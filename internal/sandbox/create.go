@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -119,7 +118,7 @@ func (m *Manager) initAgent(ctx context.Context, rec *Record, img Image) error {
 	}
 	maps.Copy(vars, m.cfg.CommandEnv)
 	maps.Copy(vars, rec.EnvVars)
-	err := m.cfg.Agents.Init(ctx, agentAddr(rec), AgentInit{
+	err := m.cfg.Agents.Init(ctx, rec.Agent(), AgentInit{
 		SandboxID: rec.ID, TemplateID: rec.TemplateID, Hostname: string(rec.ID),
 		EnvVars: vars, AccessToken: rec.AccessToken,
 		DefaultUser: img.User, DefaultWorkdir: img.Workdir, Time: time.Now(),
@@ -130,9 +129,6 @@ func (m *Manager) initAgent(ctx context.Context, rec *Record, img Image) error {
 	return nil
 }
 
-func agentAddr(rec *Record) AgentAddr {
-	return AgentAddr{Addr: netip.AddrPortFrom(rec.Lease.Addr4.Addr(), AgentPort), Token: rec.ControlToken}
-}
 
 // started is a running sandbox that belongs to nobody yet: no identity, no
 // network beyond the host's own connections to its agent.
@@ -181,8 +177,7 @@ func (m *Manager) start(ctx context.Context, img Image) (_ *started, err error) 
 	if err := m.cfg.Runtime.Start(ctx, up.id); err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}
-	addr := AgentAddr{Addr: netip.AddrPortFrom(up.lease.Addr4.Addr(), AgentPort), Token: up.controlToken}
-	if err := m.cfg.Agents.WaitReady(ctx, addr); err != nil {
+	if err := m.cfg.Agents.WaitReady(ctx, up.lease.agent(up.controlToken)); err != nil {
 		return nil, fmt.Errorf("wait for agent: %w", err)
 	}
 	return up, nil

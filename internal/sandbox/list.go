@@ -110,7 +110,7 @@ func (m *Manager) Metrics(ctx context.Context, owner string, id ID) ([]Metrics, 
 	if v.rec.State != Running {
 		return nil, nil
 	}
-	sample, err := m.cfg.Agents.Metrics(ctx, agentAddr(&v.rec))
+	sample, err := m.cfg.Agents.Metrics(ctx, v.rec.Agent())
 	if err != nil {
 		return nil, errs.Wrap(errs.Unavailable, err, "Sandbox %q does not answer: try again", string(id))
 	}

@@ -151,7 +151,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 func (m *Manager) reinit(ctx context.Context, rec *Record, img Image) error {
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.StartTimeout)
 	defer cancel()
-	if err := m.cfg.Agents.WaitReady(ctx, agentAddr(rec)); err != nil {
+	if err := m.cfg.Agents.WaitReady(ctx, rec.Agent()); err != nil {
 		return fmt.Errorf("wait for agent: %w", err)
 	}
 	return m.initAgent(ctx, rec, img)

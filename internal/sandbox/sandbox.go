@@ -93,6 +93,9 @@ type Record struct {
 	Lease              Lease        `json:"lease"`
 }
 
+// Agent is how the host reaches the sandbox's agent.
+func (r *Record) Agent() AgentAddr { return r.Lease.agent(r.ControlToken) }
+
 // Public reports whether the sandbox's ports answer without a traffic token.
 func (r *Record) Public() bool { return r.AllowPublicTraffic == nil || *r.AllowPublicTraffic }
 
