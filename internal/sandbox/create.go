@@ -129,7 +129,6 @@ func (m *Manager) initAgent(ctx context.Context, rec *Record, img Image) error {
 	return nil
 }
 
-
 // started is a running sandbox that belongs to nobody yet: no identity, no
 // network beyond the host's own connections to its agent.
 type started struct {
