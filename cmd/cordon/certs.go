@@ -23,6 +23,9 @@ const guestBundle = "/etc/ssl/certs/ca-certificates.crt"
 // read one file only.
 func (c *config) hostBundle() string { return filepath.Join(c.caDir(), "bundle.pem") }
 
+// caFile is the certificate of cordon's own CA.
+func (c *config) caFile() string { return filepath.Join(c.caDir(), "ca.pem") }
+
 // serverTLS is the ingress's certificate: the operator's files, or a local CA's.
 func (c *config) serverTLS(log *slog.Logger) (*tls.Config, error) {
 	if c.TLS.Cert != "" {
@@ -35,6 +38,7 @@ func (c *config) serverTLS(log *slog.Logger) (*tls.Config, error) {
 // writeBundles writes the CA bundle for clients on this machine, and the one
 // every sandbox gets, whose path it returns: the machine's, cordon's own CA, so
 // that a sandbox can open another's public URL, and the operator's extra ones.
+// serverTLS has made the CA before.
 func writeBundles(c *config, log *slog.Logger) (string, error) {
 	system, err := os.ReadFile(guestBundle)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -48,11 +52,7 @@ func writeBundles(c *config, log *slog.Logger) (string, error) {
 	}
 	parts := [][]byte{bytes.TrimSpace(system)}
 	if c.TLS.Cert == "" {
-		_, caFile, err := tlsconf.LocalCA(c.caDir(), []string{c.Domain}, log)
-		if err != nil {
-			return "", err
-		}
-		own, err := os.ReadFile(caFile)
+		own, err := os.ReadFile(c.caFile())
 		if err != nil {
 			return "", err
 		}
@@ -79,13 +79,13 @@ func join(parts [][]byte) []byte { return append(bytes.Join(parts, []byte("\n"))
 
 // clientTLS trusts the CA that a server with this configuration made for itself.
 func (c *config) clientTLS() (*tls.Config, error) {
-	b, err := os.ReadFile(filepath.Join(c.caDir(), "ca.pem"))
+	b, err := os.ReadFile(c.caFile())
 	if err != nil {
 		return nil, fmt.Errorf("read cordon's CA: %w", err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(b) {
-		return nil, fmt.Errorf("%s holds no certificate", filepath.Join(c.caDir(), "ca.pem"))
+		return nil, fmt.Errorf("%s holds no certificate", c.caFile())
 	}
 	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
 }

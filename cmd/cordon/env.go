@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 )
@@ -45,7 +44,7 @@ func printEnv(w io.Writer, cfg *config) error {
 		fmt.Fprintf(w, "export %s_API_KEY=%s\n", sdk, key)
 	}
 	if cfg.TLS.Cert == "" {
-		fmt.Fprintf(w, "export NODE_EXTRA_CA_CERTS=%s   # Node\n", filepath.Join(cfg.caDir(), "ca.pem"))
+		fmt.Fprintf(w, "export NODE_EXTRA_CA_CERTS=%s   # Node\n", cfg.caFile())
 		fmt.Fprintf(w, "export SSL_CERT_FILE=%s   # Python and curl\n", cfg.hostBundle())
 	}
 	return nil

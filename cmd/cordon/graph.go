@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -40,6 +41,8 @@ type server struct {
 	cfg      config
 	log      *slog.Logger
 	metrics  *prometheus.Registry
+	operator *policy.Operator
+	tls      *tls.Config
 	store    *store.Store
 	flows    *flowlog.Log
 	network  *network.Network
@@ -62,7 +65,7 @@ type server struct {
 
 // build makes every part and connects them; nothing runs yet.
 func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err error) {
-	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry()}
+	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry(), operator: operatorPolicy(&cfg, log)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -81,7 +84,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err er
 		name string
 		make func(context.Context) error
 	}{
-		{"store", s.makeStore}, {"flow log", s.makeFlows}, {"network", s.makeNetwork},
+		{"store", s.makeStore}, {"flow log", s.makeFlows}, {"network", s.makeNetwork}, {"certificates", s.makeCertificates},
 		{"sandboxes", s.makeManager}, {"resolver", s.makeResolver}, {"egress", s.makeEgress}, {"ingress", s.makeIngress},
 	} {
 		if err := step.make(ctx); err != nil {
@@ -151,12 +154,12 @@ func (l limitsConfig) budget() resolver.Budget {
 	return resolver.Budget{QueriesPerSecond: float64(l.DNSQueries), Burst: 3 * l.DNSQueries}
 }
 
-// operator is the policy layer over every sandbox's rules.
-func (s *server) operator() *policy.Operator {
-	n := s.cfg.Network
+// operatorPolicy is the policy layer over every sandbox's rules.
+func operatorPolicy(cfg *config, log *slog.Logger) *policy.Operator {
+	n := cfg.Network
 	return &policy.Operator{
 		FloorOpen: n.FloorOpen, AlwaysAllow: n.AlwaysAllow, AlwaysDeny: n.AlwaysDeny,
-		SelfDomains: []string{s.cfg.Domain}, HostAddrs: hostAddrs(s.log),
+		SelfDomains: []string{cfg.Domain}, HostAddrs: hostAddrs(log),
 	}
 }
 
@@ -202,7 +205,7 @@ func (s *server) makeManager(context.Context) error {
 	s.agents = agentctl.New(agentctl.Config{})
 	s.manager = sandbox.New(sandbox.Config{
 		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
-		Operator:  s.operator(),
+		Operator:  s.operator,
 		AgentArgs: []string{guestAgent},
 		Binds: []sandbox.Bind{
 			{Host: filepath.Dir(agent), Guest: filepath.Dir(guestAgent), Sealed: true},
@@ -306,11 +309,12 @@ func (s *server) makeEgress(context.Context) (err error) {
 	return err
 }
 
+func (s *server) makeCertificates(context.Context) (err error) {
+	s.tls, err = s.cfg.serverTLS(s.log)
+	return err
+}
+
 func (s *server) makeIngress(context.Context) (err error) {
-	tlsConfig, err := s.cfg.serverTLS(s.log)
-	if err != nil {
-		return err
-	}
 	s.ingress, err = ingress.New(ingress.Config{
 		Domains: []string{s.cfg.Domain},
 		Lookup:  s.target,
@@ -320,7 +324,7 @@ func (s *server) makeIngress(context.Context) (err error) {
 		},
 		Inside: func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
 		Limits: ingressLimits(s.descriptors),
-		API:    s.api(), TLS: tlsConfig, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
+		API:    s.api(), TLS: s.tls, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
 	return err
 }
@@ -336,7 +340,7 @@ func (s *server) httpsPort() uint16 {
 
 func (s *server) api() http.Handler {
 	return api.New(api.Config{
-		Sandboxes: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator(),
+		Sandboxes: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator,
 		Templates: s.templates,
 		Domain:    s.cfg.publicDomain(), Version: version(), Log: s.log,
 	})
