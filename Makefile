@@ -9,6 +9,7 @@ export GOFLAGS := -trimpath -buildvcs=false
 GO := $(shell scripts/go 2>/dev/null || echo go)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")
 FUZZTIME ?= 60s
+FUZZ ?= .
 
 .PHONY: help build setup demo test check lint fuzz bench gen clean
 
@@ -39,8 +40,8 @@ check: ## what must hold before every commit: quick, no root
 lint: ## golangci-lint, pinned in tools/go.mod
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
 
-fuzz: ## every fuzz target for FUZZTIME each
-	@scripts/fuzz $(FUZZTIME)
+fuzz: ## every fuzz target, or those that match FUZZ, for FUZZTIME each
+	@scripts/fuzz '$(FUZZTIME)' '$(FUZZ)'
 
 bench: build ## Go benchmarks of the hot paths
 	$(GO) test -run '^$$' -bench . -benchmem ./internal/policy ./internal/egress ./internal/ingress
