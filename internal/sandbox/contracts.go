@@ -147,6 +147,30 @@ type Image struct {
 	User       string            // default user, "user"
 	Workdir    string            // default working directory
 	Resources  Resources         // defaults; zero fields mean the server's defaults
+
+	// Start is a command that runs for as long as the sandbox does: a kernel, a
+	// server. Start[0] is the program. The agent starts it as User in Workdir,
+	// with Env, when a sandbox of the image starts for the first time, before
+	// anybody owns the sandbox: it knows nothing of an owner's variables, and has
+	// no network but loopback. Empty means none.
+	//
+	// When it is ready the sandbox is checkpointed, and every later sandbox of
+	// the image is restored from there. So what a process decided while it
+	// started (the state of its own random generator, a token it made up) is the
+	// same in all of them: it must do that anew with its first request.
+	Start []string
+	// Ready says when Start has done what users would wait for. It is asked
+	// again and again until it succeeds; a sandbox that is not ready within
+	// Ready.Timeout is not handed out.
+	Ready Ready
+}
+
+// Ready is the sign that an image's start command is ready: the port, the
+// command or both; the zero value is ready as soon as Start runs.
+type Ready struct {
+	Port    uint16        // a TCP port on the sandbox's loopback that accepts connections
+	Command string        // a shell command of User's that ends with 0
+	Timeout time.Duration // 0 means a minute
 }
 
 // Store keeps records durably. A record written is on disk when the call returns.
