@@ -25,6 +25,9 @@ func (v *visit) forward(b *backend, t *Target, to route, p pass) {
 		return
 	}
 	upgrade := upgradeOf(v.r)
+	if v.stream != nil {
+		upgrade = "websocket"
+	}
 	drop := private
 	if cookie, had := stripCookie(v.r.Header); had {
 		drop = privateOrCookie
@@ -33,11 +36,11 @@ func (v *visit) forward(b *backend, t *Target, to route, p pass) {
 		}
 	}
 	info := v.info
-	if upgrade != "" {
+	if upgrade != "" && v.stream == nil {
 		info.upgrading = true
 	}
 	result := b.pool.Forward(v.w, v.r, &relay.Out{
-		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade,
+		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade, Stream: v.stream,
 		Answer: func(_ int, h http.Header) { v.answer(to.host, h) },
 		Client: info.http1Conn(v.r),
 		Done: func(tunnel bool) {

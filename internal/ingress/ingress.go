@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -217,6 +218,8 @@ type visit struct {
 	code  int    // sent to the client
 	err   error  // why it did not go well
 	id    string // of the sandbox, when it is for one
+	// stream is what the client of a WebSocket over HTTP/2 sends; see streamed.
+	stream io.ReadCloser
 }
 
 func (v *visit) serve() {
@@ -225,6 +228,10 @@ func (v *visit) serve() {
 	}
 	if v.info.inside && !showsItsHost(v.r) {
 		v.refuse(misdirected())
+		return
+	}
+	if refused := v.streamed(); refused != nil {
+		v.refuse(refused)
 		return
 	}
 	to, refused := v.in.route(v.r, v.mode)

@@ -140,7 +140,10 @@ func (in *Ingress) server(mode Mode) (*http.Server, error) {
 	default:
 		return nil, fmt.Errorf("ingress: unknown listener mode %d", mode)
 	}
-	return s, nil
+	if mode == Redirect {
+		return s, nil
+	}
+	return s, serveHTTP2(s)
 }
 
 // redirect sends clients of our names to the same URL with https.

@@ -28,6 +28,9 @@ type Out struct {
 	Set []Field
 	// Upgrade is the protocol to switch to, empty for none.
 	Upgrade string
+	// Stream is what the client sends after the switch when it asked for it on an
+	// HTTP/2 stream (RFC 8441); what it gets is the answer's body. Nil elsewhere.
+	Stream io.ReadCloser
 	// Answer, when not nil, may change the answer's header before it is sent on.
 	Answer func(status int, h http.Header)
 	// Client is the client's connection when it speaks HTTP/1, so that it can be
@@ -142,7 +145,7 @@ func (x *exchange) reset() {
 	abort(x.conn.Conn)
 	switch {
 	case !x.started.Load():
-		if x.r.ContentLength != 0 {
+		if x.r.ContentLength != 0 && x.out.Stream == nil {
 			x.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake a blocked read
 		}
 	case x.out.Client != nil:
@@ -165,6 +168,9 @@ func (x *exchange) run() (keep time.Duration, reuse bool, err error) {
 		return 0, false, err
 	}
 	if resp.StatusCode == http.StatusSwitchingProtocols {
+		if x.out.Stream != nil {
+			return 0, false, x.stream(resp)
+		}
 		return 0, false, x.tunnel(resp)
 	}
 	if err := x.deliver(resp); err != nil {
