@@ -1,6 +1,6 @@
 // Package tlsconf hides where certificates come from and how they are replaced
 // while connections are being accepted: files that are read again when they
-// change, or a certificate authority of this machine's own.
+// change, a certificate authority of this machine's own, or an ACME server.
 package tlsconf
 
 import (
