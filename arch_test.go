@@ -32,12 +32,13 @@ var allowed = map[string][]string{
 	"internal/store":               {"internal/sandbox", "internal/auth"},
 	"internal/agent":               {},
 	"internal/agent/agentctl":      {"internal/sandbox"},
-	"internal/ingress":             {"internal/auth"},
+	"internal/ingress":             {"internal/auth", "internal/tunnel"},
 	"internal/api":                 {"internal/sandbox", "internal/policy", "internal/flowlog", "internal/auth"},
 	"internal/lab":                 {},
 	"internal/bench":               {"internal/lab", "internal/network", "internal/egress", "internal/resolver", "internal/ingress", "internal/policy", "internal/flowlog", "internal/sandbox", "client"},
 	"internal/conformance":         {"internal/lab", "client"},
-	"client":                       {},
+	"internal/tunnel":              {},
+	"client":                       {"internal/tunnel"},
 }
 
 // TestImportsPointInward walks every package and checks its imports against the map.

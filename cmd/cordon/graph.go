@@ -342,7 +342,10 @@ func (s *server) api() http.Handler {
 	return api.New(api.Config{
 		Sandboxes: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator,
 		Templates: s.templates,
-		Domain:    s.cfg.publicDomain(), Version: version(), Log: s.log,
+		Forward: func(w http.ResponseWriter, r *http.Request, id string, port uint16) error {
+			return s.ingress.Forward(w, r, id, port)
+		},
+		Domain: s.cfg.publicDomain(), Version: version(), Log: s.log,
 	})
 }
 

@@ -86,6 +86,9 @@ type Config struct {
 	// that is not 443: "cordon.localhost:8443".
 	Domain  string
 	Version string
+	// Forward carries TCP to a port of a sandbox in a WebSocket until it ends, for a
+	// caller who may; an error means that nothing was answered yet. Nil: not supported.
+	Forward func(w http.ResponseWriter, r *http.Request, id string, port uint16) error
 	// Ready returns why the server cannot start sandboxes now; nil: it can.
 	Ready func() error
 	Log   *slog.Logger
@@ -118,7 +121,7 @@ func New(c Config) http.Handler {
 		BaseRouter:       mux,
 		ErrorHandlerFunc: s.badParameter,
 	})
-	return s.recovered(s.authenticated(s.bodied(mux)))
+	return s.recovered(s.tunnels(s.authenticated(s.bodied(mux))))
 }
 
 // notSupported are paths of the dialect that this server answers with 501, and

@@ -170,6 +170,11 @@ func (s *sandbox) serve(h http.Handler, port ...int) int {
 // raw runs a service that is a function of the connection.
 func (s *sandbox) raw(f func(c net.Conn, br *bufio.Reader)) int {
 	s.lab.t.Helper()
+	return s.listenRaw(func(c net.Conn) { f(c, bufio.NewReader(c)) })
+}
+
+func (s *sandbox) listenRaw(f func(c net.Conn)) int {
+	s.lab.t.Helper()
 	ln := listen(s.lab.t, net.JoinHostPort(s.t.Addr.String(), "0"))
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -186,7 +191,7 @@ func (s *sandbox) raw(f func(c net.Conn, br *bufio.Reader)) int {
 			open = append(open, c)
 			mu.Unlock()
 			wg.Add(1)
-			go func() { defer wg.Done(); defer c.Close(); f(c, bufio.NewReader(c)) }()
+			go func() { defer wg.Done(); defer c.Close(); f(c) }()
 		}
 	}()
 	s.lab.t.Cleanup(func() {

@@ -213,6 +213,17 @@ type tracked struct {
 
 func (t *tracked) reset() { abort(t.Conn) }
 
+// CloseWrite ends what is sent and leaves what comes back.
+func (t *tracked) CloseWrite() error { return closeWrite(t.Conn) }
+
+// SetLinger is for ending it by a reset.
+func (t *tracked) SetLinger(sec int) error {
+	if l, ok := t.Conn.(interface{ SetLinger(sec int) error }); ok {
+		return l.SetLinger(sec)
+	}
+	return nil
+}
+
 func (t *tracked) Close() error {
 	t.once.Do(func() { t.pool.leave(t) })
 	return t.Conn.Close()

@@ -1,0 +1,74 @@
+package ingress
+
+import (
+	"errors"
+	"net/http"
+	"syscall"
+
+	"github.com/coder/websocket"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/tunnel"
+)
+
+// Forward carries TCP to a port of the sandbox in a WebSocket (package tunnel)
+// until either side ends it or the sandbox ends. Whoever calls it has made sure
+// that the client may. An error means that nothing has been answered yet.
+func (in *Ingress) Forward(w http.ResponseWriter, r *http.Request, id string, port uint16) error {
+	b, t, err := in.live(id)
+	if err != nil {
+		return err
+	}
+	if port == t.agentPort() {
+		return errs.New(errs.Invalid, "port %d is the sandbox's agent: it is reached by the SDKs at its URL, not by a tunnel", port)
+	}
+	limit := in.cfg.Limits.ConnsPerSandbox
+	defer b.inflight.Add(-1)
+	if b.inflight.Add(1) > int64(limit) {
+		return errs.New(errs.Exhausted, "the sandbox has %d open connections, which is the limit: close some", limit)
+	}
+	conn, err := b.pool.Dial(r.Context(), port)
+	if err != nil {
+		return b.whyNot(port, err)
+	}
+	defer conn.Close()
+	info := infoOf(r)
+	info.upgrading = true
+	defer info.release()
+	// Any origin: the API key in the header is what admits, and no page can set it.
+	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{Subprotocols: []string{tunnel.Protocol}, InsecureSkipVerify: true})
+	if err != nil {
+		info.upgrading = false
+		return nil //nolint:nilerr // Accept has answered
+	}
+	err = tunnel.Join(r.Context(), ws, conn)
+	in.log.Debug("tunnel ended", "sandbox", id, "port", port, "err", err)
+	return nil
+}
+
+// live returns the connections of a running sandbox.
+func (in *Ingress) live(id string) (*backend, *Target, error) {
+	t, ok := in.cfg.Lookup(id)
+	if !ok {
+		return nil, nil, errs.New(errs.NotFound, "sandbox %s was not found", id)
+	}
+	if t.State != Running {
+		return nil, nil, errs.New(errs.Conflict, "sandbox %s is paused: connect to it first, which resumes it", id)
+	}
+	b := in.backend(t)
+	if b == nil {
+		return nil, nil, errs.New(errs.NotFound, "sandbox %s was not found", id)
+	}
+	return b, t, nil
+}
+
+// whyNot says why a port cannot be reached.
+func (b *backend) whyNot(port uint16, err error) error {
+	switch {
+	case b.gone():
+		return errs.New(errs.NotFound, "sandbox %s was not found", b.target.ID)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return errs.New(errs.NotFound, "nothing listens on port %d of sandbox %s: start the service, then try again", port, b.target.ID)
+	}
+	return errs.Wrap(errs.Unavailable, err, "port %d of sandbox %s does not answer", port, b.target.ID)
+}
