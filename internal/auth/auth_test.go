@@ -160,37 +160,74 @@ func TestFileSignatures(t *testing.T) {
 }
 
 func TestURLTokens(t *testing.T) {
-	signed := auth.URLAccess{Sandbox: "iabc", Port: 3000, Expires: noon}
-	token := signed.Sign("key")
-	later := auth.URLAccess{Sandbox: "iabc", Port: 3000, Expires: noon.Add(time.Hour)}.Sign("key")
-	laterExpiry, _, _ := strings.Cut(later, ".")
-	_, mac, _ := strings.Cut(token, ".")
+	access := auth.URLAccess{Sandbox: "iabc", Port: 3000, Link: "u1", Expires: noon}
+	token := access.Sign("key")
+	parts := strings.Split(token, ".")
+	with := func(at int, value string) string {
+		changed := append([]string(nil), parts...)
+		changed[at] = value
+		return strings.Join(changed, ".")
+	}
 	tests := []struct {
 		name    string
 		key     string
 		token   string
 		sandbox string
 		port    uint16
-		at      time.Time
 		want    bool
 	}{
-		{"as signed", "key", token, "iabc", 3000, noon, true},
-		{"one second late", "key", token, "iabc", 3000, noon.Add(time.Second), false},
-		{"another port", "key", token, "iabc", 3001, noon, false},
-		{"another sandbox", "key", token, "iabd", 3000, noon, false},
-		{"another key", "kez", token, "iabc", 3000, noon, false},
-		{"no key", "", token, "iabc", 3000, noon, false},
-		{"the expiry moved", "key", laterExpiry + "." + mac, "iabc", 3000, noon, false},
-		{"the MAC cut", "key", token[:len(token)-2], "iabc", 3000, noon, false},
-		{"no MAC", "key", strings.TrimSuffix(token, mac), "iabc", 3000, noon, false},
-		{"no expiry", "key", "." + mac, "iabc", 3000, noon, false},
-		{"nothing", "key", "", "iabc", 3000, noon, false},
+		{"as signed", "key", token, "iabc", 3000, true},
+		{"another port", "key", token, "iabc", 3001, false},
+		{"a port that shares digits with the expiry", "key", token, "iabc", 300, false},
+		{"another sandbox", "key", token, "iabd", 3000, false},
+		{"another key", "kez", token, "iabc", 3000, false},
+		{"no key", "", token, "iabc", 3000, false},
+		{"a later expiry", "key", with(1, "1767358801"), "iabc", 3000, false},
+		{"another link", "key", with(2, "u2"), "iabc", 3000, false},
+		{"no link", "key", with(2, ""), "iabc", 3000, false},
+		{"a link with a dot in it", "key", with(2, "u.1"), "iabc", 3000, false},
+		{"the MAC cut", "key", token[:len(token)-2], "iabc", 3000, false},
+		{"the MAC with a line break, which decoders skip", "key", token + "\n", "iabc", 3000, false},
+		{"the MAC with padding", "key", token + "=", "iabc", 3000, false},
+		{"no MAC", "key", with(3, ""), "iabc", 3000, false},
+		{"an expiry with a zero before it", "key", with(1, "0"+parts[1]), "iabc", 3000, false},
+		{"an expiry with a sign", "key", with(1, "+"+parts[1]), "iabc", 3000, false},
+		{"an expiry before 1970", "key", auth.URLAccess{Sandbox: "iabc", Port: 3000, Expires: time.Unix(-1, 0)}.Sign("key"), "iabc", 3000, false},
+		{"an expiry beyond all calendars", "key", with(1, "999999999999999999"), "iabc", 3000, false},
+		{"another version", "key", with(0, "c2"), "iabc", 3000, false},
+		{"nothing", "key", "", "iabc", 3000, false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := (auth.URLAccess{Sandbox: tt.sandbox, Port: tt.port}).Verify(tt.key, tt.token, tt.at); got != tt.want {
+			read, ok := auth.ParseURLToken(tt.token)
+			if got := ok && read.Genuine(tt.key, tt.sandbox, tt.port); got != tt.want {
 				t.Fatalf("got %v, want %v", got, tt.want)
+			}
+			if tt.want && (read.Link != "u1" || !read.Expires.Equal(noon)) {
+				t.Fatalf("read %+v", read)
 			}
 		})
 	}
+}
+
+// A token has one spelling: whatever is read is what would have been written.
+func FuzzURLToken(f *testing.F) {
+	f.Add(auth.URLAccess{Sandbox: "iabc", Port: 3000, Link: "u1", Expires: noon}.Sign("key"))
+	f.Add(auth.URLAccess{Sandbox: "iabc", Port: 3000, Expires: noon}.Sign("key"))
+	f.Add("c1.1.x.AAAAAAAAAAAAAAAAAAAAAAAAAAA")
+	f.Add("c1...")
+	f.Add("")
+	f.Fuzz(func(t *testing.T, s string) {
+		read, ok := auth.ParseURLToken(s)
+		if !ok {
+			return
+		}
+		if len(s) > 128 {
+			t.Fatalf("%d octets were accepted", len(s))
+		}
+		again := auth.URLAccess{Sandbox: "iabc", Port: 3000, Link: read.Link, Expires: read.Expires}.Sign("key")
+		if genuine := read.Genuine("key", "iabc", 3000); genuine != (again == s) {
+			t.Fatalf("%q is genuine: %v, and would be written %q", s, genuine, again)
+		}
+	})
 }

@@ -1,10 +1,8 @@
 package auth
 
 import (
-	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
-	"fmt"
 	"strconv"
 	"strings"
 	"time"
@@ -43,43 +41,4 @@ func (a FileAccess) Verify(accessToken, signature string, now time.Time) bool {
 		return false
 	}
 	return a.Expires == 0 || now.Unix() <= a.Expires
-}
-
-// URLAccess is what a signed public URL permits: one port of one sandbox, until
-// a time.
-type URLAccess struct {
-	Sandbox string
-	Port    uint16
-	Expires time.Time
-}
-
-// macSize is how many octets of the MAC a URL carries: 160 bits.
-const macSize = 20
-
-// Sign returns a token for the URL: the expiry and a MAC under key. A key of
-// the sandbox's own (its traffic token) makes the URLs end with the sandbox, and
-// a new one revokes them all.
-func (a URLAccess) Sign(key string) string {
-	expires := strconv.FormatInt(a.Expires.Unix(), 10)
-	return expires + "." + base64.RawURLEncoding.EncodeToString(a.mac(key, expires))
-}
-
-func (a URLAccess) mac(key, expires string) []byte {
-	h := hmac.New(sha256.New, []byte(key))
-	// The parts cannot run into each other: only the last is not a number or an
-	// ID. The first word keeps these MACs apart from others under the same key.
-	fmt.Fprintf(h, "cordon-url %d %s %s", a.Port, expires, a.Sandbox)
-	return h.Sum(nil)[:macSize]
-}
-
-// Verify reports whether token, made by Sign, permits access to a's sandbox and
-// port at time now; a.Expires plays no part. An empty key permits nothing.
-func (a URLAccess) Verify(key, token string, now time.Time) bool {
-	expires, sum, found := strings.Cut(token, ".")
-	unix, err := strconv.ParseInt(expires, 10, 64)
-	got, macErr := base64.RawURLEncoding.DecodeString(sum)
-	if !found || err != nil || macErr != nil || key == "" || now.Unix() > unix {
-		return false
-	}
-	return hmac.Equal(got, a.mac(key, expires))
 }

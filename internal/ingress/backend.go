@@ -7,9 +7,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"time"
 
-	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
@@ -21,6 +19,7 @@ type backend struct {
 	pool     *relay.Pool
 	inflight atomic.Int64 // requests and tunnels
 	h2c      *http.Transport
+	guests   guests // who uses them
 
 	mu       sync.Mutex          // guards loopback
 	loopback map[uint16]struct{} // ports last reached through the agent
@@ -145,77 +144,13 @@ func (b *backend) setInside(port uint16, inside bool) {
 	b.loopback[port] = struct{}{}
 }
 
-// wakeCall is one waking that any number of requests wait for.
-type wakeCall struct {
-	done chan struct{}
-	err  error // valid when done is closed
-}
-
-// wake brings a paused sandbox back. Strangers cannot cause it: admit came first.
-func (in *Ingress) wake(ctx context.Context, t *Target) (*Target, *refusal) {
-	if in.cfg.Wake == nil || !t.AutoResume {
-		return nil, notFound(t.ID)
-	}
-	call, ok := in.wakeCall(t.ID)
-	if !ok {
-		return nil, wakeBusy(t.ID, in.cfg.Limits.Wakes)
-	}
-	select {
-	case <-call.done:
-	case <-ctx.Done():
-		return nil, notFound(t.ID) // nobody reads it
-	}
-	if call.err != nil {
-		in.log.Warn("sandbox not woken by traffic", "sandbox", t.ID, "err", call.err)
-		if errs.Is(call.err, errs.Exhausted) {
-			return nil, wakeBusy(t.ID, in.cfg.Limits.Wakes)
-		}
-		return nil, notFound(t.ID)
-	}
-	now, ok := in.cfg.Lookup(t.ID)
-	if !ok || now.State != Running {
-		return nil, notFound(t.ID)
-	}
-	return now, nil
-}
-
-// wakeCall joins or starts the waking of a sandbox; false when too many are under way.
-func (in *Ingress) wakeCall(id string) (*wakeCall, bool) {
-	in.wakeMu.Lock()
-	defer in.wakeMu.Unlock()
-	if call := in.wakes[id]; call != nil {
-		return call, true
-	}
-	if len(in.wakes) >= in.cfg.Limits.Wakes || in.base.Err() != nil {
-		return nil, false
-	}
-	call := &wakeCall{done: make(chan struct{})}
-	in.wakes[id] = call
-	in.wg.Add(1)
-	go in.runWake(id, call)
-	return call, true
-}
-
-func (in *Ingress) runWake(id string, call *wakeCall) {
-	defer in.wg.Done()
-	ctx, cancel := context.WithTimeout(in.base, in.cfg.Limits.WakeTimeout)
-	defer cancel()
-	start := time.Now()
-	call.err = in.cfg.Wake(ctx, id)
-	in.wakeMu.Lock()
-	delete(in.wakes, id)
-	in.wakeMu.Unlock()
-	close(call.done)
-	in.log.Debug("sandbox woken by traffic", "sandbox", id, "took", time.Since(start), "err", call.err)
-}
-
 // Close resets what is left of every sandbox's connections and waits for it.
 func (in *Ingress) Close() {
 	in.mu.Lock()
 	in.closed = true
 	in.mu.Unlock()
-	in.wakeMu.Lock()
+	in.wakes.mu.Lock()
 	in.stop()
-	in.wakeMu.Unlock()
+	in.wakes.mu.Unlock()
 	in.wg.Wait()
 }

@@ -11,16 +11,26 @@ import (
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
+// call is an admitted request: what it is for and by whom.
+type call struct {
+	backend *backend
+	target  *Target
+	to      route
+	pass    pass
+	guest   *guest
+}
+
 // forward sends the request to the service and sees to the end of it.
-func (v *visit) forward(b *backend, t *Target, to route, p pass) {
+func (v *visit) forward(c *call) {
+	b, t, to, p, g := c.backend, c.target, c.to, c.pass, c.guest
 	if !validMask(t.MaskHost) {
-		b.inflight.Add(-1)
+		b.depart(g)
 		v.refuse(badMask(to.id))
 		return
 	}
 	host, fields := v.present(t, to)
 	if isGRPC(v.r) {
-		defer b.inflight.Add(-1)
+		defer b.depart(g)
 		v.forwardGRPC(&grpcCall{b: b, to: to, target: p.target, host: host, fields: fields})
 		return
 	}
@@ -44,7 +54,7 @@ func (v *visit) forward(b *backend, t *Target, to route, p pass) {
 		Answer: func(_ int, h http.Header) { v.answer(to.host, h) },
 		Client: info.http1Conn(v.r),
 		Done: func(tunnel bool) {
-			b.inflight.Add(-1)
+			b.depart(g)
 			if tunnel {
 				info.release()
 			}

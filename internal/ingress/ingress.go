@@ -2,7 +2,7 @@
 // sandbox: which host names which sandbox, who may pass, what the service gets
 // to see of the request, and what the client is told when nobody is there.
 //
-// The way of a request: route (host.go, route.go) → admit (token.go) → the
+// The way of a request: route (host.go, route.go) → admit (admit.go, token.go) → the
 // sandbox's connections (backend.go) → relay. Every decision is made from memory.
 package ingress
 
@@ -17,6 +17,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"crypto/tls"
@@ -37,6 +38,9 @@ type Config struct {
 	// Wake brings a paused sandbox back; Lookup returns it running afterwards. It
 	// is called once for all requests that wait. Nil means that none is woken.
 	Wake func(ctx context.Context, id string) error
+	// Traffic is called when a request to a sandbox begins or ends whose life
+	// traffic extends; see Target.TrafficExtends. May be nil.
+	Traffic func(id string)
 	// BySignature finds the sandbox that a signed file URL without any sandbox
 	// in it is for: /files?path=…&signature=… on a shared host. May be nil.
 	BySignature func(r *http.Request) (id string, ok bool)
@@ -95,9 +99,18 @@ type Target struct {
 	DialLoopback func(ctx context.Context, port uint16) (net.Conn, error)
 	Public       bool   // ports other than the agent's answer without a token
 	TrafficToken string // what clients of a sandbox that is not public must show
-	SigningKey   []byte // of signed URLs; empty derives it from TrafficToken. A new key revokes them
-	MaskHost     string // Host for services, ${PORT} replaced; empty passes it unchanged
-	AutoResume   bool   // traffic wakes it when it is paused
+	AccessToken  string // what the agent wants to be shown; empty: nothing
+	Owner        string // whose it is: owners share the waking of sandboxes fairly
+	// LinkKey signs this sandbox's URLs; Link reports whether one of them still
+	// counts, and may be nil: none does. See auth.URLAccess.
+	LinkKey string
+	Link    func(id string) bool
+	// AllowIn are the only sources that may speak to its ports; nil: everybody.
+	AllowIn    []netip.Prefix
+	MaskHost   string // Host for services, ${PORT} replaced; empty passes it unchanged
+	AutoResume bool   // traffic wakes it when it is paused
+	// TrafficExtends makes requests call Config.Traffic.
+	TrafficExtends bool
 	// Done is closed when the sandbox is killed or paused: its connections are
 	// reset at once. A resumed sandbox has a new one.
 	Done <-chan struct{}
@@ -129,8 +142,8 @@ type Ingress struct {
 	closed   bool                // no backend is made any more
 	backends map[string]*backend // by sandbox ID
 
-	wakeMu sync.Mutex
-	wakes  map[string]*wakeCall // guarded by wakeMu
+	wakes  *wakes
+	judged atomic.Uint64 // counts calls of Recheck
 }
 
 // New checks cfg and returns an Ingress that serves nothing yet.
@@ -155,7 +168,7 @@ func New(cfg Config) (*Ingress, error) {
 		metrics:  newMetrics(),
 		sources:  newSources(&cfg),
 		backends: map[string]*backend{},
-		wakes:    map[string]*wakeCall{},
+		wakes:    newWakes(cfg.Limits.Wakes),
 	}
 	if cfg.Metrics != nil {
 		if err := in.metrics.register(cfg.Metrics); err != nil {
@@ -220,6 +233,8 @@ type visit struct {
 	id    string // of the sandbox, when it is for one
 	// stream is what the client of a WebSocket over HTTP/2 sends; see streamed.
 	stream io.ReadCloser
+	// judged is Ingress.judged from before the sandbox was looked up.
+	judged uint64
 }
 
 func (v *visit) serve() {
@@ -251,6 +266,7 @@ func (v *visit) serve() {
 
 // sandbox serves a request for a sandbox.
 func (v *visit) sandbox(to route) {
+	v.judged = v.in.judged.Load()
 	t, ok := v.in.cfg.Lookup(to.id)
 	if !ok {
 		v.refuse(notFound(to.id))
@@ -259,7 +275,7 @@ func (v *visit) sandbox(to route) {
 	if to.port == 0 {
 		to.port = t.agentPort()
 	}
-	pass, refused := admit(v.r, t, to)
+	pass, refused := v.admit(t, to)
 	if refused != nil {
 		v.refuse(refused)
 		return
@@ -285,7 +301,13 @@ func (v *visit) sandbox(to route) {
 		v.refuse(tooMany(to.id, limit))
 		return
 	}
-	v.forward(b, t, to, pass)
+	g, ok := v.enter(b, t, to, pass.ticket)
+	if !ok {
+		v.refuse(withdrawn(to.id))
+		return
+	}
+	v.in.traffic(t)
+	v.forward(&call{backend: b, target: t, to: to, pass: pass, guest: g})
 }
 
 // exchange answers a browser's navigation with a token in its URL by a redirect

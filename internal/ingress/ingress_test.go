@@ -18,7 +18,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/auth"
 )
 
 func TestRefusalsAreExact(t *testing.T) {
@@ -288,13 +288,16 @@ func TestAgentPort(t *testing.T) {
 func TestTokens(t *testing.T) {
 	l := newLab(t)
 	private := func(tok string) func(*Target) {
-		return func(t *Target) { t.Public = false; t.TrafficToken = tok }
+		return func(t *Target) {
+			t.Public, t.TrafficToken, t.LinkKey = false, tok, "key of "+tok
+			t.Link = func(id string) bool { return id == "u1" }
+		}
 	}
 	a, b := l.sandbox(idA, private("tokA")), l.sandbox(idB, private("tokB"))
 	pa, pb := a.serve(echo), b.serve(echo)
 	pa2 := a.serve(echo)
 	soon, past := time.Now().Add(time.Minute), time.Now().Add(-time.Minute)
-	signed := SignToken(a.t, uint16(pa), soon)
+	signed := link(a.t, pa, soon)
 	c := l.client(true)
 	param := func(tok string) string { return "/?cordon_token=" + tok }
 	for _, tt := range []struct {
@@ -313,10 +316,13 @@ func TestTokens(t *testing.T) {
 		{"a signed one too", a.host(pa), param(signed), nil, 200},
 		{"not on another port", a.host(pa2), param(signed), nil, 403},
 		{"not on another sandbox", b.host(pb), param(signed), nil, 403},
-		{"not when it has expired", a.host(pa), param(SignToken(a.t, uint16(pa), past)), nil, 403},
-		{"not with another expiry", a.host(pa), param(strings.Replace(signed, "s1.", "s1.9", 1)), nil, 403},
+		{"not when it has expired", a.host(pa), param(link(a.t, pa, past)), nil, 403},
+		{"not with another expiry", a.host(pa), param(strings.Replace(signed, "c1.", "c1.9", 1)), nil, 403},
 		{"not cut short", a.host(pa), param(signed[:len(signed)-1]), nil, 403},
-		{"not as a header", a.host(pa), "/", []string{"e2b-traffic-access-token", signed}, 403},
+		{"it opens as a header too", a.host(pa), "/", []string{"e2b-traffic-access-token", signed}, 200},
+		{"not one that was revoked", a.host(pa), param(auth.URLAccess{Sandbox: idA, Port: uint16(pa), Link: "u2", Expires: soon}.Sign(a.t.LinkKey)), nil, 403},
+		{"not one without a link, signed with the links' key", a.host(pa), param(auth.URLAccess{Sandbox: idA, Port: uint16(pa), Expires: soon}.Sign(a.t.LinkKey)), nil, 403},
+		{"not one with a link, signed with the traffic token", a.host(pa), param(auth.URLAccess{Sandbox: idA, Port: uint16(pa), Link: "u1", Expires: soon}.Sign("tokA")), nil, 403},
 		{"a cookie opens", a.host(pa), "/", []string{"Cookie", "x=1; " + tokenCookie + "=" + signed}, 200},
 		{"not on another port", a.host(pa2), "/", []string{"Cookie", tokenCookie + "=" + signed}, 403},
 		{"not with the token itself", a.host(pa), "/", []string{"Cookie", tokenCookie + "=tokA"}, 403},
@@ -338,7 +344,7 @@ func TestTokens(t *testing.T) {
 			t.Fatalf("got %d to %q, want %q", resp.StatusCode, got, want)
 		}
 		set := resp.Header.Get("Set-Cookie")
-		for _, attr := range []string{"__Host-cordon-token=s1.", "Path=/", "Secure", "HttpOnly", "SameSite=None", "Partitioned"} {
+		for _, attr := range []string{"__Host-cordon-token=c1.", "Path=/", "Secure", "HttpOnly", "SameSite=None", "Partitioned", "Max-Age=43"} {
 			if !strings.Contains(set, attr) {
 				t.Errorf("cookie %q lacks %s", set, attr)
 			}
@@ -350,13 +356,13 @@ func TestTokens(t *testing.T) {
 		if resp, body := get(t, c, resp.Header.Get("Location"), "Cookie", cookie.Name+"="+cookie.Value); resp.StatusCode != 200 || strings.Contains(body, cookie.Value) {
 			t.Errorf("got %d %s", resp.StatusCode, body)
 		}
-		a.change(func(t *Target) { t.SigningKey = []byte("new") })
+		a.change(func(t *Target) { t.TrafficToken = "new" })
 		if resp, _ := get(t, c, "https://"+a.host(pa)+"/", "Cookie", cookie.Name+"="+cookie.Value); resp.StatusCode != 403 {
 			t.Errorf("revoked cookie: got %d", resp.StatusCode)
 		}
 	})
 	t.Run("a private sandbox without any token opens for nobody", func(t *testing.T) {
-		a.change(func(t *Target) { t.TrafficToken, t.SigningKey = "", nil })
+		a.change(func(t *Target) { t.TrafficToken, t.LinkKey = "", "" })
 		for _, h := range [][]string{{"e2b-traffic-access-token", ""}, {"Cookie", tokenCookie + "="}, nil} {
 			if resp, _ := get(t, c, "https://"+a.host(pa)+"/?cordon_token=", h...); resp.StatusCode != 403 {
 				t.Errorf("%v: got %d", h, resp.StatusCode)
@@ -417,68 +423,6 @@ func TestLoopbackServices(t *testing.T) {
 	before := dials.Load()
 	if resp, _ := get(t, c, "https://"+a.host(1)+"/"); resp.StatusCode != 502 || dials.Load() != before {
 		t.Error("the agent's port was dialled through the agent")
-	}
-}
-
-func TestWake(t *testing.T) {
-	var l *lab
-	var wakes atomic.Int32
-	gate := make(chan struct{})
-	l = newLab(t, func(c *Config) {
-		c.Limits.Wakes = 1
-		c.Wake = func(ctx context.Context, id string) error {
-			wakes.Add(1)
-			select {
-			case <-gate:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-			if id != idA {
-				return errs.New(errs.NotFound, "no")
-			}
-			l.mu.Lock()
-			defer l.mu.Unlock()
-			c := *l.targets[id]
-			c.State = Running
-			l.targets[id] = &c
-			return nil
-		}
-	})
-	a := l.sandbox(idA, func(t *Target) { t.State, t.AutoResume = Paused, true })
-	l.sandbox(idB, func(t *Target) { t.State, t.AutoResume = Paused, true })
-	l.sandbox("iccc", func(t *Target) { t.State = Paused })
-	l.sandbox("iddd", func(t *Target) { t.State, t.AutoResume, t.Public = Paused, true, false })
-	port := a.serve(echo)
-	c := l.client(true)
-	if resp, body := get(t, c, "https://80-iccc."+domain+"/"); resp.StatusCode != 502 || !strings.Contains(body, "not found") {
-		t.Errorf("paused without resume: %d %s", resp.StatusCode, body)
-	}
-	if resp, _ := get(t, c, "https://80-iddd."+domain+"/"); resp.StatusCode != 403 || wakes.Load() != 0 {
-		t.Errorf("a stranger woke a private sandbox: %d", resp.StatusCode)
-	}
-	var wg sync.WaitGroup
-	for range 20 {
-		wg.Go(func() {
-			if resp, err := c.Get("https://" + a.host(port) + "/"); err != nil || resp.StatusCode != 200 {
-				t.Errorf("woken: %v %v", resp, err)
-			} else {
-				resp.Body.Close()
-			}
-		})
-	}
-	for wakes.Load() == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	if resp, _ := get(t, c, "https://80-"+idB+"."+domain+"/"); resp.StatusCode != 429 || resp.Header.Get("Retry-After") == "" {
-		t.Errorf("a wake over the limit: %d", resp.StatusCode)
-	}
-	close(gate)
-	wg.Wait()
-	if wakes.Load() != 1 {
-		t.Errorf("%d wakes", wakes.Load())
-	}
-	if resp, _ := get(t, c, "https://80-"+idB+"."+domain+"/"); resp.StatusCode != 502 {
-		t.Errorf("failed wake: %d", resp.StatusCode)
 	}
 }
 

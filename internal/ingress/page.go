@@ -7,9 +7,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"html/template"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // refusal is an answer of ours in a service's place. The order of the fields is
@@ -23,6 +25,7 @@ type refusal struct {
 
 	title string // of the page for people
 	hint  string // what they can do
+	retry time.Duration
 }
 
 func badRequest(sentence string) *refusal {
@@ -72,6 +75,33 @@ func tooMany(id string, limit int) *refusal {
 func wakeBusy(id string, limit int) *refusal {
 	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Limit: limit, Message: "Too many sandboxes are being resumed",
 		title: "Busy", hint: "Other sandboxes are being resumed. Try again in a moment."}
+}
+
+// wakeFull says which limit is reached, in the words of who keeps it.
+func wakeFull(id, limit string) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Message: "The sandbox is paused and cannot be resumed: " + limit,
+		title: "No room to resume", hint: "The sandbox is paused, and as many run as may. End or pause another, then try again."}
+}
+
+func wakeFailed(id string, retry time.Duration) *refusal {
+	return &refusal{Code: http.StatusServiceUnavailable, Sandbox: id, Message: "The sandbox is paused and could not be resumed", retry: retry,
+		title: "The sandbox could not be resumed", hint: "It is paused and kept as it was. Try again in a moment."}
+}
+
+func notListed(id string) *refusal {
+	return &refusal{Code: http.StatusForbidden, Sandbox: id, Message: "The sandbox accepts requests from listed addresses only, and yours is not in network.allowIn",
+		title: "Your address is not allowed", hint: "The sandbox answers only clients in its list of addresses. Ask its owner to add yours."}
+}
+
+func linkOver(id, message, title string) *refusal {
+	return &refusal{Code: http.StatusForbidden, Sandbox: id, Message: message, title: title,
+		hint: "Ask whoever sent you the link for a new one."}
+}
+
+// withdrawn answers who was let in and is not any more, before anything was sent.
+func withdrawn(id string) *refusal {
+	return &refusal{Code: http.StatusForbidden, Sandbox: id, Message: "Access to the sandbox was withdrawn", title: "Access was withdrawn",
+		hint: "Ask whoever sent you here for a new link."}
 }
 
 //go:embed page.html
@@ -128,8 +158,8 @@ func (v *visit) refuse(f *refusal) {
 	h.Set("Access-Control-Allow-Origin", "*") // programs in a browser may read why
 	h.Set("Vary", "Accept, Sec-Fetch-Mode")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
-	if f.Code == http.StatusTooManyRequests {
-		h.Set("Retry-After", "1")
+	if f.Code == http.StatusTooManyRequests || f.retry > 0 {
+		h.Set("Retry-After", strconv.Itoa(max(1, int(math.Ceil(f.retry.Seconds())))))
 	}
 	if v.r.ProtoMajor == 1 && v.r.ContentLength != 0 {
 		h.Set("Connection", "close") // a part of the body may be unread: it must not become a request

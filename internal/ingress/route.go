@@ -8,6 +8,7 @@ import (
 // route is where a request goes.
 type route struct {
 	api    bool
+	shared bool // the host is of all sandboxes; headers chose this one
 	id     string
 	port   uint16 // 0 is the agent's, whichever that is
 	host   string // name of the host asked for, lower-case, without port
@@ -41,7 +42,7 @@ func (in *Ingress) route(r *http.Request, mode Mode) (route, *refusal) {
 		if id == "" || port == defaultAgentPort && apiPath(r.URL.Path) {
 			return route{api: true}, nil
 		}
-		to.id, to.port = id, port
+		to.id, to.port, to.shared = id, port, true
 	case sandboxHost:
 	}
 	target, ok := originForm(r)

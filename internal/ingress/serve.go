@@ -246,9 +246,7 @@ func (s *sources) connContext(ctx context.Context, c net.Conn) context.Context {
 	info := &connInfo{conn: c, source: s}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		info.addr = a.AddrPort().Addr().Unmap().WithZone("")
-		for _, p := range s.trusted {
-			info.trusted = info.trusted || p.Contains(info.addr)
-		}
+		info.trusted = s.trusts(info.addr)
 		if sandbox, ok := s.inside(info.addr); ok {
 			info.addr, info.inside, info.trusted = sandbox, true, false
 		}
@@ -279,6 +277,16 @@ func (s *sources) connState(c net.Conn, state http.ConnState) {
 	case state == http.StateClosed || state == http.StateHijacked && !info.upgrading:
 		info.release()
 	}
+}
+
+// trusts reports whether addr is a proxy whose X-Forwarded-* we believe.
+func (s *sources) trusts(addr netip.Addr) bool {
+	for _, p := range s.trusted {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *sources) remove(c *connInfo) {

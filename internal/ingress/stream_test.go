@@ -46,7 +46,7 @@ var wsEcho = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 
 func TestWebSocket(t *testing.T) {
 	l := newLab(t)
-	a := l.sandbox(idA, func(t *Target) { t.Public = false; t.TrafficToken = "tok" })
+	a := l.sandbox(idA, linked)
 	port := a.serve(wsEcho)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -56,7 +56,7 @@ func TestWebSocket(t *testing.T) {
 	if _, resp, err := websocket.Dial(ctx, "wss://"+a.host(port)+"/", opts); err == nil || resp.StatusCode != 403 {
 		t.Fatalf("upgrade without a token: %v %v", resp, err)
 	}
-	c, _, err := websocket.Dial(ctx, "wss://"+a.host(port)+"/?cordon_token="+SignToken(a.t, uint16(port), time.Now().Add(time.Minute)), opts)
+	c, _, err := websocket.Dial(ctx, "wss://"+a.host(port)+"/?cordon_token="+link(a.t, port, time.Now().Add(time.Minute)), opts)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,146 +1,170 @@
 package ingress
 
 import (
-	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base64"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/auth"
 )
 
 // How a client shows that it may speak to a sandbox that is not public.
 const (
-	tokenHeader = "E2b-Traffic-Access-Token" // the traffic token itself
-	tokenParam  = "cordon_token"             // the traffic token, or a signed one
+	tokenHeader = "E2b-Traffic-Access-Token" // the traffic token, or a signed URL's
+	tokenParam  = "cordon_token"             // likewise
 	tokenCookie = "__Host-cordon-token"      // a signed one
 )
 
 // cookieLife is how long a browser may go on after it showed the traffic token.
 const cookieLife = 12 * time.Hour
 
-// SignToken returns a token that opens one port of a sandbox that is not public
-// until expires: https://<port>-<id>.<domain>/?cordon_token=<token>. It is void
-// as soon as the sandbox's SigningKey, or else its TrafficToken, changes. It is
-// empty when the sandbox has neither.
-//
-// The form is "s1.<unix seconds>.<HMAC-SHA-256, base64url>".
-func SignToken(t *Target, port uint16, expires time.Time) string {
-	key := t.signingKey()
-	if key == nil {
-		return ""
-	}
-	exp := strconv.FormatInt(expires.Unix(), 10)
-	return "s1." + exp + "." + base64.RawURLEncoding.EncodeToString(signature(key, t.ID, port, exp))
+// ticket is what a request was admitted by.
+type ticket struct {
+	link    string    // of a signed URL; empty for anything else
+	expires time.Time // zero: never
 }
 
-func (t *Target) signingKey() []byte {
-	if len(t.SigningKey) > 0 {
-		return t.SigningKey
+// flaw is what is wrong with a token. The higher, the more its holder may be told:
+// only who once had a genuine one learns that it has expired or was revoked.
+type flaw uint8
+
+const (
+	genuine flaw = iota
+	invalid
+	expired
+	revoked
+)
+
+// signed judges a token of a signed URL, or of the cookie made from one.
+func (t *Target) signed(port uint16, token string, now time.Time) (ticket, flaw) {
+	read, ok := auth.ParseURLToken(token)
+	if !ok {
+		return ticket{}, invalid
 	}
-	if t.TrafficToken == "" {
-		return nil
+	key := t.LinkKey
+	if read.Link == "" {
+		key = t.TrafficToken
 	}
-	m := hmac.New(sha256.New, []byte(t.TrafficToken))
-	m.Write([]byte("cordon url signing key v1"))
-	return m.Sum(nil)
+	if !read.Genuine(key, t.ID, port) {
+		return ticket{}, invalid
+	}
+	switch {
+	case !now.Before(read.Expires):
+		return ticket{}, expired
+	case read.Link != "" && !t.hasLink(read.Link):
+		return ticket{}, revoked
+	}
+	return ticket{link: read.Link, expires: read.Expires}, genuine
 }
 
-func signature(key []byte, id string, port uint16, exp string) []byte {
-	m := hmac.New(sha256.New, key)
-	m.Write([]byte("cordon url v1\n" + id + "\n" + strconv.Itoa(int(port)) + "\n" + exp))
-	return m.Sum(nil)
-}
+func (t *Target) hasLink(link string) bool { return t.Link != nil && t.Link(link) }
 
-// verifySigned returns when a signed token expires, and whether it opens the port now.
-func verifySigned(t *Target, port uint16, token string) (time.Time, bool) {
-	rest, ok := strings.CutPrefix(token, "s1.")
-	exp, mac, both := strings.Cut(rest, ".")
-	key := t.signingKey()
-	if !ok || !both || key == nil || len(exp) > 12 {
-		return time.Time{}, false
+// shown judges a token from a header or the query: the traffic token or a signed one.
+func (t *Target) shown(port uint16, token string, now time.Time) (ticket, flaw) {
+	if t.verifyToken(token) {
+		return ticket{}, genuine
 	}
-	got, err := base64.RawURLEncoding.Strict().DecodeString(mac)
-	if err != nil || !hmac.Equal(got, signature(key, t.ID, port, exp)) {
-		return time.Time{}, false
-	}
-	unix, err := strconv.ParseInt(exp, 10, 64)
-	if err != nil {
-		return time.Time{}, false
-	}
-	expires := time.Unix(unix, 0)
-	return expires, time.Now().Before(expires)
+	return t.signed(port, token, now)
 }
 
 // verifyToken compares in constant time, whatever the lengths.
 func (t *Target) verifyToken(token string) bool {
-	if t.TrafficToken == "" {
-		return false
-	}
-	got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(t.TrafficToken))
-	return subtle.ConstantTimeCompare(got[:], want[:]) == 1
+	return equalSecret(token, t.TrafficToken)
+}
+
+// equalSecret takes a time that does not depend on where the two differ. A secret
+// that was never set equals nothing.
+func equalSecret(got, want string) bool {
+	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
+	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && want != ""
 }
 
 // pass is a request that may go on.
 type pass struct {
 	target string       // request target, without our token
 	cookie *http.Cookie // when the client is a browser that gets it by a redirect to target
+	ticket ticket
 }
 
-// admit decides whether the request may speak to the port. The agent's port has
-// its own access token, which the agent checks; its control routes do not exist
-// for the outside.
-func admit(r *http.Request, t *Target, to route) (pass, *refusal) {
-	if to.port == t.agentPort() {
-		if controlRoute(to.target) {
-			return pass{}, &refusal{Code: http.StatusNotFound, Message: "not found"}
-		}
-		return pass{target: to.target}, nil
-	}
-	if t.Public {
-		return pass{target: to.target}, nil
-	}
+// admitToken decides by token, header, query and cookie in this order: what a
+// client shows counts, and a wrong one is not made good by another.
+func (v *visit) admitToken(t *Target, to route) (pass, *refusal) {
+	now := time.Now()
 	target, given, param := stripParam(to.target)
-	if h := r.Header[tokenHeader]; len(h) > 0 {
-		if len(h) > 1 || !t.verifyToken(h[0]) {
-			return pass{}, forbidden(t.ID, "Sandbox is secured with traffic access token. Provided token in header 'e2b-traffic-access-token' is invalid")
+	p := pass{target: target}
+	if h := v.r.Header[tokenHeader]; len(h) > 0 {
+		bad := invalid
+		if len(h) == 1 {
+			p.ticket, bad = t.shown(to.port, h[0], now)
 		}
-		return pass{target: target}, nil
+		return p, bad.refusal(t.ID, "header 'e2b-traffic-access-token'")
 	}
 	if given {
-		return admitParam(r, t, pass{target: target}, to.port, param)
-	}
-	for _, c := range cookiesNamed(r.Header, tokenCookie) {
-		if _, ok := verifySigned(t, to.port, c); ok {
-			return pass{target: target}, nil
+		ticket, bad := t.shown(to.port, param, now)
+		if bad != genuine {
+			return p, bad.refusal(t.ID, "query parameter 'cordon_token'")
 		}
+		if p.ticket = ticket; v.takesCookie(to) {
+			p.cookie = t.cookie(to.port, param, ticket, now)
+		}
+		return p, nil
 	}
-	return pass{}, forbidden(t.ID, "Sandbox is secured with traffic access token. Token header 'e2b-traffic-access-token' is missing")
+	worst := genuine
+	for _, c := range cookiesNamed(v.r.Header, tokenCookie) {
+		ticket, bad := t.signed(to.port, c, now)
+		if bad == genuine {
+			p.ticket = ticket
+			return p, nil
+		}
+		worst = max(worst, bad)
+	}
+	if worst >= expired {
+		return p, worst.refusal(t.ID, "cookie")
+	}
+	return p, forbidden(t.ID, securedPrefix+"Token header 'e2b-traffic-access-token' is missing")
 }
 
-// admitParam lets a program with a token in its URL pass at once, and sends a
-// browser back for a cookie, so that the token leaves the address bar, the history
-// and the Referer, and that what the page loads passes too.
-func admitParam(r *http.Request, t *Target, p pass, port uint16, token string) (pass, *refusal) {
-	expires, ok := verifySigned(t, port, token)
-	if !ok && t.verifyToken(token) {
-		expires, ok = time.Now().Add(cookieLife), true
+const securedPrefix = "Sandbox is secured with traffic access token. "
+
+// refusal is the answer to a token that was shown in where.
+func (f flaw) refusal(id, where string) *refusal {
+	switch f {
+	case genuine:
+		return nil
+	case expired:
+		return linkOver(id, "The link to this sandbox has expired", "This link has expired")
+	case revoked:
+		return linkOver(id, "The link to this sandbox was revoked", "This link was revoked")
 	}
-	if !ok {
-		return pass{}, forbidden(t.ID, "Sandbox is secured with traffic access token. Provided token in query parameter 'cordon_token' is invalid or has expired")
+	return forbidden(id, securedPrefix+"Provided token in "+where+" is invalid")
+}
+
+// takesCookie reports whether the client is sent back for a cookie: a browser at a
+// sandbox's own host, with a connection that browsers keep such cookies for. A
+// program passes at once. The token so leaves the address bar, the history and the
+// Referer, and what the page loads passes too.
+func (v *visit) takesCookie(to route) bool {
+	return navigates(v.r) && !to.shared && v.scheme() == "https"
+}
+
+// cookie carries on what token opened, no longer than that.
+func (t *Target) cookie(port uint16, token string, k ticket, now time.Time) *http.Cookie {
+	expires := k.expires
+	if expires.IsZero() { // the traffic token itself stays out of cookies
+		expires = now.Add(cookieLife).Truncate(time.Second)
+		token = auth.URLAccess{Sandbox: t.ID, Port: port, Expires: expires}.Sign(t.TrafficToken)
 	}
-	if navigates(r) {
-		p.cookie = &http.Cookie{
-			Name: tokenCookie, Value: SignToken(t, port, expires), Path: "/", Expires: expires,
-			// None and Partitioned: a page of another site may show the sandbox in
-			// a frame, and no third site can use the cookie.
-			Secure: true, HttpOnly: true, SameSite: http.SameSiteNoneMode, Partitioned: true,
-		}
+	return &http.Cookie{
+		Name: tokenCookie, Value: token, Path: "/",
+		// Max-Age wins over Expires and does not depend on the browser's clock.
+		Expires: expires, MaxAge: max(1, int(expires.Sub(now).Seconds())),
+		// None and Partitioned: a page of another site may show the sandbox in a
+		// frame, and no third site can use the cookie.
+		Secure: true, HttpOnly: true, SameSite: http.SameSiteNoneMode, Partitioned: true,
 	}
-	return p, nil
 }
 
 // stripParam takes every cordon_token out of a request target and returns the
