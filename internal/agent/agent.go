@@ -101,15 +101,16 @@ func New(cfg Config) (*Agent, error) {
 		cfg.Path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
 	kids := newChildren(cfg.ReapAll)
+	procs := newProcesses(kids)
 	a := &Agent{
 		cfg:      cfg,
 		log:      cfg.Log,
 		users:    &users{etc: cfg.Etc},
 		children: kids,
-		procs:    newProcesses(kids),
+		procs:    procs,
 		watchers: newWatchers(),
 		sampler:  newSampler(cfg.Proc),
-		guard:    newGuard(cfg.Proc, cfg.Log),
+		guard:    newGuard(cfg.Proc, cfg.Log, procs.doom),
 	}
 	a.handler = a.routes()
 	return a, nil

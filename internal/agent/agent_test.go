@@ -294,7 +294,7 @@ func TestControlRoutesDoNotExistForOthers(t *testing.T) {
 	h := claimed(t)
 	unknown := h.do("GET", "/no/such/route", nil)
 	for _, r := range []struct{ method, path string }{
-		{"POST", "/init"}, {"GET", "/cordon/tunnel?port=1"}, {"GET", "/cordon/events"},
+		{"POST", "/init"}, {"GET", "/cordon/tunnel?port=1"}, {"GET", "/cordon/kills?after=0&wait=0"},
 	} {
 		for _, token := range []string{"", "wrong"} {
 			got := h.do(r.method, r.path, strings.NewReader("{}"), "X-Cordon-Control", token)

@@ -247,22 +247,28 @@ func TestTheGuardKillsTheBiggestProcess(t *testing.T) {
 	g.proc = proc
 
 	put("meminfo", "MemTotal: 524288 kB\nMemFree: 1 kB\nMemAvailable: 262144 kB\n")
-	if again := g.check(); again > lookLate || len(g.events) != 0 {
-		t.Errorf("with memory left: %v, look again in %v", g.events, again)
+	if again := g.check(); again > lookLate || len(g.kills) != 0 {
+		t.Errorf("with memory left: %v, look again in %v", g.kills, again)
 	}
-	put("meminfo", "MemTotal: 524288 kB\nMemFree: 1 kB\nMemAvailable: 83968 kB\n")
-	if again := g.check(); again != lookSoon || len(g.events) != 0 {
+	put("meminfo", "MemTotal: 524288 kB\nMemFree: 1 kB\nMemAvailable: 18432 kB\n")
+	if again := g.check(); again != lookSoon || len(g.kills) != 0 {
 		t.Errorf("2 MiB above the floor: look again in %v, want %v", again, lookSoon)
 	}
-	put("meminfo", "MemTotal: 524288 kB\nMemFree: 1 kB\nMemAvailable: 79872 kB\n")
+	put("meminfo", "MemTotal: 524288 kB\nMemFree: 1 kB\nMemAvailable: 14336 kB\n")
 	g.check()
 	eventually(t, "the biggest is killed", func() bool {
 		left := h.agent.procs.list()
 		return len(left) == 1 && itoa(left[0].GetPid()) == pids["small"]
 	})
-	got := h.do("GET", "/cordon/events", nil, "X-Cordon-Control", testControl)
-	if !strings.Contains(got.body, `"kind":"out of memory","pid":`+pids["big"]+`,"command":"eater","bytes":`+itoa(uint32(200*os.Getpagesize()))) {
-		t.Errorf("events: %s", got.body)
+	for path, want := range map[string]string{
+		"/cordon/kills?after=0&wait=60": `"pid":` + pids["big"] + `,"command":"eater","bytes":` + itoa(uint32(200*os.Getpagesize())),
+		"/cordon/kills?after=-1&wait=9": `{"kills":null,"latest":1}`,
+		"/cordon/kills?after=1&wait=0":  `{"latest":1}`,
+		"/cordon/kills?after=x&wait=0":  "must be numbers",
+	} {
+		if got := h.do("GET", path, nil, "X-Cordon-Control", testControl); !strings.Contains(got.body, want) {
+			t.Errorf("%s: %s, want %s", path, got.body, want)
+		}
 	}
 }
 
@@ -272,7 +278,7 @@ func TestTheGuardSleepsUntilTheFirstProcess(t *testing.T) {
 	proc := t.TempDir() // without meminfo: every look is logged
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		g := newGuard(proc, slog.New(slog.NewTextHandler(&log, nil)))
+		g := newGuard(proc, slog.New(slog.NewTextHandler(&log, nil)), func(kill) {})
 		ctx, cancel := context.WithCancel(t.Context())
 		used := make(chan struct{}, 1)
 		done := make(chan error, 1)

@@ -21,23 +21,32 @@ type guard struct {
 	proc string
 	log  *slog.Logger
 	self int
+	// doom is told of a process before it is killed.
+	doom func(kill)
 
-	mu     sync.Mutex // guards events
-	events []event
+	mu      sync.Mutex // guards what follows
+	kills   []kill
+	changed chan struct{} // closed and replaced at each kill
 }
 
-// event is something the host should know about.
-type event struct {
+// kill is one process the guard killed.
+type kill struct {
+	Number  int64     `json:"number"` // counted from 1
 	Time    time.Time `json:"time"`
-	Kind    string    `json:"kind"` // "out of memory"
 	PID     int       `json:"pid"`
 	Command string    `json:"command"`
 	Bytes   uint64    `json:"bytes"`     // resident
 	Left    uint64    `json:"available"` // of the sandbox's memory
 }
 
+func (k kill) String() string {
+	return fmt.Sprintf("out of memory: process %d (%s) was the biggest, with %d MiB, and was killed", k.PID, k.Command, k.Bytes>>20)
+}
+
 const (
-	maxEvents = 64
+	maxKills = 64 // remembered for the host
+	// maxKillWait bounds how long the host's question waits for a kill.
+	maxKillWait = time.Hour
 	// growth is the fastest a sandbox is assumed to fill memory, in bytes per
 	// second: it says how soon the guard must look again.
 	growth   = 1 << 30
@@ -48,15 +57,14 @@ const (
 	settle = 100 * time.Millisecond
 )
 
-func newGuard(proc string, log *slog.Logger) *guard {
-	return &guard{proc: proc, log: log, self: os.Getpid()}
+func newGuard(proc string, log *slog.Logger, doom func(kill)) *guard {
+	return &guard{proc: proc, log: log, self: os.Getpid(), doom: doom, changed: make(chan struct{})}
 }
 
-// floor is the available memory below which a process is killed. The runtime's
-// limit is the sandbox's plan and 64 MiB, all of which shows as memory in here,
-// but the sandbox's own kernel lives in it too, unseen: it keeps those 64 MiB,
-// and 16 more for what is allocated between a look and the kill.
-func floor(total uint64) uint64 { return min(80<<20, total/4) }
+// floor is the available memory below which a process is killed. The runtime
+// gives the sandbox's own kernel memory besides what shows in here, and some for
+// what is allocated between a look and the kill.
+func floor(total uint64) uint64 { return min(16<<20, total/16) }
 
 // run guards from the first process on: an idle sandbox costs nothing.
 func (g *guard) run(ctx context.Context, used <-chan struct{}) error {
@@ -93,6 +101,7 @@ func (g *guard) check() time.Duration {
 		return lookLate
 	}
 	victim.Left = left
+	g.doom(victim) // now: once it is dead, its session is not to be found
 	if err := syscall.Kill(victim.PID, syscall.SIGKILL); err != nil {
 		return lookSoon // gone by itself
 	}
@@ -102,25 +111,25 @@ func (g *guard) check() time.Duration {
 }
 
 // biggest finds the process with the most resident memory.
-func (g *guard) biggest() (event, bool) {
+func (g *guard) biggest() (kill, bool) {
 	dirs, err := os.ReadDir(g.proc)
 	if err != nil {
-		return event{}, false
+		return kill{}, false
 	}
-	var best event
+	var best kill
 	for _, d := range dirs {
 		pid, err := strconv.Atoi(d.Name())
 		if err != nil || pid == g.self || pid == 1 {
 			continue
 		}
 		if rss := g.resident(pid); rss > best.Bytes {
-			best = event{PID: pid, Bytes: rss}
+			best = kill{PID: pid, Bytes: rss}
 		}
 	}
 	if best.PID == 0 {
 		return best, false
 	}
-	best.Kind, best.Time = "out of memory", time.Now().UTC()
+	best.Time = time.Now().UTC()
 	best.Command = utf8(strings.TrimSpace(g.read(best.PID, "comm")))
 	return best, true
 }
@@ -146,19 +155,64 @@ func (g *guard) read(pid int, file string) string {
 	return string(b)
 }
 
-func (g *guard) record(e event) {
+func (g *guard) record(k kill) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.events) == maxEvents {
-		g.events = append(g.events[:0], g.events[1:]...)
+	k.Number = g.latest() + 1
+	if len(g.kills) == maxKills {
+		g.kills = append(g.kills[:0], g.kills[1:]...)
 	}
-	g.events = append(g.events, e)
+	g.kills = append(g.kills, k)
+	close(g.changed)
+	g.changed = make(chan struct{})
 }
 
-// getEvents tells the host what the guard did, oldest first.
-func (a *Agent) getEvents(w http.ResponseWriter, _ *http.Request) {
-	a.guard.mu.Lock()
-	events := append([]event{}, a.guard.events...)
-	a.guard.mu.Unlock()
-	writeJSON(w, http.StatusOK, map[string]any{"events": events})
+// latest is the number of the latest kill; mu is held.
+func (g *guard) latest() int64 {
+	if len(g.kills) == 0 {
+		return 0
+	}
+	return g.kills[len(g.kills)-1].Number
+}
+
+// since returns the kills after a number, oldest first, the latest's number, and
+// what is closed at the next one.
+func (g *guard) since(number int64) (found []kill, latest int64, next <-chan struct{}) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, k := range g.kills {
+		if k.Number > number {
+			found = append(found, k)
+		}
+	}
+	return found, g.latest(), g.changed
+}
+
+// getKills tells the host what the guard did after the kill numbered "after", and
+// waits up to "wait" seconds for it. A number below 0 asks for the latest's only.
+func (a *Agent) getKills(w http.ResponseWriter, r *http.Request) {
+	after, errA := strconv.ParseInt(r.FormValue("after"), 10, 64)
+	wait, errW := strconv.ParseUint(r.FormValue("wait"), 10, 16)
+	if errA != nil || errW != nil {
+		writeError(w, http.StatusBadRequest, "after and wait must be numbers")
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), min(time.Duration(wait)*time.Second, maxKillWait))
+	defer cancel()
+	for {
+		found, latest, next := a.guard.since(after)
+		if after < 0 {
+			found = nil
+		}
+		if len(found) > 0 || after < 0 {
+			writeJSON(w, http.StatusOK, map[string]any{"kills": found, "latest": latest})
+			return
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			writeJSON(w, http.StatusOK, map[string]any{"latest": latest})
+			return
+		}
+	}
 }

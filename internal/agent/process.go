@@ -56,8 +56,9 @@ type process struct {
 	outputs []*os.File
 	killed  chan struct{} // closed when we kill it: its output ends at once
 	once    sync.Once
-	expired atomic.Bool // killed by its deadline
-	limit   *countdown  // the deadline; nil without
+	expired atomic.Bool          // killed by its deadline
+	limit   *countdown           // the deadline; nil without
+	doomed  atomic.Pointer[kill] // the last process of its session that memory was too short for
 
 	done chan struct{} // closed when end is set
 	end  *pb.ProcessEvent_EndEvent
@@ -278,7 +279,7 @@ func (t *processes) follow(p *process, exit <-chan syscall.WaitStatus) {
 		p.limit.stop()
 	}
 	p.closeFiles()
-	p.end = endEvent(status)
+	p.end = endEvent(status, p.doomed.Load())
 	t.retire(p)
 	close(p.done)
 }
@@ -395,8 +396,24 @@ func (p *process) signal(ctx context.Context, sig syscall.Signal) error {
 	return nil
 }
 
-// endEvent words an exit as Go's os.ProcessState does, which clients parse.
-func endEvent(s syscall.WaitStatus) *pb.ProcessEvent_EndEvent {
+// doom notes that a process is about to be killed for its memory with the command
+// it belongs to, whose end then says so.
+func (t *processes) doom(k kill) {
+	leader, err := unix.Getsid(k.PID)
+	if err != nil {
+		return // gone by itself
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p, ok := t.live[leader]; ok {
+		p.doomed.Store(&k)
+	}
+}
+
+// endEvent words an exit as Go's os.ProcessState does, which clients parse. The
+// error of a command that failed after one of its processes was killed for its
+// memory goes on to say so.
+func endEvent(s syscall.WaitStatus, doomed *kill) *pb.ProcessEvent_EndEvent {
 	ev := &pb.ProcessEvent_EndEvent{ExitCode: int32(s.ExitStatus()), Exited: s.Exited()}
 	switch {
 	case s.Exited():
@@ -411,6 +428,10 @@ func endEvent(s syscall.WaitStatus) *pb.ProcessEvent_EndEvent {
 	}
 	if !s.Exited() || s.ExitStatus() != 0 {
 		ev.Error = &ev.Status
+		if doomed != nil {
+			text := ev.Status + ": " + doomed.String()
+			ev.Error = &text
+		}
 	}
 	return ev
 }

@@ -24,7 +24,7 @@ func (a *Agent) routes() http.Handler {
 	})
 	mux.Handle("POST /init", a.control(a.postInit))
 	mux.Handle("GET /cordon/tunnel", a.control(a.getTunnel))
-	mux.Handle("GET /cordon/events", a.control(a.getEvents))
+	mux.Handle("GET /cordon/kills", a.control(a.getKills))
 
 	mux.HandleFunc("GET /files", a.getFiles)
 	mux.HandleFunc("POST /files", a.postFiles)

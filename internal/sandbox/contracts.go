@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -30,7 +31,8 @@ type Runtime interface {
 	Restore(ctx context.Context, s RuntimeSpec, dir string) error
 	// ExportUpper writes the files changed over the image as a tar stream.
 	ExportUpper(ctx context.Context, id ID, w io.Writer) error
-	// Wait blocks until the sandbox has exited and returns nil, or until ctx ends.
+	// Wait blocks until the sandbox has exited and returns nil, or ErrOutOfMemory if
+	// the host's kernel ended it for the memory it used, or until ctx ends.
 	Wait(ctx context.Context, id ID) error
 	// Stats reads the resources in use.
 	Stats(ctx context.Context, id ID) (Stats, error)
@@ -40,6 +42,9 @@ type Runtime interface {
 	// List returns the sandboxes that exist, also those of an earlier server process.
 	List(ctx context.Context) ([]ID, error)
 }
+
+// ErrOutOfMemory says why a sandbox ended.
+var ErrOutOfMemory = errors.New("the sandbox used more memory than it has, all at once")
 
 // RuntimeSpec is what a runtime needs to make a sandbox.
 type RuntimeSpec struct {
@@ -200,6 +205,19 @@ type Agents interface {
 	DialPort(ctx context.Context, a AgentAddr, port uint16) (net.Conn, error)
 	// Metrics reads resource use as seen inside.
 	Metrics(ctx context.Context, a AgentAddr) (Metrics, error)
+	// Kills returns what the agent had to kill after the kill of that number, oldest
+	// first, and the number of the latest. It waits until there is one, or for minutes
+	// and then returns none; with a negative number it returns only the latest's, at
+	// once.
+	Kills(ctx context.Context, a AgentAddr, after int64) (kills []Kill, latest int64, err error)
+}
+
+// Kill is a process that the agent killed because the sandbox ran out of memory.
+type Kill struct {
+	Time    time.Time
+	PID     int
+	Command string // its name, of a few letters
+	Bytes   int64  // of memory that it used
 }
 
 // AgentPort is the TCP port of the agent inside each sandbox.

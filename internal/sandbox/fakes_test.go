@@ -34,12 +34,13 @@ type world struct {
 	events  []Event
 	agents  map[netip.Addr]AgentInit
 	nextIP  byte
+	kills   chan Kill // for want of memory, as the agents tell them
 }
 
 func newWorld() *world {
 	return &world{
 		fail: map[string]bool{}, running: map[ID]chan struct{}{}, slots: map[ID]*policy.Compiled{},
-		stored: map[ID]Record{}, agents: map[netip.Addr]AgentInit{}, nextIP: 1,
+		stored: map[ID]Record{}, agents: map[netip.Addr]AgentInit{}, nextIP: 1, kills: make(chan Kill),
 	}
 }
 
@@ -285,6 +286,19 @@ func (fakeAgents) DialPort(context.Context, AgentAddr, uint16) (net.Conn, error)
 
 func (a fakeAgents) Metrics(context.Context, AgentAddr) (Metrics, error) {
 	return Metrics{Time: time.Now()}, a.step("metrics")
+}
+
+// Kills answers the kills put into the world, once.
+func (a fakeAgents) Kills(ctx context.Context, _ AgentAddr, after int64) ([]Kill, int64, error) {
+	if after < 0 {
+		return nil, 0, nil
+	}
+	select {
+	case k := <-a.kills:
+		return []Kill{k}, after + 1, nil
+	case <-ctx.Done():
+		return nil, 0, ctx.Err()
+	}
 }
 
 // newManager returns a Manager over a fresh world.

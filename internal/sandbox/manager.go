@@ -3,6 +3,7 @@ package sandbox
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -167,9 +168,19 @@ func (m *Manager) watch(ctx context.Context, id ID) {
 	if err != nil {
 		return
 	}
-	if err := m.cfg.Runtime.Wait(ctx, id); ctx.Err() != nil {
+	var reports sync.WaitGroup
+	defer reports.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	reports.Go(func() { m.reportKills(ctx, v) })
+	err = m.cfg.Runtime.Wait(ctx, id)
+	detail := "the sandbox's processes ended unexpectedly"
+	switch {
+	case ctx.Err() != nil:
 		return
-	} else if err != nil {
+	case errors.Is(err, ErrOutOfMemory):
+		detail = err.Error()
+	case err != nil:
 		m.cfg.Log.Warn("sandbox wait ended early", "sandbox", id, "err", err)
 	}
 	select {
@@ -177,8 +188,11 @@ func (m *Manager) watch(ctx context.Context, id ID) {
 		return
 	default:
 	}
-	m.cfg.Log.Error("sandbox ended by itself", "sandbox", id)
-	if err := m.remove(ctx, id, Event{Name: "exit", Detail: "the sandbox's processes ended unexpectedly"}); err != nil && !errs.Is(err, errs.NotFound) {
+	m.cfg.Log.Error("sandbox ended by itself", "sandbox", id, "err", err)
+	if errors.Is(err, ErrOutOfMemory) {
+		m.event(ctx, &v.rec, Event{Name: "oom", Detail: detail})
+	}
+	if err := m.remove(ctx, id, Event{Name: "exit", Detail: detail}); err != nil && !errs.Is(err, errs.NotFound) {
 		m.cfg.Log.Error("sandbox clean-up", "sandbox", id, "err", err)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -32,6 +33,8 @@ const (
 
 	maxAnswer = 64 << 10 // bytes of an answer's body
 	maxHead   = 16 << 10 // bytes of an answer's header
+	maxKills  = 64       // of one answer
+	killsWait = 10 * time.Minute
 )
 
 // Config sets a client's patience. Zero fields mean the defaults.
@@ -189,11 +192,57 @@ func parseMetrics(raw []byte) (sandbox.Metrics, error) {
 	}, nil
 }
 
+// Kills implements sandbox.Agents. The agent answers within killsWait.
+func (c *Client) Kills(ctx context.Context, a sandbox.AgentAddr, after int64) ([]sandbox.Kill, int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, killsWait+c.cfg.CallTimeout)
+	defer cancel()
+	raw, err := c.patient(ctx, a, http.MethodGet, fmt.Sprintf("/cordon/kills?after=%d&wait=%d", after, int(killsWait.Seconds())), nil)
+	if err != nil {
+		return nil, 0, err
+	}
+	return parseKills(raw)
+}
+
+// parseKills bounds what a sandbox says was killed.
+func parseKills(raw []byte) (kills []sandbox.Kill, latest int64, err error) {
+	var in struct {
+		Latest int64 `json:"latest"`
+		Kills  []struct {
+			Time    time.Time `json:"time"`
+			PID     int32     `json:"pid"`
+			Command string    `json:"command"`
+			Bytes   int64     `json:"bytes"`
+		} `json:"kills"`
+	}
+	if err := json.Unmarshal(raw, &in); err != nil {
+		return nil, 0, fmt.Errorf("the agent's kills: %w", err)
+	}
+	for _, k := range in.Kills[:min(len(in.Kills), maxKills)] {
+		printable := strings.Map(func(r rune) rune {
+			if !unicode.IsPrint(r) {
+				return -1
+			}
+			return r
+		}, strings.ToValidUTF8(k.Command, ""))
+		const long = 64 // the kernel keeps 15 octets
+		if len(printable) > long {
+			printable = strings.ToValidUTF8(printable[:long], "")
+		}
+		kills = append(kills, sandbox.Kill{Time: k.Time, PID: int(max(k.PID, 0)), Command: printable, Bytes: max(k.Bytes, 0)})
+	}
+	return kills, max(in.Latest, 0), nil
+}
+
 // call makes one request with the control token and returns a successful
 // answer's body.
 func (c *Client) call(ctx context.Context, a sandbox.AgentAddr, method, path string, body []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.CallTimeout)
 	defer cancel()
+	return c.patient(ctx, a, method, path, body)
+}
+
+// patient is call with the context's deadline alone.
+func (c *Client) patient(ctx context.Context, a sandbox.AgentAddr, method, path string, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://"+a.Addr.String()+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", method, path, err)

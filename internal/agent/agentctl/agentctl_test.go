@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"go.uber.org/goleak"
 
@@ -322,6 +323,38 @@ func TestMetricsAreBounded(t *testing.T) {
 	if k := errs.KindOf(ErrRefused); k != errs.NotFound {
 		t.Errorf("ErrRefused is %v", k)
 	}
+}
+
+func TestKillsAreBounded(t *testing.T) {
+	kill := `{"time":"2026-01-02T03:04:05Z","pid":-9,"command":"a\u0000\u001b[31m\u202e` + strings.Repeat("é", 100) + `","bytes":-1},`
+	kills, latest, err := parseKills([]byte(`{"latest":-5,"kills":[` + strings.TrimSuffix(strings.Repeat(kill, 200), ",") + `]}`))
+	if err != nil || latest != 0 || len(kills) != maxKills {
+		t.Fatalf("%d kills, latest %d, %v", len(kills), latest, err)
+	}
+	if k := kills[0]; k.PID != 0 || k.Bytes != 0 || len(k.Command) > 64 || !strings.HasPrefix(k.Command, "a[31mé") || !utf8.ValidString(k.Command) {
+		t.Errorf("%+v", k)
+	}
+	if _, _, err := parseKills([]byte(`{"kills":"many"}`)); err == nil {
+		t.Error("nonsense was understood")
+	}
+}
+
+func FuzzKills(f *testing.F) {
+	f.Add([]byte(`{"latest":1,"kills":[{"number":1,"time":"2026-01-02T03:04:05Z","pid":17,"command":"python3","bytes":1}]}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		kills, latest, err := parseKills(raw)
+		if err != nil {
+			return
+		}
+		if latest < 0 || len(kills) > maxKills {
+			t.Errorf("%d kills, latest %d", len(kills), latest)
+		}
+		for _, k := range kills {
+			if k.PID < 0 || k.Bytes < 0 || len(k.Command) > 64 || !utf8.ValidString(k.Command) {
+				t.Errorf("%+v", k)
+			}
+		}
+	})
 }
 
 func FuzzMetrics(f *testing.F) {

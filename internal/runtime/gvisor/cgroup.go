@@ -215,6 +215,47 @@ func (g cgroups) value(id sandbox.ID, file, key string) (int64, error) {
 	return 0, fmt.Errorf("cgroup %s: no file %s", g.path(id), file)
 }
 
+// limitMemory changes how many bytes of memory a sandbox may use; swap stays as
+// it is, none.
+func (g cgroups) limitMemory(id sandbox.ID, bytes int64) error {
+	names := []string{"memory.memsw.limit_in_bytes", "memory.limit_in_bytes"} // the greater one first
+	if g.unified {
+		names = []string{"memory.max"}
+	}
+	set := false
+	for _, name := range names {
+		for _, dir := range g.dirs(id) {
+			f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY, 0)
+			if errors.Is(err, os.ErrNotExist) {
+				continue // another controller's, or a kernel that does not count swap
+			}
+			if err != nil {
+				return err
+			}
+			_, err = f.Write(strconv.AppendInt(nil, bytes, 10))
+			if err := errors.Join(err, f.Close()); err != nil {
+				return err
+			}
+			set = true
+		}
+	}
+	if !set {
+		return fmt.Errorf("cgroup %s: no file %s", g.path(id), names[len(names)-1])
+	}
+	return nil
+}
+
+// starved reports whether the kernel killed a process of the sandbox because the
+// limit of its memory was reached.
+func (g cgroups) starved(id sandbox.ID) bool {
+	file := "memory.oom_control"
+	if g.unified {
+		file = "memory.events"
+	}
+	n, err := g.value(id, file, "oom_kill")
+	return err == nil && n > 0
+}
+
 // cpuTime is the CPU time used by all processes of the sandbox.
 func (g cgroups) cpuTime(id sandbox.ID) (time.Duration, error) {
 	if g.unified {

@@ -34,21 +34,24 @@ func (r *Runtime) sentry(id sandbox.ID) (int, error) {
 // Wait implements sandbox.Runtime. It costs a file descriptor and no thread.
 func (r *Runtime) Wait(ctx context.Context, id sandbox.ID) error {
 	pid, err := r.sentry(id)
-	if err != nil || pid == 0 {
+	if err != nil {
 		return err
+	}
+	if pid == 0 {
+		return r.whyEnded(id)
 	}
 	// Without PIDFD_NONBLOCK, package os would not hand the descriptor to the
 	// runtime's poller.
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if errors.Is(err, unix.ESRCH) {
-		return nil
+		return r.whyEnded(id)
 	} else if err != nil {
 		return fmt.Errorf("watch the sandbox's process: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "sentry")
 	defer f.Close()
 	if !r.groups.holds(id, pid) { // the descriptor is another process's
-		return nil
+		return r.whyEnded(id)
 	}
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -62,6 +65,14 @@ func (r *Runtime) Wait(ctx context.Context, id sandbox.ID) error {
 		return ctx.Err()
 	case err != nil:
 		return fmt.Errorf("watch the sandbox's process: %w", err)
+	}
+	return r.whyEnded(id)
+}
+
+// whyEnded is what Wait returns of a sandbox that has ended.
+func (r *Runtime) whyEnded(id sandbox.ID) error {
+	if r.groups.starved(id) {
+		return sandbox.ErrOutOfMemory
 	}
 	return nil
 }

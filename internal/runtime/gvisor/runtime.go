@@ -185,6 +185,10 @@ func (r *Runtime) Create(ctx context.Context, s sandbox.RuntimeSpec) (err error)
 		w.end()
 		return fmt.Errorf("create the sandbox's processes: %w", err)
 	}
+	if err := r.groups.limitMemory(s.ID, hardMemory(s.Resources)); err != nil {
+		w.end()
+		return fmt.Errorf("limit the sandbox's memory: %w", err)
+	}
 	r.workers.keep(s.ID, w)
 	return nil
 }

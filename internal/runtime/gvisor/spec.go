@@ -17,10 +17,14 @@ import (
 
 // Fixed sizes. Everything else comes from sandbox.Resources.
 const (
-	// headroomMB is what a sandbox's cgroup gets over its plan: the sentry and
-	// the gofer live there too, and when the limit is hit the kernel kills the
-	// sentry, which is the whole sandbox.
-	headroomMB = 64
+	// sentryMB is what a sandbox's cgroup gets over its plan for the sentry and the
+	// gofer, which live there too.
+	sentryMB = 64
+	// burstMB, or a quarter of the plan if that is more, is what it gets besides.
+	// When the limit is hit the kernel kills the sentry, which is the whole sandbox.
+	// The agent kills a process before that, but a process goes on filling memory
+	// until it is dead, and no signal interrupts a system call that fills it.
+	burstMB = 64
 	// cpuPeriod is CFS's default, in microseconds.
 	cpuPeriod = 100_000
 	// hostThreads is what the sentry and the gofer need of the cgroup's limit of
@@ -187,10 +191,10 @@ func mounts(s sandbox.RuntimeSpec) []specs.Mount {
 	return out
 }
 
-// limits are the cgroup's. CPUs and memory are also what the sandbox sees as
-// its own.
+// limits are the cgroup's when the sandbox is created, and what it sees as its
+// own: gVisor reads them back once. Create raises the memory's afterwards.
 func limits(r sandbox.Resources) *specs.LinuxResources {
-	memory := (r.MemoryMB + headroomMB) << 20
+	memory := r.MemoryMB << 20
 	res := &specs.LinuxResources{
 		Memory: &specs.LinuxMemory{Limit: &memory},
 		CPU:    &specs.LinuxCPU{Quota: ptr(int64(r.CPUs) * cpuPeriod), Period: ptr(uint64(cpuPeriod))},
@@ -200,6 +204,11 @@ func limits(r sandbox.Resources) *specs.LinuxResources {
 		res.Memory.Swap = &memory // memory and swap together: no swap
 	}
 	return res
+}
+
+// hardMemory is the limit of a sandbox's memory on the host, in bytes.
+func hardMemory(r sandbox.Resources) int64 {
+	return (r.MemoryMB + sentryMB + max(burstMB, r.MemoryMB/4)) << 20
 }
 
 // threads is how many threads of the host a sandbox may have. Each of its

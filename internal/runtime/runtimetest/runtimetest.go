@@ -574,8 +574,8 @@ func (s *suite) memoryLimit(t *testing.T) {
 			t.Error("allocated 500 MiB of 192")
 		}
 	})
-	if err := r.Wait(ctx, id); err != nil {
-		t.Errorf("after it used more memory than it has: %v", err)
+	if err := r.Wait(ctx, id); !errors.Is(err, sandbox.ErrOutOfMemory) {
+		t.Errorf("after it used more memory than it has: got %v, want %v", err, sandbox.ErrOutOfMemory)
 	}
 	stop()
 	wg.Wait()
