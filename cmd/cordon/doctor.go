@@ -20,6 +20,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/network"
 )
 
 // finding is the outcome of one check of the host.
@@ -68,7 +70,7 @@ func doctorCommand(a *app) *cobra.Command {
 // examine checks everything cordon needs of the host, in the order a person
 // would mend it.
 func examine(ctx context.Context, cfg *config) []finding {
-	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
+	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3))
 }
@@ -138,6 +140,17 @@ func checkNftables() finding {
 		return f
 	}
 	f.ok, f.say = true, "the kernel answers"
+	return f
+}
+
+// checkShut looks for what keeps sandboxes closed when somebody flushes the rules.
+func checkShut(cfg *config) finding {
+	f := finding{name: "second lock", warn: true, mend: "load it: sudo modprobe sch_ingress cls_bpf, then restart the server; without it whoever flushes nftables opens the sandboxes until the server puts its rules back"}
+	if err := network.CheckShut(cfg.Name); err != nil {
+		f.say = err.Error()
+		return f
+	}
+	f.ok, f.say = true, "without nftables rules nothing passes from a sandbox"
 	return f
 }
 

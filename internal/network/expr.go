@@ -232,6 +232,14 @@ func marked(bit uint32) []expr.Any {
 	}
 }
 
+// clearMark takes every mark off the packet.
+func clearMark() []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: reg1, Data: native(0)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true},
+	}
+}
+
 // setMark adds a bit to the packet's mark.
 func setMark(bit uint32) []expr.Any {
 	return []expr.Any{

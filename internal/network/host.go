@@ -76,7 +76,10 @@ func (n *Network) prepareHost() error {
 			n.cfg.Log.Warn("the flow log will miss figures", "err", err)
 		}
 	}
-	return n.routeMarked(lo)
+	if err := n.routeMarked(lo); err != nil {
+		return err
+	}
+	return n.prepareShut()
 }
 
 // enableForwarding makes the host a router. Its other links forward then too, by
@@ -163,7 +166,7 @@ func (n *Network) unprepareHost() error {
 			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
 		}
 	}
-	return all
+	return errors.Join(all, n.unshutRoutes())
 }
 
 // Check looks for what would keep sandboxes from the network although our own

@@ -362,32 +362,7 @@ func TestASpoofedSourceIsDropped(t *testing.T) {
 	}()
 	send := func(src netip.Addr, mac net.HardwareAddr) {
 		t.Helper()
-		payload := []byte(src.String())
-		udp := make([]byte, 8+len(payload))
-		binary.BigEndian.PutUint16(udp[0:], 4000)
-		binary.BigEndian.PutUint16(udp[2:], 7000)
-		binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)))
-		copy(udp[8:], payload)
-		ip := make([]byte, 20, 100)
-		ip[0], ip[8], ip[9] = 0x45, 64, 17
-		binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp)))
-		copy(ip[12:], src.AsSlice())
-		copy(ip[16:], netip.MustParseAddr("198.51.100.77").AsSlice())
-		binary.BigEndian.PutUint16(ip[10:], checksum(ip))
-		frame := append(append(append([]byte{}, w.plan.mac(l.Slot, 1)...), mac...), 8, 0)
-		frame = append(append(frame, ip...), udp...)
-		enter(t, l.NetNS, func() error {
-			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
-			if err != nil {
-				return err
-			}
-			defer unix.Close(fd)
-			i, err := net.InterfaceByName(guestLink)
-			if err != nil {
-				return err
-			}
-			return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Protocol: bigEndian(unix.ETH_P_IP), Ifindex: i.Index, Halen: 6})
-		})
+		sendFrame(t, l, mac, src, netip.MustParseAddrPort("198.51.100.77:7000"))
 	}
 	own := w.plan.mac(l.Slot, 2)
 	send(victim.Addr4.Addr(), own)
@@ -413,6 +388,51 @@ func TestASpoofedSourceIsDropped(t *testing.T) {
 	if e.Sandbox != string(l.Sandbox) {
 		t.Errorf("the liar is %s, logged as %s", l.Sandbox, e.Sandbox)
 	}
+}
+
+// sendAs sends a datagram from a slot's link with any source address.
+func sendAs(t testing.TB, l sandbox.Lease, src netip.Addr, to netip.AddrPort) {
+	t.Helper()
+	mac, err := net.ParseMAC(l.MAC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sendFrame(t, l, mac, src, to)
+}
+
+// sendFrame is sendAs with any hardware address too. It carries its source address.
+func sendFrame(t testing.TB, l sandbox.Lease, mac net.HardwareAddr, src netip.Addr, to netip.AddrPort) {
+	t.Helper()
+	payload := []byte(src.String())
+	udp := make([]byte, 8+len(payload))
+	binary.BigEndian.PutUint16(udp[0:], 4000)
+	binary.BigEndian.PutUint16(udp[2:], to.Port())
+	binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)))
+	copy(udp[8:], payload)
+	ip := make([]byte, 20, 100)
+	ip[0], ip[8], ip[9] = 0x45, 64, 17
+	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp)))
+	copy(ip[12:], src.AsSlice())
+	copy(ip[16:], to.Addr().AsSlice())
+	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+	gate, err := net.InterfaceByName(l.Link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame := append(append(append([]byte{}, gate.HardwareAddr...), mac...), 8, 0)
+	frame = append(append(frame, ip...), udp...)
+	enter(t, l.NetNS, func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		i, err := net.InterfaceByName(guestLink)
+		if err != nil {
+			return err
+		}
+		return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Protocol: bigEndian(unix.ETH_P_IP), Ifindex: i.Index, Halen: 6})
+	})
 }
 
 func TestRearmBringsTheNetworkBack(t *testing.T) {

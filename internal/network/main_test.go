@@ -487,7 +487,7 @@ func nothingLeft(t testing.TB, cfg Config) {
 		t.Fatal(err)
 	}
 	for _, r := range rules {
-		if r.Priority == rulePriority {
+		if r.Priority == rulePriority || r.Mark == 1<<29 || r.Priority == localMeant {
 			t.Errorf("routing rule %s is left", r)
 		}
 	}

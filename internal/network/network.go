@@ -159,6 +159,8 @@ type Network struct {
 	ct   *tracker
 	v6   bool // new slots get IPv6
 
+	shutter *shutter // nil before Reconcile, or where the kernel lacks it
+
 	owners []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
 
 	ready  chan *slot    // the pool
@@ -258,6 +260,7 @@ func (n *Network) Run(ctx context.Context) error {
 func (n *Network) Close() error {
 	n.kern.close()
 	n.ct.close()
+	n.shutter.close()
 	n.link.Close()
 	return nil
 }

@@ -114,7 +114,7 @@ func (n *Network) restore(s *slot, links map[string]netlink.Link) error {
 	delete(links, s.lease.Link) // what stays in links is to be removed
 	if linked && isNetns(s.lease.NetNS) {
 		s.ifindex = uint32(link.Attrs().Index)
-		return nil
+		return n.shut(s) // an earlier version may not have
 	}
 	if err := n.destroy(s); err != nil {
 		return err

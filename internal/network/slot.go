@@ -223,6 +223,9 @@ func (n *Network) configureHostSide(s *slot, link netlink.Link) error {
 			return fmt.Errorf("add %s: %w", s.lease.Gate6, err)
 		}
 	}
+	if err := n.shut(s); err != nil {
+		return err
+	}
 	if err := n.link.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring up %s: %w", s.lease.Link, err)
 	}

@@ -279,6 +279,7 @@ func (n *Network) addHooks(tx *transaction) {
 	pre := tx.AddChain(n.hook(chainPre, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle))
 	tx.rules(pre,
 		when(iifStartsNot(ours), accept()),
+		when(clearMark()), // judged from here on; see shut.go
 		when(load(loadIif()), load(&expr.Lookup{SourceRegister: reg1, IsDestRegSet: true, SetName: setSlots})),
 		when(jump(chainLink)),
 		when(count(counterRefused), drop()))

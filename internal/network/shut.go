@@ -1,0 +1,324 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"runtime"
+	"slices"
+	"unsafe"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/flowlog"
+)
+
+// The second lock. nftables has one owner for each machine, and that is not us:
+// "nft flush ruleset" takes our table too. So a program of a few instructions on
+// each link marks whatever a sandbox sends, before netfilter sees it, and a routing
+// rule drops marked packets, whether they lead on or to the host itself. The first
+// thing the table's chain pre does is to take the mark away. No table, nobody to
+// take it away, no route.
+//
+// The rule must stand before the one for the host's own addresses, which the kernel
+// puts at 0, where all packets for the host would end. It stays at 0, one behind.
+
+// shutBit is the mark of packets that no rule has judged.
+func (n *Network) shutBit() uint32 { return bits.RotateLeft32(n.cfg.Mark, 1) }
+
+const (
+	shutName     = "cordon"
+	shutPriority = 1 // of our filter on a link
+	localAt      = 0 // of the rule for the host's own addresses
+	localMeant   = 1 // where that rule waits while ours is put before it
+)
+
+// shutter is the loaded program; it stays while a link has it.
+type shutter struct{ fd int }
+
+func (s *shutter) close() {
+	if s != nil {
+		_ = unix.Close(s.fd)
+	}
+}
+
+// instruction is one of eBPF (RFC 9669, section 3).
+type instruction struct {
+	op   uint8
+	regs uint8 // source << 4 | destination
+	off  int16
+	imm  int32
+}
+
+// loadShutter loads the program. Multicast and broadcast are dropped by it, as IPv4
+// delivers both without asking the routing rules, and no policy allows either.
+func loadShutter(bit uint32) (*shutter, error) {
+	const (
+		skbMark, skbProtocol = 8, 16   // in struct __sk_buff
+		daddr                = 14 + 16 // behind an Ethernet header
+		multicast            = 224
+		next, drop           = -1, 2 // TC_ACT_UNSPEC, TC_ACT_SHOT
+	)
+	program := []instruction{
+		{op: unix.BPF_ALU64 | unix.BPF_MOV | unix.BPF_X, regs: 1<<4 | 6},
+		{op: unix.BPF_LDX | unix.BPF_MEM | unix.BPF_W, regs: 6 << 4, off: skbProtocol},
+		{op: unix.BPF_JMP | unix.BPF_JNE | unix.BPF_K, off: 4, imm: int32(bigEndian(unix.ETH_P_IP))},
+		{op: unix.BPF_LD | unix.BPF_ABS | unix.BPF_B, imm: daddr}, // ends the program when the packet is shorter: no IP then
+		{op: unix.BPF_JMP | unix.BPF_JLT | unix.BPF_K, off: 2, imm: multicast},
+		{op: unix.BPF_ALU64 | unix.BPF_MOV | unix.BPF_K, imm: drop},
+		{op: unix.BPF_JMP | unix.BPF_EXIT},
+		{op: unix.BPF_ALU | unix.BPF_MOV | unix.BPF_K, regs: 1, imm: int32(bit)},
+		{op: unix.BPF_STX | unix.BPF_MEM | unix.BPF_W, regs: 1<<4 | 6, off: skbMark},
+		{op: unix.BPF_ALU64 | unix.BPF_MOV | unix.BPF_K, imm: next},
+		{op: unix.BPF_JMP | unix.BPF_EXIT},
+	}
+	license := []byte("Apache-2.0\x00")
+	attr := struct { // union bpf_attr for BPF_PROG_LOAD, as far as it is used
+		kind, count       uint32
+		program, license  uint64
+		logLevel, logSize uint32
+		log               uint64
+		version, flags    uint32
+		name              [unix.BPF_OBJ_NAME_LEN]byte
+	}{
+		kind: unix.BPF_PROG_TYPE_SCHED_CLS, count: uint32(len(program)),
+		program: uint64(uintptr(unsafe.Pointer(&program[0]))), license: uint64(uintptr(unsafe.Pointer(&license[0]))),
+	}
+	copy(attr.name[:], shutName)
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	runtime.KeepAlive(program)
+	runtime.KeepAlive(license)
+	if errno != 0 {
+		return nil, fmt.Errorf("load the program that marks packets: %w", errno)
+	}
+	unix.CloseOnExec(int(fd))
+	return &shutter{fd: int(fd)}, nil
+}
+
+// attach makes the program mark what comes by a link. It may be called again.
+func (s *shutter) attach(h *netlink.Handle, link int) error {
+	qdisc := &netlink.GenericQdisc{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT},
+		QdiscType:  "clsact",
+	}
+	if err := h.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add clsact: %w", err)
+	}
+	filter := &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: link, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: shutPriority,
+		},
+		Fd: s.fd, Name: shutName, DirectAction: true,
+	}
+	if err := h.FilterReplace(filter); err != nil {
+		return fmt.Errorf("add the filter that marks packets: %w", err)
+	}
+	return nil
+}
+
+// shut attaches the program to a slot's link. A kernel without it is told of once,
+// at start, and by doctor.
+func (n *Network) shut(s *slot) error {
+	if n.shutter == nil {
+		return nil
+	}
+	return n.shutter.attach(n.link, int(s.ifindex))
+}
+
+// prepareShut loads the program and puts the routing rules in place.
+func (n *Network) prepareShut() error {
+	s, err := loadShutter(n.shutBit())
+	if err == nil {
+		err = TryShut()
+	}
+	if err != nil {
+		s.close()
+		n.cfg.Log.Warn("whoever flushes the nftables rules opens the sandboxes until they are put back: this kernel lacks the second lock", "err", err)
+		return nil
+	}
+	n.shutter = s
+	return n.shutRoutes()
+}
+
+// shutRoutes puts the rules in place again if somebody removed them.
+func (n *Network) shutRoutes() error {
+	if n.shutter == nil {
+		return nil
+	}
+	for _, f := range n.families() {
+		if err := shutFamily(n.link, f.id, n.shutBit()); err != nil {
+			return fmt.Errorf("add the routing rule for packets that were not judged: %w", err)
+		}
+	}
+	return nil
+}
+
+func shutRule(family int, bit uint32) *netlink.Rule {
+	r := netlink.NewRule()
+	mask := bit
+	r.Family, r.Priority, r.Mark, r.Mask, r.Type = family, localAt, bit, &mask, unix.RTN_BLACKHOLE
+	r.Protocol = unix.RTPROT_KERNEL // programs that clean up strangers' rules leave these alone
+	return r
+}
+
+func localRule(family, priority int) *netlink.Rule {
+	r := netlink.NewRule()
+	r.Family, r.Priority, r.Table, r.Protocol = family, priority, unix.RT_TABLE_LOCAL, unix.RTPROT_KERNEL
+	return r
+}
+
+// isShut reports whether the rule for bit stands before that for local addresses.
+func isShut(rules []netlink.Rule, bit uint32) bool {
+	for _, r := range rules {
+		switch {
+		case r.Mark == bit && r.Mask != nil && *r.Mask == bit && r.Table == unix.RT_TABLE_UNSPEC: // the type is not listed
+			return true
+		case r.Table == unix.RT_TABLE_LOCAL:
+			return false
+		}
+	}
+	return false
+}
+
+// shutFamily puts the rule before that for local addresses. New rules go behind
+// those with the same priority, so the latter makes way and comes back; at no
+// moment is there none.
+func shutFamily(h *netlink.Handle, family int, bit uint32) error {
+	rules, err := h.RuleList(family)
+	if err != nil {
+		return fmt.Errorf("list routing rules: %w", err)
+	}
+	if isShut(rules, bit) {
+		return nil
+	}
+	type step struct {
+		do   func(*netlink.Rule) error
+		rule *netlink.Rule
+		fine unix.Errno
+	}
+	steps := []step{{h.RuleAdd, shutRule(family, bit), unix.EEXIST}}
+	if len(rules) > 0 && rules[0].Priority == localAt { // else somebody moved it, and there is room
+		anybodys := localRule(family, localAt)
+		anybodys.Protocol = unix.RTPROT_UNSPEC
+		steps = []step{
+			{h.RuleAdd, localRule(family, localMeant), unix.EEXIST},
+			{h.RuleDel, anybodys, unix.ENOENT},
+			{h.RuleDel, shutRule(family, bit), unix.ENOENT},
+			{h.RuleAdd, shutRule(family, bit), unix.EEXIST},
+			{h.RuleAdd, localRule(family, localAt), unix.EEXIST},
+			{h.RuleDel, localRule(family, localMeant), unix.ENOENT},
+		}
+	}
+	for _, s := range steps {
+		if err := ignore(s.do(s.rule), s.fine); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func ignore(err error, what unix.Errno) error {
+	if errors.Is(err, what) {
+		return nil
+	}
+	return err
+}
+
+// unshutRoutes takes the rules away, unless another server needs them.
+func (n *Network) unshutRoutes() error {
+	var all error
+	for _, f := range n.families() {
+		rules, err := n.link.RuleList(f.id)
+		if err != nil {
+			return fmt.Errorf("list routing rules: %w", err)
+		}
+		others := false
+		for _, r := range rules {
+			others = others || r.Priority == rulePriority
+		}
+		if !others {
+			all = errors.Join(all, ignore(n.link.RuleDel(shutRule(f.id, n.shutBit())), unix.ENOENT))
+		}
+	}
+	return all
+}
+
+// TryShut reports why this kernel cannot keep sandboxes closed without nftables
+// rules, in a namespace of its own; nil if it can.
+func TryShut() error {
+	done := make(chan error, 1)
+	go func() { done <- tryShut() }()
+	return <-done
+}
+
+// tryShut must be the last call of its goroutine; see bindNewNetns.
+func tryShut() error {
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		return fmt.Errorf("open this thread's namespace: %w", err)
+	}
+	defer home.Close()
+	ns, err := netns.New()
+	if err != nil {
+		return fmt.Errorf("make a network namespace: %w", err)
+	}
+	defer ns.Close()
+	if err := netns.Set(home); err != nil {
+		return fmt.Errorf("go back to this thread's namespace: %w", err)
+	}
+	runtime.UnlockOSThread()
+	const bit, lo = 1 << 29, 1
+	s, err := loadShutter(bit)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	return inside(ns, func(h *netlink.Handle) error {
+		return errors.Join(s.attach(h, lo), shutFamily(h, netlink.FAMILY_V4, bit))
+	})
+}
+
+// CheckShut reports why the sandboxes of the server called name, or those of one to
+// come, would be open without nftables rules.
+func CheckShut(name string) error {
+	if err := TryShut(); err != nil {
+		return err
+	}
+	n, err := New(Config{Name: name, Flows: nobody{}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	defer n.Close()
+	links, err := n.ourLinks()
+	if err != nil || len(links) == 0 {
+		return err
+	}
+	for _, f := range n.families() {
+		rules, err := n.link.RuleList(f.id)
+		if err != nil {
+			return fmt.Errorf("list routing rules: %w", err)
+		}
+		if !isShut(rules, n.shutBit()) {
+			return fmt.Errorf("the routing rule for mark %#x is missing or too late", n.shutBit())
+		}
+	}
+	for _, l := range links {
+		filters, err := n.link.FilterList(l, netlink.HANDLE_MIN_INGRESS)
+		if err != nil {
+			return fmt.Errorf("list the filters of %s: %w", l.Attrs().Name, err)
+		}
+		if !slices.ContainsFunc(filters, func(f netlink.Filter) bool { b, ok := f.(*netlink.BpfFilter); return ok && b.Name == shutName }) {
+			return fmt.Errorf("link %s lacks the filter that marks packets", l.Attrs().Name)
+		}
+	}
+	return nil
+}
+
+// nobody records nothing.
+type nobody struct{}
+
+func (nobody) Record(flowlog.Event) {}
