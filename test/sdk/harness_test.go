@@ -124,9 +124,9 @@ func (s *live) environ(t *testing.T) []string {
 	return append(s.Environ(t), "LAB="+string(facts))
 }
 
-// runScenarios runs a scenario program in the lab's host and turns each line it
-// prints into a subtest.
-func (s *live) runScenarios(t *testing.T, program string, args ...string) {
+// runScenarios runs a scenario program in the lab's host, turns each result it
+// prints into a subtest, and returns what it printed.
+func (s *live) runScenarios(t *testing.T, program string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
@@ -158,6 +158,7 @@ func (s *live) runScenarios(t *testing.T, program string, args ...string) {
 	if err != nil {
 		t.Errorf("%s: %v", program, err)
 	}
+	return string(out)
 }
 
 // splitResults cuts a program's output into one block a scenario; what comes
