@@ -90,6 +90,9 @@ type Manager struct {
 	mu       sync.Mutex // guards live and reserved
 	live     map[ID]*entry
 	reserved int // creations under way, counted against MaxSandboxes
+
+	domainMu sync.RWMutex     // guards domains
+	domains  map[string]bound // custom domains of live, by name
 }
 
 // entry is one sandbox. Lookups read view without a lock; a change holds op
@@ -115,7 +118,7 @@ func New(cfg Config) *Manager {
 		starts: make(chan struct{}, cfg.ParallelStarts),
 		tasks:  make(chan func(context.Context)),
 		ended:  make(chan struct{}),
-		live:   map[ID]*entry{},
+		live:   map[ID]*entry{}, domains: map[string]bound{},
 	}
 	m.spares = newSpares(cfg.Spares)
 	return m
@@ -295,6 +298,7 @@ func (m *Manager) reserve() error {
 func (m *Manager) admit(rec Record, p *policy.Compiled) {
 	e := &entry{}
 	e.view.Store(&view{rec: rec, policy: p, done: make(chan struct{})})
+	m.indexDomains(&rec)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.live[rec.ID] = e
@@ -309,6 +313,9 @@ func (m *Manager) unreserve() {
 func (m *Manager) forget(id ID) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if e, ok := m.live[id]; ok {
+		m.releaseDomains(&e.view.Load().rec)
+	}
 	delete(m.live, id)
 }
 

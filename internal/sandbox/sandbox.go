@@ -91,6 +91,7 @@ type Record struct {
 	AccessToken        string       `json:"accessToken,omitempty"`  // of the agent; empty when not secured
 	ControlToken       string       `json:"controlToken"`           // host to agent
 	Lease              Lease        `json:"lease"`
+	Domains            []Domain     `json:"domains,omitempty"` // custom ones; see Manager.Bind
 }
 
 // Agent is how the host reaches the sandbox's agent.

@@ -1,0 +1,156 @@
+package sandbox
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Domain is a name outside the server's own domains that leads to a port of a
+// sandbox.
+type Domain struct {
+	Name string `json:"name"` // lower-case, without a final dot
+	Port uint16 `json:"port"`
+}
+
+// MaxDomains is how many one sandbox may have: each is a certificate to be had.
+const MaxDomains = 16
+
+// bound is where a custom domain leads.
+type bound struct {
+	id   ID
+	port uint16
+}
+
+// Bind makes a custom domain lead to a port of a sandbox, running or paused, until
+// the sandbox ends. A name that leads to the same sandbox already gets the new
+// port; another's is errs.Conflict.
+func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Domain, error) {
+	name, err := m.validDomain(d.Name)
+	if err != nil {
+		return Domain{}, err
+	}
+	d.Name = name
+	if d.Port == 0 || d.Port == AgentPort {
+		return Domain{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not %d, which is the agent's", d.Port, AgentPort)
+	}
+	if _, err := m.owned(owner, id); err != nil {
+		return Domain{}, err
+	}
+	e, err := m.hold(id)
+	if err != nil {
+		return Domain{}, err
+	}
+	defer e.op.Unlock()
+	next := *e.view.Load()
+	next.rec.Domains = slices.DeleteFunc(slices.Clone(next.rec.Domains), func(o Domain) bool { return o.Name == d.Name })
+	if len(next.rec.Domains) >= MaxDomains {
+		return Domain{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d domains: remove one first", string(id), MaxDomains)
+	}
+	next.rec.Domains = append(next.rec.Domains, d)
+	former, had, err := m.claimDomain(d, id)
+	if err != nil {
+		return Domain{}, err
+	}
+	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
+		m.restoreDomain(d.Name, former, had)
+		return Domain{}, err
+	}
+	m.cfg.Log.Info("domain bound", "sandbox", id, "host", d.Name, "port", d.Port)
+	return d, nil
+}
+
+// Unbind ends what Bind began. A name that is not the sandbox's is errs.NotFound.
+func (m *Manager) Unbind(ctx context.Context, owner string, id ID, name string) error {
+	name = strings.ToLower(strings.TrimSuffix(name, "."))
+	if _, err := m.owned(owner, id); err != nil {
+		return err
+	}
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.op.Unlock()
+	next := *e.view.Load()
+	next.rec.Domains = slices.DeleteFunc(slices.Clone(next.rec.Domains), func(o Domain) bool { return o.Name == name })
+	if len(next.rec.Domains) == len(e.view.Load().rec.Domains) {
+		return errs.New(errs.NotFound, "domain %q is not bound to sandbox %q", name, string(id))
+	}
+	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
+		return err
+	}
+	m.restoreDomain(name, bound{}, false)
+	m.cfg.Log.Info("domain released", "sandbox", id, "host", name)
+	return nil
+}
+
+// ByDomain looks a custom domain up in memory; name is lower-case.
+func (m *Manager) ByDomain(name string) (ID, uint16, bool) {
+	m.domainMu.RLock()
+	defer m.domainMu.RUnlock()
+	b, ok := m.domains[name]
+	return b.id, b.port, ok
+}
+
+// validDomain returns the canonical form of a name that may be bound: one that the
+// public DNS could hold and that is not the server's own.
+func (m *Manager) validDomain(given string) (string, error) {
+	name, ok := policy.CanonicalName(given)
+	if _, err := netip.ParseAddr(given); !ok || err == nil || !strings.Contains(name, ".") {
+		return "", errs.New(errs.Invalid, "domain is %q: use a host name such as app.example.com, without scheme, port or wildcard", given)
+	}
+	own := []string{"localhost"}
+	if m.cfg.Operator != nil {
+		own = append(own, m.cfg.Operator.SelfDomains...)
+	}
+	for _, o := range own {
+		if name == o || strings.HasSuffix(name, "."+o) {
+			return "", errs.New(errs.Invalid, "domain is %q: names under %s are the server's own", given, o)
+		}
+	}
+	return name, nil
+}
+
+// claimDomain makes a name lead to the sandbox, and returns what it led to.
+func (m *Manager) claimDomain(d Domain, id ID) (former bound, had bool, err error) {
+	m.domainMu.Lock()
+	defer m.domainMu.Unlock()
+	former, had = m.domains[d.Name]
+	if had && former.id != id {
+		return former, had, errs.New(errs.Conflict, "domain %q is bound to another sandbox", d.Name)
+	}
+	m.domains[d.Name] = bound{id, d.Port}
+	return former, had, nil
+}
+
+func (m *Manager) restoreDomain(name string, former bound, had bool) {
+	m.domainMu.Lock()
+	defer m.domainMu.Unlock()
+	if had {
+		m.domains[name] = former
+	} else {
+		delete(m.domains, name)
+	}
+}
+
+// indexDomains makes the domains of a record found.
+func (m *Manager) indexDomains(rec *Record) {
+	m.domainMu.Lock()
+	defer m.domainMu.Unlock()
+	for _, d := range rec.Domains {
+		m.domains[d.Name] = bound{rec.ID, d.Port}
+	}
+}
+
+// releaseDomains makes the domains of a sandbox free for others.
+func (m *Manager) releaseDomains(rec *Record) {
+	m.domainMu.Lock()
+	defer m.domainMu.Unlock()
+	for _, d := range rec.Domains {
+		delete(m.domains, d.Name)
+	}
+}
