@@ -185,6 +185,18 @@ func TestASandboxLife(t *testing.T) {
 	if err := sb.SetNetwork(ctx, client.Network{DenyOut: []string{"nonsense"}}); !errors.Is(err, client.ErrInvalid) || !strings.Contains(err.Error(), "invalid denied CIDR nonsense") {
 		t.Fatalf("a bad rule: %v", err)
 	}
+	if err := sb.BindDomain(ctx, "app.example.com", 3000); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.BindDomain(ctx, "app.example.com", 8080); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := sb.Domains(ctx); err != nil || len(got) != 1 || got[0] != (client.Domain{Name: "app.example.com", Port: 8080}) {
+		t.Fatalf("domains are %+v, %v", got, err)
+	}
+	if err := sb.UnbindDomain(ctx, "app.example.com"); err != nil {
+		t.Fatal(err)
+	}
 	if err := sb.Pause(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -44,6 +44,10 @@ type Sandboxes interface {
 	// Events returns a page and how many events match in all.
 	Events(ctx context.Context, req sandbox.EventsRequest) (page []sandbox.Event, total int, err error)
 	Quota(ctx context.Context, owner string) (sandbox.Quota, error)
+	// Bind makes a custom domain lead to a port of the sandbox, and returns it in
+	// canonical form; Unbind ends that.
+	Bind(ctx context.Context, owner string, id sandbox.ID, d sandbox.Domain) (sandbox.Domain, error)
+	Unbind(ctx context.Context, owner string, id sandbox.ID, name string) error
 	// Policy returns the rules in force.
 	Policy(id sandbox.ID) (*policy.Compiled, bool)
 }

@@ -443,6 +443,15 @@ func TestSandboxCalls(t *testing.T) {
 		{"update the network of none", "PUT", "/sandboxes/" + absent + "/network", `{}`, 404, gone},
 		{"metrics of none", "GET", "/sandboxes/" + absent + "/metrics", "", 404, gone},
 		{"events of none", "GET", "/sandboxes/" + absent + "/network/events", "", 404, gone},
+		{"bind a domain", "PUT", "/sandboxes/ID/domains/app.example.com", `{"port":3000}`, 200, ""},
+		{"bind it to another port", "PUT", "/sandboxes/ID/domains/app.example.com", `{"port":8080}`, 200, ""},
+		{"bind a domain to no port", "PUT", "/sandboxes/ID/domains/b.example.com", `{}`, 400, "port is 0"},
+		{"bind a domain to a port above all", "PUT", "/sandboxes/ID/domains/b.example.com", `{"port":65536}`, 400, "port is 65536"},
+		{"bind a domain without a body", "PUT", "/sandboxes/ID/domains/b.example.com", ``, 400, "the body is empty"},
+		{"list the domains", "GET", "/sandboxes/ID/domains", "", 200, ""},
+		{"bind a domain to none", "PUT", "/sandboxes/" + absent + "/domains/b.example.com", `{"port":1}`, 404, gone},
+		{"release a domain", "DELETE", "/sandboxes/ID/domains/app.example.com", "", 204, ""},
+		{"release it again", "DELETE", "/sandboxes/ID/domains/app.example.com", "", 404, "not bound"},
 		{"kill", "DELETE", "/sandboxes/ID-cordon", "", 204, ""},
 		{"kill again", "DELETE", "/sandboxes/ID", "", 404, "doesn't exist"},
 	}
@@ -516,6 +525,11 @@ func TestOwnersDoNotSeeEachOther(t *testing.T) {
 	b.want(b.do("PUT", "/sandboxes/"+theirs+"/network", "{}"), 404, "you don't have access")
 	b.want(b.do("POST", "/network/explain", `{"sandboxID":"`+theirs+`","destination":"1.1.1.1"}`), 404, "you don't have access")
 	b.want(b.do("GET", "/sandboxes/"+theirs+"/network/events", ""), 404, "you don't have access")
+	b.want(b.do("GET", "/sandboxes/"+theirs+"/domains", ""), 404, "you don't have access")
+	b.want(b.do("PUT", "/sandboxes/"+theirs+"/domains/a.example.com", `{"port":80}`), 404, "you don't have access")
+	b.want(b.do("DELETE", "/sandboxes/"+theirs+"/domains/a.example.com", ""), 404, "you don't have access")
+	b.want(b.do("PUT", "/sandboxes/"+mine+"/domains/a.example.com", `{"port":80}`), 200, "")
+	b.want(b.do("PUT", "/sandboxes/"+theirs+"/domains/a.example.com", `{"port":80}`, b.asAdmin), 409, "bound to another sandbox")
 	b.want(b.do("GET", "/sandboxes/"+mine, "", b.asAdmin), 200, "")
 	if got := len(b.do("GET", "/v2/sandboxes", "").list); got != 1 {
 		t.Errorf("the user sees %d sandboxes, want 1", got)

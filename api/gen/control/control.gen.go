@@ -657,6 +657,13 @@ type SandboxDetail struct {
 	TemplateID          string            `json:"templateID"`
 }
 
+// SandboxDomain defines model for SandboxDomain.
+type SandboxDomain struct {
+	// Domain Lower-case.
+	Domain string `json:"domain"`
+	Port   int    `json:"port"`
+}
+
 // SandboxState defines model for SandboxState.
 type SandboxState string
 
@@ -756,6 +763,11 @@ type CloneSandboxJSONBody struct {
 
 	// Timeout Seconds. The server's configuration has a maximum, 24 hours unless changed; absent means 300.
 	Timeout *Timeout `json:"timeout,omitempty"`
+}
+
+// BindDomainJSONBody defines parameters for BindDomain.
+type BindDomainJSONBody struct {
+	Port int `json:"port"`
 }
 
 // ForkSandboxJSONBody defines parameters for ForkSandbox.
@@ -890,6 +902,9 @@ type CloneSandboxJSONRequestBody CloneSandboxJSONBody
 
 // ConnectSandboxJSONRequestBody defines body for ConnectSandbox for application/json ContentType.
 type ConnectSandboxJSONRequestBody = Connect
+
+// BindDomainJSONRequestBody defines body for BindDomain for application/json ContentType.
+type BindDomainJSONRequestBody BindDomainJSONBody
 
 // ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
 type ForkSandboxJSONRequestBody ForkSandboxJSONBody
@@ -1179,6 +1194,15 @@ type ServerInterface interface {
 	// ConnectSandbox Make sure a sandbox runs for at least a time, resuming it if it is paused.
 	// (POST /sandboxes/{sandboxID}/connect)
 	ConnectSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// ListDomains cordon: the custom domains that lead to the sandbox, oldest first.
+	// (GET /sandboxes/{sandboxID}/domains)
+	ListDomains(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// UnbindDomain cordon: end what bindDomain began.
+	// (DELETE /sandboxes/{sandboxID}/domains/{domain})
+	UnbindDomain(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, domain string)
+	// BindDomain cordon: make a custom domain lead to a port of the sandbox until the sandbox ends.
+	// (PUT /sandboxes/{sandboxID}/domains/{domain})
+	BindDomain(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, domain string)
 	// ForkSandbox Start copies of a sandbox as it is now.
 	// (POST /sandboxes/{sandboxID}/fork)
 	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
@@ -1619,6 +1643,102 @@ func (siw *ServerInterfaceWrapper) ConnectSandbox(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ConnectSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListDomains operation middleware
+func (siw *ServerInterfaceWrapper) ListDomains(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListDomains(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// UnbindDomain operation middleware
+func (siw *ServerInterfaceWrapper) UnbindDomain(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "domain" -------------
+	var domain string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "domain", r.PathValue("domain"), &domain, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "domain", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UnbindDomain(w, r, sandboxID, domain)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// BindDomain operation middleware
+func (siw *ServerInterfaceWrapper) BindDomain(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "domain" -------------
+	var domain string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "domain", r.PathValue("domain"), &domain, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "domain", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.BindDomain(w, r, sandboxID, domain)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2466,6 +2586,9 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/metrics", wrapper.GetMetrics)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/sandboxes/{sandboxID}/network", wrapper.UpdateNetwork)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/network/events", wrapper.ListNetworkEvents)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains", wrapper.ListDomains)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains/{domain}", wrapper.UnbindDomain)
+	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains/{domain}", wrapper.BindDomain)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/network/explain", wrapper.ExplainNetwork)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/sandboxes/{sandboxID}/snapshots", wrapper.CreateSnapshot)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/snapshots", wrapper.ListSnapshots)
@@ -2984,6 +3107,120 @@ type ConnectSandboxdefaultJSONResponse struct {
 }
 
 func (response ConnectSandboxdefaultJSONResponse) VisitConnectSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListDomainsRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+}
+
+type ListDomainsResponseObject interface {
+	VisitListDomainsResponse(w http.ResponseWriter) error
+}
+
+type ListDomains200JSONResponse []SandboxDomain
+
+func (response ListDomains200JSONResponse) VisitListDomainsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListDomainsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListDomainsdefaultJSONResponse) VisitListDomainsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type UnbindDomainRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	Domain    string    `json:"domain"`
+}
+
+type UnbindDomainResponseObject interface {
+	VisitUnbindDomainResponse(w http.ResponseWriter) error
+}
+
+type UnbindDomain204Response struct {
+}
+
+func (response UnbindDomain204Response) VisitUnbindDomainResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type UnbindDomaindefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response UnbindDomaindefaultJSONResponse) VisitUnbindDomainResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type BindDomainRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	Domain    string    `json:"domain"`
+	Body      *BindDomainJSONRequestBody
+}
+
+type BindDomainResponseObject interface {
+	VisitBindDomainResponse(w http.ResponseWriter) error
+}
+
+type BindDomain200JSONResponse SandboxDomain
+
+func (response BindDomain200JSONResponse) VisitBindDomainResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type BindDomaindefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response BindDomaindefaultJSONResponse) VisitBindDomainResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -3802,6 +4039,15 @@ type StrictServerInterface interface {
 	// ConnectSandbox Make sure a sandbox runs for at least a time, resuming it if it is paused.
 	// (POST /sandboxes/{sandboxID}/connect)
 	ConnectSandbox(ctx context.Context, request ConnectSandboxRequestObject) (ConnectSandboxResponseObject, error)
+	// ListDomains cordon: the custom domains that lead to the sandbox, oldest first.
+	// (GET /sandboxes/{sandboxID}/domains)
+	ListDomains(ctx context.Context, request ListDomainsRequestObject) (ListDomainsResponseObject, error)
+	// UnbindDomain cordon: end what bindDomain began.
+	// (DELETE /sandboxes/{sandboxID}/domains/{domain})
+	UnbindDomain(ctx context.Context, request UnbindDomainRequestObject) (UnbindDomainResponseObject, error)
+	// BindDomain cordon: make a custom domain lead to a port of the sandbox until the sandbox ends.
+	// (PUT /sandboxes/{sandboxID}/domains/{domain})
+	BindDomain(ctx context.Context, request BindDomainRequestObject) (BindDomainResponseObject, error)
 	// ForkSandbox Start copies of a sandbox as it is now.
 	// (POST /sandboxes/{sandboxID}/fork)
 	ForkSandbox(ctx context.Context, request ForkSandboxRequestObject) (ForkSandboxResponseObject, error)
@@ -4257,6 +4503,93 @@ func (sh *strictHandler) ConnectSandbox(w http.ResponseWriter, r *http.Request, 
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(ConnectSandboxResponseObject); ok {
 		if err := validResponse.VisitConnectSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListDomains operation middleware
+func (sh *strictHandler) ListDomains(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	var request ListDomainsRequestObject
+
+	request.SandboxID = sandboxID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListDomains(ctx, request.(ListDomainsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListDomains")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListDomainsResponseObject); ok {
+		if err := validResponse.VisitListDomainsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// UnbindDomain operation middleware
+func (sh *strictHandler) UnbindDomain(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, domain string) {
+	var request UnbindDomainRequestObject
+
+	request.SandboxID = sandboxID
+	request.Domain = domain
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.UnbindDomain(ctx, request.(UnbindDomainRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "UnbindDomain")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(UnbindDomainResponseObject); ok {
+		if err := validResponse.VisitUnbindDomainResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// BindDomain operation middleware
+func (sh *strictHandler) BindDomain(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, domain string) {
+	var request BindDomainRequestObject
+
+	request.SandboxID = sandboxID
+	request.Domain = domain
+
+	var body BindDomainJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.BindDomain(ctx, request.(BindDomainRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "BindDomain")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(BindDomainResponseObject); ok {
+		if err := validResponse.VisitBindDomainResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

@@ -207,6 +207,40 @@ func (f *Sandboxes) SetNetwork(_ context.Context, owner string, id sandbox.ID, i
 	return nil
 }
 
+// Bind implements the API's interface.
+func (f *Sandboxes) Bind(_ context.Context, owner string, id sandbox.ID, d sandbox.Domain) (sandbox.Domain, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	rec, err := f.find(owner, id)
+	if err != nil {
+		return sandbox.Domain{}, err
+	}
+	same := func(o sandbox.Domain) bool { return o.Name == d.Name }
+	for _, other := range f.records {
+		if other.ID != id && slices.ContainsFunc(other.Domains, same) {
+			return sandbox.Domain{}, errs.New(errs.Conflict, "domain %q is bound to another sandbox", d.Name)
+		}
+	}
+	rec.Domains = append(slices.DeleteFunc(rec.Domains, same), d)
+	return d, nil
+}
+
+// Unbind implements the API's interface.
+func (f *Sandboxes) Unbind(_ context.Context, owner string, id sandbox.ID, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	rec, err := f.find(owner, id)
+	if err != nil {
+		return err
+	}
+	n := len(rec.Domains)
+	rec.Domains = slices.DeleteFunc(rec.Domains, func(o sandbox.Domain) bool { return o.Name == name })
+	if len(rec.Domains) == n {
+		return errs.New(errs.NotFound, "domain %q is not bound", name)
+	}
+	return nil
+}
+
 // Pause implements the API's interface.
 func (f *Sandboxes) Pause(_ context.Context, owner string, id sandbox.ID) error {
 	f.mu.Lock()
