@@ -33,11 +33,12 @@ const (
 	maxJSON      = 1 << 20  // bytes of a JSON body outside the RPC services
 	maxHeader    = 128 << 10
 	maxProcesses = 512
-	maxEnded     = 4096 // ends of processes remembered for Connect
-	maxWatchers  = 256  // polled watchers
-	maxWatchDirs = 8192 // directories of one recursive watch
-	maxQueued    = 8192 // events of one polled watcher
-	maxEntries   = 100_000
+	maxEnded     = 4096    // ends of processes remembered for Connect
+	maxWatchers  = 256     // polled watchers
+	maxWatchDirs = 8192    // directories of one recursive watch
+	maxQueued    = 100_000 // events of one polled watcher
+	maxQueuedAll = 200_000 // of all of them
+	maxEntries   = 250_000 // of one listing
 
 	// stallTimeout is how long a client may neither read nor write while a request
 	// of its is under way. A command whose reader stalls waits that long for it, as

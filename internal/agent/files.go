@@ -107,7 +107,7 @@ func openRegular(u user, p string) (f *os.File, fi fs.FileInfo, err error) {
 		f.Close()
 		return nil, nil, err
 	}
-	if err := regular(p, fi); err != nil {
+	if err := errors.Join(regular(p, fi), notOurs(f, fi)); err != nil {
 		f.Close()
 		return nil, nil, err
 	}
@@ -287,7 +287,7 @@ func compose(u user, sources []string, to string) error {
 		if err := os.MkdirAll(path.Dir(to), 0o755); err != nil {
 			return err
 		}
-		tmp, err = os.CreateTemp(path.Dir(to), "."+path.Base(to)+".")
+		tmp, err = os.CreateTemp(path.Dir(to), tempName)
 		return err
 	})
 	if err != nil {

@@ -147,7 +147,7 @@ func moveAcross(from, to string, mode fs.FileMode) error {
 		return err
 	}
 	defer src.Close()
-	dst, err := os.CreateTemp(path.Dir(to), "."+path.Base(to)+".")
+	dst, err := os.CreateTemp(path.Dir(to), tempName)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"compress/gzip"
 	"errors"
 	"fmt"
@@ -10,11 +11,9 @@ import (
 	"mime"
 	"mime/multipart"
 	"net/http"
-	"os"
 	"path"
 	"slices"
 	"strings"
-	"syscall"
 )
 
 // upload is one request to write files.
@@ -168,26 +167,25 @@ func (up upload) write(name string, from io.Reader, before []written) (written, 
 	if slices.ContainsFunc(before, func(b written) bool { return b.Path == w.Path }) {
 		return w, httpError{http.StatusBadRequest, fmt.Sprintf("two parts go to the same path '%s': only the first was written", w.Path)}
 	}
-	f, err := up.open(p)
+	body := bodyReader{from}
+	head := make([]byte, headSize)
+	n, err := io.ReadFull(body, head)
+	whole := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) // the body's own errors are bodyReader's
+	if err != nil && !whole {
+		return w, err // nothing has been touched
+	}
+	to, err := up.open(p, whole)
 	if err != nil {
 		return w, err
 	}
-	defer f.Close() // the second time when all went well
-	if err := copyBody(f, from); err != nil {
+	defer to.discard()
+	if err := copyBody(to.f, io.MultiReader(bytes.NewReader(head[:n]), body)); err != nil {
 		return w, err
 	}
-	err = up.user.as(func() error {
-		var attr error
-		raw, err := f.SyscallConn()
-		if err == nil {
-			err = raw.Control(func(fd uintptr) { attr = setMetadata(int(fd), up.metadata) })
-		}
-		return errors.Join(err, attr)
-	})
-	if err != nil {
+	if err := to.setMetadata(up.metadata); err != nil {
 		return w, fmt.Errorf("write metadata of %s: %w", w.Path, err)
 	}
-	if err := f.Close(); err != nil {
+	if err := to.keep(); err != nil {
 		return w, err
 	}
 	if len(up.metadata) > 0 {
@@ -196,43 +194,17 @@ func (up upload) write(name string, from io.Reader, before []written) (written, 
 	return w, nil
 }
 
+// headSize is how much of a body must have arrived before its file is opened.
+const headSize = 256 << 10
+
 // copyBuffer is how much is read and written at once: forms come in pieces of
 // 4 KiB, and in a sandbox each system call costs.
 const copyBuffer = 128 << 10
 
 func copyBody(to io.Writer, from io.Reader) error {
 	out := bufio.NewWriterSize(to, copyBuffer)
-	if _, err := io.Copy(out, bodyReader{from}); err != nil {
+	if _, err := io.Copy(out, from); err != nil {
 		return err
 	}
 	return out.Flush()
-}
-
-// open creates or empties the file with the user's rights, which makes it and
-// the directories above it the user's own.
-func (up upload) open(p string) (f *os.File, err error) {
-	err = up.user.as(func() error {
-		if fi, err := os.Stat(p); err == nil {
-			if err := regular(p, fi); err != nil {
-				return err
-			}
-		}
-		if err := os.MkdirAll(path.Dir(p), 0o755); err != nil {
-			return err
-		}
-		f, err = os.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NONBLOCK, 0o666)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	fi, err := f.Stat() // what was opened may not be what was looked at before
-	if err == nil {
-		err = regular(p, fi)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
 }

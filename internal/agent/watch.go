@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -262,11 +263,13 @@ type watchers struct {
 	byID   map[string]*polled
 	closed bool
 	wg     sync.WaitGroup
+	queued atomic.Int64 // events of all
 }
 
 // polled collects events until somebody asks for them.
 type polled struct {
-	stop context.CancelFunc
+	stop   context.CancelFunc
+	queued *atomic.Int64 // events of all watchers
 
 	mu     sync.Mutex // guards what follows
 	events []*pb.FilesystemEvent
@@ -298,7 +301,7 @@ func (t *watchers) add(w *watch) (string, error) {
 		return "", connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("%d watchers are open already: remove some first", maxWatchers))
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	p := &polled{stop: stop}
+	p := &polled{stop: stop, queued: &t.queued}
 	id := "w" + strings.ToLower(rand.Text())
 	t.byID[id] = p
 	t.wg.Go(func() { p.collect(ctx, w) })
@@ -311,15 +314,31 @@ func (p *polled) collect(ctx context.Context, w *watch) {
 	err := w.run(ctx, func(ev *pb.FilesystemEvent) error {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if len(p.events) >= maxQueued {
+		if p.err != nil {
+			return p.err // removed
+		}
+		if len(p.events) >= maxQueued || p.queued.Load() >= maxQueuedAll {
 			return errOverflow()
 		}
+		p.queued.Add(1)
 		p.events = append(p.events, ev)
 		return nil
 	}, time.Hour, func() error { return nil })
 	p.mu.Lock()
-	p.err = err
-	p.mu.Unlock()
+	defer p.mu.Unlock()
+	if p.err == nil {
+		p.err = err
+	}
+}
+
+// forget ends the watch and what it holds.
+func (p *polled) forget() {
+	p.stop()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.err = context.Canceled
+	p.queued.Add(-int64(len(p.events)))
+	p.events = nil
 }
 
 // take returns the events since the last call, or why there will be none.
@@ -328,6 +347,7 @@ func (p *polled) take() ([]*pb.FilesystemEvent, error) {
 	defer p.mu.Unlock()
 	out := p.events
 	p.events = nil
+	p.queued.Add(-int64(len(out)))
 	if len(out) == 0 {
 		return nil, p.err
 	}
@@ -360,7 +380,7 @@ func (s filesystemService) RemoveWatcher(_ context.Context, req *connect.Request
 	if err != nil {
 		return nil, err
 	}
-	p.stop()
+	p.forget()
 	s.a.watchers.mu.Lock()
 	delete(s.a.watchers.byID, req.Msg.GetWatcherId())
 	s.a.watchers.mu.Unlock()
@@ -372,7 +392,7 @@ func (t *watchers) closeAll() {
 	t.mu.Lock()
 	t.closed = true
 	for id, p := range t.byID {
-		p.stop()
+		p.forget()
 		delete(t.byID, id)
 	}
 	t.mu.Unlock()

@@ -172,8 +172,10 @@ func TestPolledWatchers(t *testing.T) {
 	if err := poll(); err != nil || len(got) != 0 {
 		t.Errorf("events are told once: %v %v", got, err)
 	}
-	// Nobody polls: the queue is bounded, and the client learns that events are lost.
-	for i := range maxQueued {
+	// Nobody polls: the queues are bounded, and the client learns that events are lost.
+	const room = 500
+	h.agent.watchers.queued.Add(maxQueuedAll - room)
+	for i := range room {
 		h.write(fmt.Sprintf("%s/many%d", d, i), "")
 	}
 	for i := range 10 {
@@ -190,13 +192,16 @@ func TestPolledWatchers(t *testing.T) {
 	if err := poll(); code(err) != "data_loss" {
 		t.Errorf("behind it: %v, want data_loss", err)
 	}
-	if len(got) > maxQueued {
-		t.Errorf("%d events were kept, want at most %d", len(got), maxQueued)
+	if len(got) != room {
+		t.Errorf("%d events were kept, want %d", len(got), room)
 	}
 	if _, err := f.RemoveWatcher(ctx, connect.NewRequest(&pb.RemoveWatcherRequest{WatcherId: id})); err != nil {
 		t.Fatal(err)
 	}
 	if err := poll(); code(err) != "not_found" {
 		t.Errorf("after removal: %v", err)
+	}
+	if n := h.agent.watchers.queued.Load(); n != maxQueuedAll-room {
+		t.Errorf("%d events are counted as queued, want %d", n, maxQueuedAll-room)
 	}
 }
