@@ -201,6 +201,9 @@ func (n *Network) configureHostSide(s *slot, link netlink.Link) error {
 		{v4 + "accept_redirects", "0"}, // a sandbox does not route for us
 		{v4 + "send_redirects", "0"},
 		{v4 + "route_localnet", "0"},
+		// The chain pin knows a forged source. Where there are routing rules, the kernel's
+		// own check is a second look at all of them for each packet.
+		{v4 + "accept_local", "1"},
 	}
 	if s.lease.Addr6.IsValid() {
 		sysctls = append(sysctls,

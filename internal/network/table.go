@@ -30,8 +30,8 @@ import (
 //	no_…    log at a bounded rate, then refuse: TCP reset; UDP port unreachable, the one
 //	        ICMP error that gVisor hands to a socket; else ICMP prohibited
 //	fwd (forward)
-//	    to one of our links: only answers
-//	    from one of our links: only flows that ok has marked
+//	    to one of our links: only answers to flows that ok has marked
+//	    from one of our links: only such flows
 //	inp (input)   the proxy's ports: only by the transparent path
 //	post (postrouting)   what leaves the host from a slot gets the host's address
 //
@@ -112,8 +112,8 @@ func (n *Network) chain(name string) *nftables.Chain {
 func (n *Network) namedSet(name string) *nftables.Set {
 	s := &nftables.Set{Table: n.table(), Name: name, KeyType: nftables.TypeIFIndex, KeyByteOrder: binaryutil.NativeEndian}
 	switch name {
-	case setSlots:
-		s.IsMap, s.DataType = true, nftables.TypeVerdict
+	case setSlots: // of a known size, which makes a quicker table
+		s.IsMap, s.DataType, s.Size = true, nftables.TypeVerdict, uint32(n.plan.capacity())
 	case setMarks:
 		s.IsMap, s.DataType = true, nftables.TypeMark
 	case setLogs:
@@ -284,14 +284,13 @@ func (n *Network) addHooks(tx *transaction) {
 		when(jump(chainLink)),
 		when(count(counterRefused), drop()))
 	fwd := tx.AddChain(n.hook(chainFwd, nftables.ChainHookForward, *nftables.ChainPriorityFilter))
+	forwarded := ctMark(markTag, markTagMask|markProxied) // ok has let the flow pass
 	tx.rules(fwd,
 		when(oifStarts(ours), goTo(chainInward)),
-		when(iifStartsNot(ours), accept()),
-		when(ctMark(markTag, markTagMask|markProxied), accept()),
-		when(drop()))
+		when(forwarded, accept()),
+		when(iifStarts(ours), drop()))
 	tx.rules(n.chain(chainInward),
-		when(iifStarts(ours), drop()),
-		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
+		when(forwarded, ctReply(), accept()),
 		when(drop()))
 	inp := tx.AddChain(n.hook(chainInp, nftables.ChainHookInput, *nftables.ChainPriorityFilter))
 	tx.rules(inp, when(iifIs("lo"), accept()), when(marked(n.cfg.Mark), accept()))
