@@ -35,6 +35,12 @@ type Config struct {
 	// Lookup returns the sandbox with the ID. It is called for every request and
 	// must answer from memory.
 	Lookup func(id string) (*Target, bool)
+	// Custom returns the sandbox and port that a name outside Domains leads to. It
+	// must answer from memory. May be nil.
+	Custom func(host string) (id string, port uint16, ok bool)
+	// Challenge answers a request of a certificate authority on a listener of mode
+	// Redirect, and reports whether it did. May be nil.
+	Challenge func(w http.ResponseWriter, r *http.Request) bool
 	// Wake brings a paused sandbox back; Lookup returns it running afterwards. It
 	// is called once for all requests that wait. Nil means that none is woken.
 	Wake func(ctx context.Context, id string) error

@@ -18,7 +18,7 @@ type route struct {
 // route decides where a request goes by its Host, and on shared hosts by the
 // routing headers. Nothing else of the request has a say.
 func (in *Ingress) route(r *http.Request, mode Mode) (route, *refusal) {
-	p, err := in.domains.parse(r.Host)
+	p, err := in.locate(r.Host)
 	if err != nil {
 		return route{}, badRequest(err.Error())
 	}
@@ -31,7 +31,7 @@ func (in *Ingress) route(r *http.Request, mode Mode) (route, *refusal) {
 		return route{api: true}, nil
 	case foreignHost:
 		if mode == TLS || looksLikeSandbox(p.name) {
-			return route{}, badRequest("Host " + shown(r.Host) + " is not served here. Sandboxes are at <port>-<sandboxID>." + in.domains[0] + ".")
+			return route{}, badRequest("Host " + shown(r.Host) + " is not served here. Sandboxes are at <port>-<sandboxID>." + in.cfg.Domains[0] + ".")
 		}
 		return route{api: true}, nil
 	case sharedHost:

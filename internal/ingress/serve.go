@@ -150,7 +150,7 @@ func (in *Ingress) server(mode Mode) (*http.Server, error) {
 func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
 	v := &visit{in: in, w: w, r: r, mode: Redirect, start: time.Now(), info: infoOf(r)}
 	defer v.end()
-	p, err := in.domains.parse(r.Host)
+	p, err := in.locate(r.Host)
 	if err != nil {
 		v.refuse(badRequest(err.Error()))
 		return
@@ -159,6 +159,9 @@ func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
 	if p.kind == foreignHost || !ok {
 		v.refuse(badRequest("Host " + shown(r.Host) + " is not served here."))
 		return
+	if in.cfg.Challenge != nil && in.cfg.Challenge(w, r) {
+		return
+	}
 	}
 	host := p.name
 	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() {
