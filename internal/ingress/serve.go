@@ -148,6 +148,9 @@ func (in *Ingress) server(mode Mode) (*http.Server, error) {
 
 // redirect sends clients of our names to the same URL with https.
 func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
+	if in.cfg.Challenge != nil && in.cfg.Challenge(w, r) {
+		return
+	}
 	v := &visit{in: in, w: w, r: r, mode: Redirect, start: time.Now(), info: infoOf(r)}
 	defer v.end()
 	p, err := in.locate(r.Host)
@@ -159,9 +162,6 @@ func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
 	if p.kind == foreignHost || !ok {
 		v.refuse(badRequest("Host " + shown(r.Host) + " is not served here."))
 		return
-	if in.cfg.Challenge != nil && in.cfg.Challenge(w, r) {
-		return
-	}
 	}
 	host := p.name
 	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() {
