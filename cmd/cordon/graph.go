@@ -302,6 +302,7 @@ func (s *server) makeEgress(context.Context) (err error) {
 			return egress.Owner{Sandbox: string(id), Policy: p}, ok
 		},
 		Resolve:  s.resolver.Resolve,
+		Pinned:   func(id string, dst netip.AddrPort) []string { return s.network.Pinned(sandbox.ID(id), dst) },
 		DialSelf: s.dialSelf,
 		Limits:   s.cfg.Network.Limits.proxy(egressLimits(s.descriptors)),
 		Flows:    s.flows, Log: s.log,

@@ -364,11 +364,10 @@ func learnedAddress(t *Trial) {
 		What: "resolve a name of a rule with a port", By: pinned, Orders: []probe.Order{ask(addrDNS, nameShared, dns.TypeA)},
 		Asks: []string{nameShared}, Answer: resolvesTo(addrShared), Log: allowed("allow-name"),
 	})
-	echo := tcp(addrShared, 4000, []byte("canary-53"))
-	echo.Want = 9
+	echo := said(addrShared, 4000, "canary-53\r\n")
 	t.Try(Try{
 		What: "control: the port works", By: pinned, Orders: []probe.Order{echo},
-		Reaches: []Arrival{{At: addrShared, Port: 4000, Text: "canary-53"}}, Answer: echoed([]byte("canary-53")), Log: allowed("pinned"),
+		Reaches: []Arrival{{At: addrShared, Port: 4000, Text: "canary-53"}}, Answer: echoed(echo.Parts[0]), Log: allowed("pinned"),
 	})
 	t.Try(Try{
 		What: "for another sandbox under the same rule, which did not ask", By: other, Orders: []probe.Order{echo},
@@ -376,26 +375,85 @@ func learnedAddress(t *Trial) {
 	})
 	t.Try(Try{
 		What: "other ports and UDP at the pinned address", By: pinned,
-		Orders: []probe.Order{tcp(addrShared, 8443, []byte("canary-53")), udp(addrShared, 4000, []byte("canary-53")), http80(addrShared, get(nameShared, "/canary-53"))},
+		Orders: []probe.Order{tcp(addrShared, 8443, []byte("canary-53")), udp(addrShared, 4000, []byte("canary-53")), udp(addrShared, 4000, quicInitial("canary-53")), http80(addrShared, get(nameShared, "/canary-53"))},
 		Never:  []string{"canary-53"}, Answer: unanswered, Log: denied("no-name", "deny-address", "name-denied"),
 	})
 	sharedPort(t)
 }
 
-// sharedPort: a rule with a port opens that port of the addresses of its name, and
-// of nobody else. What is said there is not looked at: a neighbour at the same
-// address and port can be spoken to, and the log says "pinned".
+// said sends a line and waits for as much to come back.
+func said(to netip.Addr, port uint16, line string) probe.Order {
+	o := tcp(to, port, []byte(line))
+	o.Want = len(line)
+	return o
+}
+
+// sharedPort: a rule with a port opens that port of the addresses of its name, for
+// that name. Whoever shares address and port is not reached by another name, however
+// late or slowly that is shown; a server that speaks first is.
 func sharedPort(t *Trial) {
-	s := t.Fresh(only(nameShared + ":8443"))
+	s := t.Fresh(only(nameShared+":8443", nameShared+":8080", nameShared+":22"))
 	t.Try(Try{
 		What: "resolve a name that shares its address", By: s, Orders: []probe.Order{ask(addrDNS, nameShared, dns.TypeA)},
 		Asks: []string{nameShared}, Answer: resolvesTo(addrShared), Log: allowed("allow-name"),
 	})
-	o := https(addrShared, nameNeighbor, get(nameNeighbor+":8443", "/"))
-	o.To = at(addrShared, 8443)
+	secure := func(name string) probe.Order {
+		o := https(addrShared, name, get(name+":8443", "/"))
+		o.To = at(addrShared, 8443)
+		return o
+	}
 	t.Try(Try{
-		What: "residual: its neighbour on the pinned port, at that address only", By: s, Orders: []probe.Order{o},
-		Reaches: []Arrival{{At: addrShared, Port: 8443}}, Answer: served(addrShared, nameNeighbor+":8443"), Log: allowed("pinned"),
+		What: "control: its own name there, by TLS and HTTP", By: s,
+		Orders:  []probe.Order{secure(nameShared), tcp(addrShared, 8080, get(nameShared+":8080", "/"))},
+		Reaches: []Arrival{{At: addrShared, Port: 8443}, {At: addrShared, Port: 8080}}, Log: allowed("allow-name"),
+		AnswerEach: func(i int, got probe.Outcome) error {
+			return served(addrShared, nameShared+[]string{":8443", ":8080"}[i])(got)
+		},
+	})
+	wrong := Want{"deny", []string{"name-denied"}, nameNeighbor}
+	shown, request := newHello(nameNeighbor).bytes(), get(nameNeighbor+":8080", "/canary")
+	t.Try(Try{
+		What: "its neighbour there, by server name and by Host", By: s,
+		Orders: []probe.Order{secure(nameNeighbor), tcp(addrShared, 8443, shown), tcp(addrShared, 8080, request)},
+		Never:  []string{nameNeighbor, "canary"}, Answer: cut, Log: wrong,
+	})
+	slowly := func(port uint16, b []byte) probe.Order {
+		o := tcp(addrShared, port, slices.Collect(slices.Chunk(b, 1))...)
+		o.Gap = time.Millisecond
+		return o
+	}
+	t.Try(Try{
+		What: "the same, one byte at a time", By: s, Slow: 10 * time.Second, Orders: []probe.Order{slowly(8443, shown), slowly(8080, request)},
+		Never: []string{nameNeighbor, "canary"}, Answer: cut, Log: wrong,
+	})
+	t.Try(Try{
+		What: "on a connection whose first request was for its own name", By: s,
+		Orders:  []probe.Order{tcp(addrShared, 8080, append(keep(nameShared+":8080", "/"), request...))},
+		Reaches: []Arrival{{At: addrShared, Port: 8080}}, Never: []string{nameNeighbor, "canary"}, Log: wrong,
+	})
+	late := func(port uint16, b []byte) probe.Order {
+		o := tcp(addrShared, port, nil, b)
+		o.Gap = 600 * time.Millisecond
+		return o
+	}
+	t.Try(Try{
+		What: "after a silence in which the server could have spoken: no byte passes", By: s,
+		Orders:  []probe.Order{late(8443, shown), late(8080, request)},
+		Reaches: []Arrival{{At: addrShared, Port: 8443}, {At: addrShared, Port: 8080}}, Never: []string{nameNeighbor, "canary"}, Answer: cut, Log: wrong,
+	})
+	t.Try(Try{
+		What: "what shows no name where one belongs, and what never ends", By: s, Slow: 8 * time.Second,
+		Orders: []probe.Order{
+			tcp(addrShared, 8443, newHello(nameShared).named().bytes()), tcp(addrShared, 8080, []byte("\r\nGET /canary HTTP/1.1\r\nHost: "+nameNeighbor+"\r\n\r\n")),
+			tcp(addrShared, 8080, []byte("GET http://"+nameNeighbor+"/canary\r\n")), tcp(addrShared, 8080, []byte("GET /canary")),
+		},
+		Never: []string{nameNeighbor, "canary"}, Answer: cut, Log: denied("no-sni", "protocol-mismatch", "bad-request", "sniff-timeout"),
+	})
+	banner := tcp(addrShared, 22, nil, []byte("SSH-2.0-canary\r\n"))
+	banner.Turns, banner.Want = true, 30
+	t.Try(Try{
+		What: "control: a server that speaks first", By: s, Orders: []probe.Order{banner},
+		Reaches: []Arrival{{At: addrShared, Port: 22, Text: "SSH-2.0-canary"}}, Answer: answered, Log: allowed("pinned"),
 	})
 }
 
@@ -428,11 +486,10 @@ func ttlGames(t *Trial) {
 		},
 	})
 	pinned := netip.MustParseAddr("198.51.100.13")
-	echo := tcp(pinned, 4000, []byte("canary-54"))
-	echo.Want = 9
+	echo := said(pinned, 4000, "canary-54\r\n")
 	t.Try(Try{
 		What: "control: the pin of a name of TTL 0 holds a while", By: s, Orders: []probe.Order{echo},
-		Reaches: []Arrival{{At: pinned, Port: 4000, Text: "canary-54"}}, Answer: echoed([]byte("canary-54")), Log: allowed("pinned"),
+		Reaches: []Arrival{{At: pinned, Port: 4000, Text: "canary-54"}}, Answer: echoed(echo.Parts[0]), Log: allowed("pinned"),
 	})
 	t.Later(36*time.Second, func(t *Trial) {
 		t.Try(Try{

@@ -48,7 +48,7 @@ func BenchmarkParseRequest(b *testing.B) {
 	for b.Loop() {
 		var scan headScanner
 		n, _ := scan.scan(head)
-		if err := q.parse(head[:n]); err != nil {
+		if err := q.parse(head[:n], 80); err != nil {
 			b.Fatal(err)
 		}
 		out = q.appendTo(out[:0])

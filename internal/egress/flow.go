@@ -49,6 +49,7 @@ type route uint8
 const (
 	routeDirect route = iota // the address the sandbox asked for: no name was needed
 	routeName                // our own resolution of the name
+	routePinned              // the address the sandbox asked for, which was pinned to a name
 	routeSelf                // this service's ingress
 )
 
@@ -56,6 +57,7 @@ const (
 type ruling struct {
 	policy *policy.Compiled
 	name   string
+	pins   []string // names that stand behind routePinned
 	policy.Verdict
 	route route
 }
@@ -82,12 +84,16 @@ func rule(c *policy.Compiled, dst netip.AddrPort, name string) ruling {
 // the policy is looked up a second time, so that a policy update either finds
 // the mark (Revoke) or is seen here. It reports false when the flow is over.
 func (f *flow) judge(name string) (ruling, bool) {
+	return f.judgeBy(func(c *policy.Compiled) ruling { return rule(c, f.dst, name) })
+}
+
+func (f *flow) judgeBy(rule func(*policy.Compiled) ruling) (ruling, bool) {
 	owner, known := f.p.cfg.Owner(f.src.Addr())
 	for {
 		if !known || owner.Sandbox != f.sandbox || owner.Policy == nil {
 			return ruling{}, false
 		}
-		r := rule(owner.Policy, f.dst, name)
+		r := rule(owner.Policy)
 		f.mu.Lock()
 		f.ruling, f.ruled = r, true
 		killed := f.killed != ""
@@ -117,6 +123,9 @@ func (f *flow) rejudge() {
 		return // its name is still to come and meets the new policy, or it is ending
 	}
 	now := rule(owner.Policy, f.dst, old.name)
+	if old.route == routePinned {
+		now = rulePinned(owner.Policy, f.dst, old.pins)
+	}
 	v := now.Verdict
 	if v.Allow && old.route == routeName && up.IsValid() {
 		v = owner.Policy.DecideAddr(old.name, up)
@@ -173,15 +182,18 @@ func (f *flow) serve(ctx context.Context, c *policy.Compiled) (handedOver bool) 
 	if settled(rule(c, f.dst, "").Verdict) {
 		return f.serveNameless(ctx, ReasonRevoked, "the policy changed")
 	}
+	if port := f.dst.Port(); port != 80 && port != 443 {
+		return f.serveAnyPort(ctx)
+	}
 	_ = f.client.SetReadDeadline(time.Now().Add(f.p.lim.SniffTimeout)) // a dead connection shows at the read
 	if err := f.in.fill(smallBuffer); err != nil {
 		return f.noBytes(ctx, err)
 	}
 	switch first := f.in.pending()[0]; {
-	case first == recordHandshake && f.dst.Port() != 80:
+	case first == recordHandshake && f.dst.Port() == 443:
 		f.proto = "tls"
 		return f.serveTLS(ctx)
-	case isToken(first) && f.dst.Port() != 443:
+	case isToken(first) && f.dst.Port() == 80:
 		f.proto = "http"
 		return f.serveHTTP(ctx)
 	}
@@ -324,6 +336,11 @@ func (f *flow) pump(dst, src net.Conn, count *atomic.Int64) {
 	defer f.p.conns.Done()
 	n, err := f.p.pipes.copy(dst, src)
 	count.Add(n)
+	f.pumped(dst, src, err)
+}
+
+// pumped ends a direction of which all is copied.
+func (f *flow) pumped(dst, src net.Conn, err error) {
 	if err != nil {
 		reset(dst)
 		reset(src)

@@ -95,7 +95,7 @@ func FuzzRequestHead(f *testing.F) {
 			return
 		}
 		var q request
-		if q.parse(b[:n]) != nil {
+		if q.parse(b[:n], 80) != nil {
 			return
 		}
 		if name, ok := policy.CanonicalName(q.name); q.name != "" && (!ok || name != q.name) {
@@ -108,7 +108,7 @@ func FuzzRequestHead(f *testing.F) {
 			t.Fatalf("%q written as %q ends at %d, %v", b, out, n, err)
 		}
 		var again request
-		if err := again.parse(out); err != nil {
+		if err := again.parse(out, 80); err != nil {
 			t.Fatalf("%q written as %q: %v", b, out, err)
 		}
 		if again.name != q.name || again.port != q.port || again.length != q.length || again.chunked != q.chunked || again.upgrade != q.upgrade || again.close != q.close {
@@ -119,7 +119,7 @@ func FuzzRequestHead(f *testing.F) {
 		if err != nil {
 			return
 		}
-		host, _, err := parseHost(r.Host)
+		host, _, err := parseHost(r.Host, 80)
 		if q.name != "" && (err != nil || host != q.name) {
 			t.Fatalf("judged %q, a server reads %q", q.name, r.Host)
 		}
@@ -193,7 +193,7 @@ func TestParseHostAgreesWithItself(t *testing.T) {
 		{"[::1]", "", 80, false}, {"[::1]:81", "", 81, false}, {"::1", "", 0, true}, {"[::1%lo]", "", 0, true}, {"[1.2.3.4]", "", 0, true}, {"[]", "", 0, true}, {"]", "", 0, true}, {"a]", "", 0, true},
 		{":", "", 0, true}, {"a:0", "", 0, true}, {"a:65536", "", 0, true}, {"a:00080", "a", 80, false},
 	} {
-		name, port, err := parseHost(tt.in)
+		name, port, err := parseHost(tt.in, 80)
 		if name != tt.name || (err != nil) != tt.bad || !tt.bad && port != tt.port {
 			t.Errorf("%q: got %q %d %v", tt.in, name, port, err)
 		}

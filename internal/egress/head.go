@@ -53,7 +53,7 @@ type request struct {
 	fields  []field
 	host    string // Host as it stood; empty when there is none
 	name    string // canonical; empty when host shows none
-	port    uint16 // from Host; 80 when it names none
+	port    uint16 // from Host, or the one connected to when it names none
 	length  int64  // of the body; 0 when chunked
 	chunked bool
 	close   bool // the client wants the connection closed
@@ -62,9 +62,10 @@ type request struct {
 }
 
 // parse reads a complete head, including its empty line (RFC 9112). It refuses
-// everything that another parser might read differently.
-func (q *request) parse(head []byte) error {
-	*q = request{fields: q.fields[:0], port: 80}
+// everything that another parser might read differently. at is the port it was
+// sent to, which is meant where no port is named.
+func (q *request) parse(head []byte, at uint16) error {
+	*q = request{fields: q.fields[:0], port: at}
 	line, rest, _ := bytes.Cut(head, crlf)
 	authority, err := q.parseLine(line)
 	if err != nil {
@@ -261,6 +262,7 @@ func parseLength(v []byte) (int64, error) {
 
 // readHost finds the one name and port that the request shows.
 func (q *request) readHost(hosts [][]byte, authority []byte) error {
+	at := q.port
 	switch {
 	case len(hosts) > 1:
 		return badRequest("more than one Host")
@@ -271,13 +273,13 @@ func (q *request) readHost(hosts [][]byte, authority []byte) error {
 	}
 	var err error
 	q.host = string(hosts[0])
-	if q.name, q.port, err = parseHost(q.host); err != nil {
+	if q.name, q.port, err = parseHost(q.host, q.port); err != nil {
 		return err
 	}
 	if authority == nil {
 		return nil
 	}
-	name, port, err := parseHost(string(authority))
+	name, port, err := parseHost(string(authority), at)
 	if err != nil {
 		return err
 	}
@@ -288,9 +290,9 @@ func (q *request) readHost(hosts [][]byte, authority []byte) error {
 }
 
 // parseHost splits "name[:port]". An address literal, or nothing, is no name;
-// what is neither name nor address is refused. The port is 80 if none is given.
-func parseHost(s string) (name string, port uint16, err error) {
-	port = 80
+// what is neither name nor address is refused. The port is at if none is given.
+func parseHost(s string, at uint16) (name string, port uint16, err error) {
+	port = at
 	host := s
 	if i := strings.LastIndexByte(s, ':'); i >= 0 && !strings.HasSuffix(s, "]") {
 		n, err := strconv.ParseUint(s[i+1:], 10, 16)

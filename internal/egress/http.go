@@ -129,7 +129,7 @@ func (h *httpConn) awaitRequest() error {
 
 // parse reads the head into h.req and h.head.
 func (h *httpConn) parse(head []byte) error {
-	if err := h.req.parse(head); err != nil {
+	if err := h.req.parse(head, h.f.dst.Port()); err != nil {
 		return err
 	}
 	if h.req.host != "" && h.req.port != h.f.dst.Port() {

@@ -14,6 +14,7 @@ const (
 	ReasonNoHost           policy.Reason = "no-host"           // HTTP without a name in Host, and the address is denied
 	ReasonProtocolMismatch policy.Reason = "protocol-mismatch" // not the protocol of the port, and the address is denied
 	ReasonNoBytes          policy.Reason = "no-bytes"          // the client left before it showed a name
+	ReasonPinned           policy.Reason = "pinned"            // no name was shown where a rule names the port; the address is the one the resolver answered
 	ReasonBudget           policy.Reason = "budget"            // a limit of this sandbox or of the proxy
 	ReasonResolve          policy.Reason = "resolve"           // allowed, but the name has no usable address
 	ReasonUpstream         policy.Reason = "upstream"          // allowed, but the upstream could not be reached

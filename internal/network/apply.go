@@ -227,9 +227,9 @@ type pinTable struct {
 	prog *program // whose sets hold them; nil when its policy has no pins
 }
 
-// Pin admits TCP connections of sandbox id to addr on ports for ttl, because the
-// resolver answered name with addr and rules like "host:port" allow that name
-// there. It does nothing when the policy in force has no such rule. ttl is kept
+// Pin hands TCP connections of sandbox id to addr on ports to the proxy for ttl,
+// because the resolver answered name with addr and rules like "host:port" allow
+// that name there. It does nothing when the policy in force has no such rule. ttl is kept
 // between 30 seconds and one hour; flows that live longer are not cut.
 func (n *Network) Pin(id sandbox.ID, name string, addr netip.Addr, ports []uint16, ttl time.Duration) error {
 	n.mu.Lock()
@@ -251,6 +251,20 @@ func (n *Network) Pin(id sandbox.ID, name string, addr netip.Addr, ports []uint1
 		}
 	}
 	return nil
+}
+
+// Pinned returns the names that were pinned to dst for sandbox id. A pin that has
+// just run out may still be among them: what the kernel let in before counts.
+func (n *Network) Pinned(id sandbox.ID, dst netip.AddrPort) []string {
+	n.mu.Lock()
+	s := n.byID[id]
+	n.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pins.names(dst)
 }
 
 func (n *Network) pinOne(s *slot, k pinKey, name string, ttl time.Duration) error {

@@ -17,7 +17,6 @@ import (
 const (
 	ReasonSpoofed  policy.Reason = "spoofed-source" // the packet did not carry the sandbox's own addresses
 	ReasonNoSocket policy.Reason = "no-listener"    // the proxy or the resolver does not run
-	ReasonPinned   policy.Reason = "pinned"         // a host:port rule, by the address the resolver answered
 	ReasonTooMany  policy.Reason = "too-many-flows" // Config.MaxFlows
 	ReasonReplaced policy.Reason = "replaced"       // decided by a policy that is no longer in force
 )
@@ -78,8 +77,8 @@ func (n *Network) recordFlow(f *tracked) {
 		Time: time.Now(), Sandbox: string(o.id), Generation: o.policy.Generation(), Layer: flowlog.LayerKernel,
 		Proto: protoName(flow.Proto), Src: f.src, Dst: flow.Dst, Upstream: flow.Dst,
 	}
-	v := n.explain(i, o.policy, flow)
-	out.Rule, out.Reason, out.Name = v.rule, v.reason, v.name
+	v := explain(o.policy, flow)
+	out.Rule, out.Reason = v.rule, v.reason
 	switch {
 	case f.ended:
 		out.Verdict = flowlog.Closed
@@ -99,29 +98,14 @@ func (n *Network) recordFlow(f *tracked) {
 type explanation struct {
 	rule     policy.Rule
 	reason   policy.Reason
-	name     string
 	observed bool
 }
 
 // explain finds the rule by which a forwarded flow was accepted.
-func (n *Network) explain(slot int, p *policy.Compiled, f policy.Flow) explanation {
+func explain(p *policy.Compiled, f policy.Flow) explanation {
 	v := p.Decide(f)
 	if v.Allow {
 		return explanation{rule: v.Rule, reason: v.Reason, observed: v.Observed}
-	}
-	n.mu.Lock()
-	s := n.slots[slot]
-	n.mu.Unlock()
-	if s == nil {
-		return explanation{reason: ReasonReplaced}
-	}
-	s.mu.Lock()
-	names := s.pins.names(f.Dst)
-	s.mu.Unlock()
-	for _, f.Name = range names {
-		if v := p.Decide(f); v.Allow {
-			return explanation{rule: v.Rule, reason: ReasonPinned, name: f.Name, observed: v.Observed}
-		}
 	}
 	return explanation{reason: ReasonReplaced}
 }

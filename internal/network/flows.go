@@ -81,8 +81,9 @@ func destination(f conntrack.Flow) netip.AddrPort {
 	return netip.AddrPortFrom(f.TupleOrig.IP.DestinationAddress, f.TupleOrig.Proto.DestinationPort)
 }
 
-// cutRefused ends the kernel's flows that p refuses. The proxy's flows are the
-// proxy's to judge: it knows their names. The caller holds s.mu.
+// cutRefused ends the kernel's flows that p refuses, also where a name could admit
+// them now: what they say was not looked at from the start. The proxy's flows are
+// the proxy's to judge: it knows their names. The caller holds s.mu.
 func (n *Network) cutRefused(s *slot, p *policy.Compiled) error {
 	flows, err := n.flowsOf(s)
 	if err != nil {
@@ -90,27 +91,11 @@ func (n *Network) cutRefused(s *slot, p *policy.Compiled) error {
 	}
 	var refused []conntrack.Flow
 	for _, f := range flows {
-		if _, proxied, _ := slotOfMark(f.Mark); !proxied && !s.allows(p, f) {
+		if _, proxied, _ := slotOfMark(f.Mark); !proxied && !p.Decide(policy.Flow{Proto: policy.Proto(f.TupleOrig.Proto.Protocol), Dst: destination(f)}).Allow {
 			refused = append(refused, f)
 		}
 	}
 	return n.cut(s, refused)
-}
-
-// allows reports whether p lets a flow go on, under a name that was pinned to its
-// destination if need be.
-func (s *slot) allows(p *policy.Compiled, f conntrack.Flow) bool {
-	flow := policy.Flow{Proto: policy.Proto(f.TupleOrig.Proto.Protocol), Dst: destination(f)}
-	if p.Decide(flow).Allow {
-		return true
-	}
-	for _, name := range s.pins.names(flow.Dst) {
-		flow.Name = name
-		if p.Decide(flow).Allow {
-			return true
-		}
-	}
-	return false
 }
 
 // cutAll ends every flow the slot's rules accepted.

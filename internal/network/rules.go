@@ -118,12 +118,13 @@ func (p *program) match(name string, spans []span, kind setKind, then []expr.Any
 	p.rule(which, daddrInSet(set, kind.v6, kind.ports), then)
 }
 
-// pinned adds the sets of addresses that the resolver pins while the policy is in force.
+// pinned adds the sets of addresses that the resolver pins while the policy is in
+// force. The proxy has them too: a name that is shown there may be a neighbour's.
 func (p *program) pinned() {
 	for _, v6 := range []bool{false, true} {
 		kind := setKind{v6: v6, ports: true, pins: true}
 		set := p.set("pins", kind, nil)
-		p.rule(l4proto(policy.TCP), daddrInSet(set, v6, true), goTo(chainOK))
+		p.rule(l4proto(policy.TCP), daddrInSet(set, v6, true), goTo(chainProxy))
 	}
 }
 

@@ -11,6 +11,7 @@ import "net/netip"
 //  2. OperatorDeny → reject, OperatorAllow → accept
 //  3. Allow, AllowPorts → accept
 //  4. NameRules: TCP ProxyPorts → the proxy
+//     Pins: TCP to a pinned address and port → the proxy
 //  5. AutoDNS: UDP and TCP 53 to DefaultNameserver → the resolver
 //  6. Deny, DenyPorts → reject; everything else → accept
 //
