@@ -54,6 +54,11 @@ type listenConfig struct {
 	Plain string   `yaml:"plain" env:"PLAIN"` // API and sandboxes without TLS, for SDKs set to it; keep it on loopback
 	// Metrics is where Prometheus reads /metrics, without a key; "none" for nowhere.
 	Metrics string `yaml:"metrics" env:"METRICS"`
+	// TLSTCP ends TLS and takes the bytes to the port of a public sandbox that the
+	// server name says, whatever they are.
+	TLSTCP         []string `yaml:"tls_tcp" env:"TLS_TCP"`
+	TrustedProxies []string `yaml:"trusted_proxies" env:"TRUSTED_PROXIES"` // whose X-Forwarded-* and PROXY headers count
+	ProxyProtocol  bool     `yaml:"proxy_protocol" env:"PROXY_PROTOCOL"`   // they begin connections with a PROXY header; not on plain
 }
 
 // tlsConfig names certificate files; without them cordon makes its own CA.
@@ -150,6 +155,7 @@ var (
 var yamlTypes = map[string]string{
 	"int": "a whole number", "int64": "a whole number", "uint16": "a number from 0 to 65535", "string": "text",
 	"[]string": "a list", "map[string]int": "templates with numbers", "time.Duration": "a duration such as 90s or 24h",
+	"bool": "true or false",
 }
 
 // explainYAML says which line is wrong, quotes it and says what it should be.
@@ -247,6 +253,12 @@ func (c *config) validate() error {
 	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
 		return bad("tls", c.TLS.Cert+c.TLS.Key, "name both cert and key, or neither")
 	}
+	if _, err := c.Listen.proxies(); err != nil {
+		return bad("listen.trusted_proxies", err, "use addresses or CIDRs")
+	}
+	if c.Listen.ProxyProtocol && len(c.Listen.TrustedProxies) == 0 {
+		return bad("listen.proxy_protocol", true, "name the proxies in listen.trusted_proxies, from no other is it believed")
+	}
 	l, nl := c.Sandboxes, c.Network.Limits
 	for _, n := range []struct {
 		field string
@@ -284,6 +296,23 @@ func (c *config) validate() error {
 		}
 	}
 	return nil
+}
+
+// proxies are the trusted ones as networks. The error is the first that is none.
+func (l *listenConfig) proxies() ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range l.TrustedProxies {
+		if addr, err := netip.ParseAddr(s); err == nil {
+			out = append(out, netip.PrefixFrom(addr, addr.BitLen()))
+			continue
+		}
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, errors.New(s)
+		}
+		out = append(out, p.Masked())
+	}
+	return out, nil
 }
 
 // upstream parses a DNS server's address; the port is 53 unless given.

@@ -129,7 +129,8 @@ func (s *server) makeNetwork(context.Context) (err error) {
 	s.network, err = network.New(network.Config{
 		Name: s.cfg.Name, RunDir: s.cfg.RunDir, Subnet4: n.Subnet4,
 		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup,
-		MaxFlows: clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
+		Sandboxes: s.cfg.Sandboxes.Max,
+		MaxFlows:  clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
 		Flows: s.flows, Log: s.log,
 	})
 	if err == nil {
@@ -316,6 +317,10 @@ func (s *server) makeCertificates(context.Context) (err error) {
 }
 
 func (s *server) makeIngress(context.Context) (err error) {
+	proxies, err := s.cfg.Listen.proxies()
+	if err != nil {
+		return err
+	}
 	s.ingress, err = ingress.New(ingress.Config{
 		Domains: []string{s.cfg.Domain},
 		Lookup:  s.target,
@@ -323,7 +328,8 @@ func (s *server) makeIngress(context.Context) (err error) {
 			_, _, err := s.manager.Connect(ctx, "", sandbox.ID(id), 0)
 			return err
 		},
-		Inside: func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
+		Inside:         func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
+		TrustedProxies: proxies, ProxyProtocol: s.cfg.Listen.ProxyProtocol,
 		Limits: ingressLimits(s.descriptors),
 		API:    s.api(), TLS: s.tls, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
@@ -388,7 +394,7 @@ func (s *server) listen(ctx context.Context) error {
 	for _, group := range []struct {
 		mode  ingress.Mode
 		addrs []string
-	}{{ingress.TLS, s.cfg.Listen.HTTPS}, {ingress.Redirect, s.cfg.Listen.HTTP}, {ingress.Plain, []string{s.cfg.Listen.Plain}}} {
+	}{{ingress.TLS, s.cfg.Listen.HTTPS}, {ingress.Redirect, s.cfg.Listen.HTTP}, {ingress.Plain, []string{s.cfg.Listen.Plain}}, {ingress.TLSTCP, s.cfg.Listen.TLSTCP}} {
 		for _, addr := range group.addrs {
 			l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 			if err != nil {

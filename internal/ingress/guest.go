@@ -17,6 +17,7 @@ import (
 type guest struct {
 	from  caller
 	agent bool // it speaks to the agent
+	owner bool // an API key or the sandbox's own token admitted it: no list applies
 	link  string
 	busy  bool // it counts as traffic
 	timer *time.Timer
@@ -46,25 +47,31 @@ func (v *visit) enter(b *backend, t *Target, to route, k ticket) (*guest, bool) 
 		g.cancel, g.rc = cancel, http.NewResponseController(v.w)
 		v.r = v.r.WithContext(ctx)
 	}
+	return g, b.join(g, t, k.expires, v.judged)
+}
+
+// join puts g among the guests, until expires if that is not zero. It returns false,
+// and g has departed, when what admitted it was withdrawn after judged was read.
+func (b *backend) join(g *guest, t *Target, expires time.Time, judged uint64) bool {
 	b.guests.mu.Lock()
 	if g.next = b.guests.head; g.next != nil {
 		g.next.prev = g
 	}
 	b.guests.head = g
-	if !k.expires.IsZero() {
-		g.timer = time.AfterFunc(time.Until(k.expires), func() { b.guests.cut(g) })
+	if !expires.IsZero() {
+		g.timer = time.AfterFunc(time.Until(expires), func() { b.guests.cut(g) })
 	}
 	b.guests.mu.Unlock()
 	if g.busy {
 		b.guests.busy.Add(1)
 	}
-	if v.in.judged.Load() != v.judged {
-		if now, ok := v.in.cfg.Lookup(t.ID); !ok || !now.keeps(g) {
+	if b.in.judged.Load() != judged {
+		if now, ok := b.in.cfg.Lookup(t.ID); !ok || !now.keeps(g) {
 			b.depart(g)
-			return nil, false
+			return false
 		}
 	}
-	return g, true
+	return true
 }
 
 // depart ends what enter and the count of requests under way began.
@@ -113,7 +120,7 @@ func (g *guest) end() {
 
 // keeps reports whether the guest would still be let in.
 func (t *Target) keeps(g *guest) bool {
-	if g.agent && t.AccessToken != "" {
+	if g.owner || g.agent && t.AccessToken != "" {
 		return true
 	}
 	return t.allows(g.from) && (g.link == "" || t.hasLink(g.link))

@@ -56,6 +56,9 @@ type Config struct {
 	TLS *tls.Config
 	// TrustedProxies may say who the client is by X-Forwarded-For and -Proto.
 	TrustedProxies []netip.Prefix
+	// ProxyProtocol makes trusted proxies begin each connection with a header of
+	// the PROXY protocol, version 1 or 2; others are clients. Not on Plain listeners.
+	ProxyProtocol bool
 	// Inside returns the sandbox's own address for the source of a connection that
 	// was opened for a sandbox which asked for one of our names. Its rules were
 	// applied to the name that the TLS handshake shows, so requests for another

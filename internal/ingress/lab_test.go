@@ -41,6 +41,7 @@ type lab struct {
 	https    string // address
 	http     string
 	redirect string
+	tcp      string // of mode TLSTCP
 	roots    *x509.CertPool
 	stopped  chan struct{}
 	stop     context.CancelFunc
@@ -80,13 +81,13 @@ func newLab(t testing.TB, change ...func(*Config)) *lab {
 	if l.in, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	tl, pl, rl := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0")
-	l.https, l.http, l.redirect = tl.Addr().String(), pl.Addr().String(), rl.Addr().String()
+	tl, pl, rl, nl := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0")
+	l.https, l.http, l.redirect, l.tcp = tl.Addr().String(), pl.Addr().String(), rl.Addr().String(), nl.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	l.stop = cancel
 	go func() {
 		defer close(l.stopped)
-		if err := l.in.Run(ctx, Listener{tl, TLS}, Listener{pl, Plain}, Listener{rl, Redirect}); err != nil {
+		if err := l.in.Run(ctx, Listener{tl, TLS}, Listener{pl, Plain}, Listener{rl, Redirect}, Listener{nl, TLSTCP}); err != nil {
 			t.Errorf("run: %v", err)
 		}
 	}()

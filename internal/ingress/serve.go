@@ -26,6 +26,7 @@ const (
 	TLS      Mode = iota // https, HTTP/2 and HTTP/1.1; names that are not ours are refused
 	Plain                // http; whatever is not for a sandbox goes to the API
 	Redirect             // http; sends everyone to https
+	TLSTCP               // TLS ends here, its bytes go to the port that the server name says
 )
 
 // Listener is a listener and what it speaks.
@@ -41,7 +42,7 @@ func (in *Ingress) Run(ctx context.Context, listeners ...Listener) error {
 	defer in.Close()
 	servers := make([]*http.Server, len(listeners))
 	for i, l := range listeners {
-		s, err := in.server(l.Mode)
+		s, err := in.server(l.Mode) // also checks the mode of those that are not HTTP
 		if err != nil {
 			for _, l := range listeners {
 				l.Close()
@@ -52,11 +53,21 @@ func (in *Ingress) Run(ctx context.Context, listeners ...Listener) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	for i, l := range listeners {
+		if in.cfg.ProxyProtocol && l.Mode != Plain {
+			front := in.behindProxies(l.Listener)
+			l.Listener = front
+			g.Go(func() error { front.run(); return nil })
+		}
+		if l.Mode == TLSTCP {
+			g.Go(func() error { return in.serveTCP(ctx, l.Listener) })
+			continue
+		}
 		g.Go(func() error { return serveOn(servers[i], l) })
 	}
 	g.Go(func() error {
 		<-ctx.Done()
 		in.drain(servers)
+		in.Close() // ends what serveTCP waits for
 		return nil
 	})
 	return g.Wait()
@@ -127,7 +138,7 @@ func (in *Ingress) server(mode Mode) (*http.Server, error) {
 		ConnState:   in.sources.connState,
 	}
 	switch mode {
-	case TLS:
+	case TLS, TLSTCP:
 		if in.cfg.TLS == nil {
 			return nil, errors.New("ingress: a TLS listener needs Config.TLS")
 		}
@@ -260,6 +271,17 @@ func (s *sources) connContext(ctx context.Context, c net.Conn) context.Context {
 	s.count[info.key()]++
 	s.mu.Unlock()
 	return context.WithValue(ctx, connKey{}, info)
+}
+
+// proxy reports whether the peer is a proxy that says who its client is.
+func (s *sources) proxy(c net.Conn) bool {
+	a, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return false
+	}
+	addr := a.AddrPort().Addr().Unmap().WithZone("")
+	_, inside := s.inside(addr)
+	return !inside && s.trusts(addr)
 }
 
 func (s *sources) connState(c net.Conn, state http.ConnState) {

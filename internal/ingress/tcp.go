@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"syscall"
+	"time"
 
 	"github.com/coder/websocket"
 
@@ -15,6 +16,7 @@ import (
 // until either side ends it or the sandbox ends. Whoever calls it has made sure
 // that the client may. An error means that nothing has been answered yet.
 func (in *Ingress) Forward(w http.ResponseWriter, r *http.Request, id string, port uint16) error {
+	judged := in.judged.Load()
 	b, t, err := in.live(id)
 	if err != nil {
 		return err
@@ -23,10 +25,16 @@ func (in *Ingress) Forward(w http.ResponseWriter, r *http.Request, id string, po
 		return errs.New(errs.Invalid, "port %d is the sandbox's agent: it is reached by the SDKs at its URL, not by a tunnel", port)
 	}
 	limit := in.cfg.Limits.ConnsPerSandbox
-	defer b.inflight.Add(-1)
 	if b.inflight.Add(1) > int64(limit) {
+		b.inflight.Add(-1)
 		return errs.New(errs.Exhausted, "the sandbox has %d open connections, which is the limit: close some", limit)
 	}
+	g := &guest{owner: true, busy: true}
+	if !b.join(g, t, time.Time{}, judged) {
+		return errs.New(errs.NotFound, "sandbox %s was not found", id)
+	}
+	defer b.depart(g)
+	in.traffic(t)
 	conn, err := b.pool.Dial(r.Context(), port)
 	if err != nil {
 		return b.whyNot(port, err)

@@ -3,12 +3,14 @@ package relay
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"sync/atomic"
+	"syscall"
 )
 
 // tunnel is a connection after a switch of protocols: bytes both ways, nothing
@@ -72,6 +74,38 @@ func rest(r *bufio.Reader) []byte {
 	return bytes.Clone(b)
 }
 
+// Carry connects a client's connection with a port and copies both ways until both
+// directions have ended, or one of them broke. It closes client.
+func (p *Pool) Carry(ctx context.Context, client net.Conn, port uint16) error {
+	service, err := p.cfg.Dial(ctx, port)
+	if err != nil {
+		return &DialError{Port: port, Err: err}
+	}
+	over := make(chan struct{})
+	t := &tunnel{pool: p, client: client, service: service, done: func(bool) { close(over) }}
+	t.open.Store(2)
+	if err := p.admit(t); err != nil {
+		abort(service)
+		return err
+	}
+	go t.pump(service, client, nil)
+	t.pump(client, service, nil)
+	<-over
+	return nil
+}
+
+// admit takes a tunnel and its two goroutines in, as become does.
+func (p *Pool) admit(t *tunnel) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed.Load() {
+		return ErrReset
+	}
+	p.active[t] = struct{}{}
+	p.wg.Add(2)
+	return nil
+}
+
 func (t *tunnel) reset() {
 	abort(t.client)
 	abort(t.service)
@@ -89,6 +123,9 @@ func (t *tunnel) pump(dst, src net.Conn, first []byte) {
 	}
 	if err == nil {
 		err = closeWrite(dst)
+	}
+	if src == t.service && errors.Is(err, syscall.ECONNRESET) {
+		abort(t.client) // closing it properly would make a whole of what is cut
 	}
 	if err != nil {
 		hangUp(t.client)

@@ -1,0 +1,167 @@
+package ingress
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/ingress/relay"
+)
+
+// serveTCP serves a listener of mode TLSTCP: TLS ends here, the name that the
+// handshake asks for says which port of which sandbox, and from then on bytes go
+// through unread. There is no place for a token, so only public sandboxes answer.
+func (in *Ingress) serveTCP(ctx context.Context, l net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var open sync.WaitGroup
+	defer open.Wait()
+	for wait := time.Duration(0); ; {
+		c, err := l.Accept()
+		var passing interface{ Temporary() bool }
+		switch {
+		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
+			if c != nil {
+				c.Close()
+			}
+			return nil
+		case errors.As(err, &passing) && passing.Temporary(): // no descriptors left
+			wait = min(max(2*wait, 5*time.Millisecond), time.Second)
+			in.log.Warn("connection not accepted", "err", err)
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+			}
+			continue
+		case err != nil:
+			return fmt.Errorf("ingress: serve %s: %w", l.Addr(), err)
+		}
+		wait = 0
+		open.Go(func() { in.serveNamed(c) })
+	}
+}
+
+// errNoName: the handshake asks for a name that leads nowhere. The client gets the
+// alert unrecognized_name (RFC 6066, section 3).
+var errNoName = errors.New("the name shown leads to no public port of a running sandbox")
+
+// serveNamed carries one connection. It ends with the client, the service, the
+// sandbox or the Ingress.
+func (in *Ingress) serveNamed(c net.Conn) {
+	ctx := in.sources.connContext(in.base, c)
+	info, _ := ctx.Value(connKey{}).(*connInfo)
+	in.sources.connState(c, http.StateNew) // resets c when its source has too many
+	defer in.sources.connState(c, http.StateClosed)
+	v := &named{in: in, start: time.Now(), from: caller{info.addr, info.inside}}
+	conn := tls.Server(c, v.config())
+	defer conn.Close()
+	handshake, cancel := context.WithTimeout(ctx, in.cfg.Limits.HeaderTimeout)
+	err := conn.HandshakeContext(handshake)
+	cancel()
+	if err == nil {
+		err = v.carry(ctx, conn)
+	}
+	if err != nil {
+		relay.Abort(conn) // nothing was said: no end that could be taken for one
+	}
+	in.log.Debug("connection served", "sandbox", v.to.id, "port", v.to.port, "src", c.RemoteAddr(), "took", time.Since(v.start), "err", err)
+}
+
+// named is a connection on its way to the port its handshake names.
+type named struct {
+	in    *Ingress
+	start time.Time
+	from  caller
+	to    place
+}
+
+func (v *named) config() *tls.Config {
+	conf := v.in.cfg.TLS.Clone()
+	conf.MinVersion = max(conf.MinVersion, tls.VersionTLS12)
+	next := conf.GetConfigForClient
+	conf.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		own := conf
+		if next != nil {
+			c, err := next(hello)
+			if err != nil {
+				return nil, err
+			}
+			if c != nil {
+				own = c
+			}
+		}
+		own = own.Clone()
+		own.GetConfigForClient = nil
+		if v.to = v.lookup(hello.ServerName); v.to.id == "" {
+			own.Certificates, own.GetCertificate = nil, nil // sends unrecognized_name
+			return own, nil
+		}
+		own.NextProtos = protocolOf(hello.SupportedProtos)
+		return own, nil
+	}
+	return conf
+}
+
+// protocolOf takes the first protocol the client offers, which is the service's to
+// speak. HTTP/2 is the exception: services speak HTTP/1.1 behind a TLS they do not see.
+func protocolOf(offered []string) []string {
+	for _, p := range offered {
+		if p != "h2" {
+			return []string{p}
+		}
+	}
+	return nil
+}
+
+// lookup returns what a server name leads to for this caller; the zero place is nothing.
+func (v *named) lookup(name string) place {
+	p, err := v.in.locate(name)
+	if err != nil || p.kind != sandboxHost {
+		return place{}
+	}
+	t, ok := v.in.cfg.Lookup(p.id)
+	if !ok || !v.mayAsk(t, p.port) || t.State != Running && !t.AutoResume {
+		return place{}
+	}
+	return p
+}
+
+// mayAsk is what admit is to requests.
+func (v *named) mayAsk(t *Target, port uint16) bool {
+	return t.Public && port != t.agentPort() && t.allows(v.from)
+}
+
+func (v *named) carry(ctx context.Context, conn *tls.Conn) error {
+	judged := v.in.judged.Load()
+	t, ok := v.in.cfg.Lookup(v.to.id)
+	if !ok || !v.mayAsk(t, v.to.port) {
+		return errNoName
+	}
+	if t.State != Running {
+		var refused *refusal
+		if t, refused = v.in.wake(ctx, t); refused != nil {
+			return errors.New(refused.Message)
+		}
+	}
+	b := v.in.backend(t)
+	if b == nil {
+		return errNoName
+	}
+	limit := v.in.cfg.Limits.ConnsPerSandbox
+	if b.inflight.Add(1) > int64(limit) {
+		b.inflight.Add(-1)
+		return errors.New(tooMany(t.ID, limit).Message)
+	}
+	g := &guest{from: v.from, busy: true, conn: conn}
+	if !b.join(g, t, time.Time{}, judged) {
+		return errNoName
+	}
+	defer b.depart(g)
+	v.in.traffic(t)
+	return b.pool.Carry(ctx, conn, v.to.port)
+}
