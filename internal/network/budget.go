@@ -116,16 +116,20 @@ var quotaForm = regexp.MustCompile(`^s(\d+)_out$`)
 
 // readSpent learns what the sandboxes of an earlier process had used.
 func (n *Network) readSpent(c *nftables.Conn, bySlot map[int]*slot) error {
-	objs, err := c.GetObjects(n.table())
+	objs, err := c.GetNamedObjects(n.table())
 	if err != nil {
 		return fmt.Errorf("read the budgets: %w", err)
 	}
 	for _, o := range objs {
-		q, ok := o.(*nftables.QuotaObj)
+		named, ok := o.(*nftables.NamedObj)
 		if !ok {
 			continue
 		}
-		m := quotaForm.FindStringSubmatch(q.Name)
+		q, ok := named.Obj.(*expr.Quota)
+		if !ok {
+			continue
+		}
+		m := quotaForm.FindStringSubmatch(named.Name)
 		if m == nil {
 			continue
 		}

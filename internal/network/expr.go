@@ -196,6 +196,24 @@ func ctStateAny(bits uint32) []expr.Any {
 	}
 }
 
+// ctStateNone matches a connection in none of the states, and what is no connection's.
+func ctStateNone(bits uint32) []expr.Any {
+	out := ctStateAny(bits)
+	out[len(out)-1] = cmpEq(native(0))
+	return out
+}
+
+// ownedByRoot matches packets of sockets that root made. It does not match what
+// has no socket.
+func ownedByRoot() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, cmpEq(native(0))}
+}
+
+// brief makes the tracker forget a new connection soon after its end.
+func brief() []expr.Any {
+	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: timeoutBrief}}
+}
+
 // ctReply matches packets against the direction the connection was opened in.
 func ctReply() []expr.Any {
 	return []expr.Any{&expr.Ct{Register: reg1, Key: expr.CtKeyDIRECTION}, cmpEq([]byte{1})}

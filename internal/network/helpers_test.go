@@ -1,6 +1,8 @@
 package network
 
 import (
+	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -111,3 +113,6 @@ func (w *world) list(t testing.TB) string {
 	}
 	return string(out)
 }
+
+// logTo writes a log as text.
+func logTo(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }

@@ -76,6 +76,7 @@ func (n *Network) prepareHost() error {
 			n.cfg.Log.Warn("the flow log will miss figures", "err", err)
 		}
 	}
+	n.share()
 	if err := n.routeMarked(lo); err != nil {
 		return err
 	}

@@ -68,6 +68,9 @@ type Config struct {
 	// MaxFlows is how many flows one sandbox may have at a time, so that none fills
 	// the host's connection tracker; default 8192.
 	MaxFlows uint32
+	// Sandboxes is how many there will be at a time at most, for the size of the
+	// tracker's table; 0: not known.
+	Sandboxes int
 	// MaxNewFlows is how many flows one sandbox may open in a second, and at once; 0:
 	// no limit.
 	MaxNewFlows uint32

@@ -32,6 +32,9 @@ func (n *Network) Reconcile(_ context.Context, inUse map[sandbox.ID]sandbox.Held
 	if err != nil {
 		return err
 	}
+	if err := n.alone(); err != nil {
+		return err
+	}
 	if err := n.prepareHost(); err != nil {
 		return fmt.Errorf("prepare the host: %w", err)
 	}

@@ -33,13 +33,14 @@ import (
 //	    to one of our links: only answers to flows that ok has marked
 //	    from one of our links: only such flows
 //	inp (input)   the proxy's ports: only by the transparent path
+//	out (output)   to one of our links: only answers, and what root opens
 //	post (postrouting)   what leaves the host from a slot gets the host's address
 //
 // Only the first packets of a flow walk a slot's chain. Afterwards the mark
 // decides, in one comparison; a new policy has a new mark, so the next packet of
 // every flow is judged anew.
 const (
-	chainPin, chainPre, chainFwd, chainInp, chainPost = "pin", "pre", "fwd", "inp", "post"
+	chainPin, chainPre, chainFwd, chainInp, chainOut, chainPost = "pin", "pre", "fwd", "inp", "out", "post"
 
 	chainLink       = "link"        // what needs no policy: answers to the host, neighbour discovery
 	chainScreen     = "screen"      // what no policy can allow; returns for the rest
@@ -58,6 +59,8 @@ const (
 	setHost                               = "host" // address types that are the host's own
 
 	counterRefused = "refused"
+
+	timeoutBrief = "brief" // how long the tracker remembers what has ended
 
 	logRate, logBurst, logSnaplen = 50, 100, 128
 )
@@ -145,6 +148,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.DelTable(t) // whatever it was: adding it first makes deleting it legal
 	tx.AddTable(t)
 	tx.AddObj(&nftables.CounterObj{Table: t, Name: counterRefused})
+	tx.AddObj(n.brief())
 	for _, name := range []string{setSlots, setMarks, setLogs, setFlows, setOwn4, setOwn6} {
 		tx.set(n.namedSet(name), nil)
 	}
@@ -205,6 +209,7 @@ func (n *Network) addTransparent(tx *transaction) {
 	// tracker as well: a denied sandbox could fill it with questions alone.
 	for _, name := range []string{chainProxy, chainDNS} {
 		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())))
+		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), brief()))
 	}
 	hand(chainProxy, policy.TCP, n.cfg.ProxyPort, setCtMark(markProxied))
 	hand(chainProxied, policy.TCP, n.cfg.ProxyPort, nil)
@@ -227,7 +232,7 @@ func (n *Network) addShared(tx *transaction) {
 	tx.rules(n.chain(chainOK), n.paced()...)
 	tx.rules(n.chain(chainOK),
 		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
-		when(setCtMark(0), accept()),
+		when(brief(), setCtMark(0), accept()),
 		when(drop()))
 	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
 	tx.rules(n.chain(chainLink),
@@ -301,6 +306,13 @@ func (n *Network) addHooks(tx *transaction) {
 			}
 		}
 	}
+	out := tx.AddChain(n.hook(chainOut, nftables.ChainHookOutput, *nftables.ChainPriorityFilter))
+	tx.rules(out, // the ingress checks tokens; nobody on this machine goes round it
+		when(oifStartsNot(ours), accept()),
+		when(ctStateNone(expr.CtStateBitNEW), accept()),
+		when(ownedByRoot(), accept()),
+		when(l4proto(policy.TCP), rejectTCP()),
+		when(reject(unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED)))
 	post := tx.AddChain(n.hook(chainPost, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource))
 	tx.rules(post,
 		when(saddrIn(n.cfg.Subnet4), oifStartsNot(ours), load(&expr.Masq{})),

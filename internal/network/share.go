@@ -1,0 +1,91 @@
+package network
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The tracker's table is the whole machine's. When it is full the kernel drops what
+// is new, of everybody; so what one sandbox can take of it has a bound.
+//
+// MaxFlows bounds the connections that live. Those that are over are not counted by
+// the kernel (nf_conncount), but stay in the table, two minutes by default: at
+// MaxNewFlows a second one sandbox would fill any table. So ours stay a few seconds.
+
+// Seconds that the tracker remembers a TCP connection after its end.
+const rememberWait, rememberClosed = 5, 2
+
+// rememberLive is the kernel's own default for one that is silent, five days.
+const rememberLive = 5 * 24 * 3600
+
+// brief is the object that says so. Its other times are the kernel's defaults.
+func (n *Network) brief() nftables.Obj {
+	return &nftables.NamedObj{Table: n.table(), Name: timeoutBrief, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{
+		L4Proto: unix.IPPROTO_TCP,
+		Policy: expr.CtStatePolicyTimeout{
+			expr.CtStateTCPESTABLISHED: rememberLive, expr.CtStateTCPTIMEWAIT: rememberWait, expr.CtStateTCPCLOSE: rememberClosed,
+		},
+	}}
+}
+
+const trackerMax = "net/netfilter/nf_conntrack_max"
+
+// share makes the tracker's table fit what the sandboxes may have, or says that it
+// does not. An entry takes some 400 bytes while it is in use and none before, so the
+// table may grow to a sixteenth of the memory.
+func (n *Network) share() {
+	have, err := readNumber("/proc/sys/" + trackerMax)
+	if err != nil {
+		n.cfg.Log.Warn("the size of the connection tracker's table is not known", "err", err)
+		return
+	}
+	one := uint64(n.cfg.MaxFlows) + rememberWait*uint64(n.cfg.MaxNewFlows)
+	want := max(uint64(n.cfg.MaxFlows)*uint64(n.cfg.Sandboxes), 2*one)
+	if want <= have {
+		return
+	}
+	const entry, part = 400, 16
+	if top := memory() / part / entry; top > have {
+		if err := writeSysctl(trackerMax, strconv.FormatUint(min(want, top), 10)); err == nil {
+			n.cfg.Log.Info("the connection tracker's table may grow", "entries", min(want, top), "before", have)
+			have = min(want, top)
+		}
+	}
+	if want > have {
+		n.cfg.Log.Warn(trackerAdvice, "entries", have, "wanted", want)
+	}
+	if most := have / 2; uint64(n.cfg.MaxFlows) > most {
+		n.cfg.MaxFlows = uint32(most)
+		n.cfg.Log.Warn("one sandbox may have half of the connection tracker's table, not more", "flows", most)
+	}
+}
+
+const trackerAdvice = "the connection tracker's table is smaller than all sandboxes may fill together; when it is full new connections of the" +
+	" whole machine are refused: raise net.netfilter.nf_conntrack_max, or lower network.limits.connections or sandboxes.max"
+
+// memory is the machine's, in bytes.
+func memory() uint64 {
+	var s unix.Sysinfo_t
+	if err := unix.Sysinfo(&s); err != nil {
+		return 0
+	}
+	return uint64(s.Totalram) * uint64(s.Unit)
+}
+
+func readNumber(path string) (uint64, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	v, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read %s: %w", path, err)
+	}
+	return v, nil
+}
