@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/ingress/tlsconf"
@@ -26,13 +27,99 @@ func (c *config) hostBundle() string { return filepath.Join(c.caDir(), "bundle.p
 // caFile is the certificate of cordon's own CA.
 func (c *config) caFile() string { return filepath.Join(c.caDir(), "ca.pem") }
 
-// serverTLS is the ingress's certificate: the operator's files, or a local CA's.
-func (c *config) serverTLS(log *slog.Logger) (*tls.Config, error) {
-	if c.TLS.Cert != "" {
-		return tlsconf.Files(c.TLS.Cert, c.TLS.Key, log)
+// localCA reports whether the server's certificates are from a CA of its own.
+func (t *tlsConfig) localCA() bool { return t.Cert == "" && t.ACME.Email == "" }
+
+func (t *tlsConfig) validate() error {
+	bad := func(format string, args ...any) error {
+		return errs.New(errs.Invalid, "configuration: tls"+format, args...)
 	}
-	cfg, _, err := tlsconf.LocalCA(c.caDir(), []string{c.Domain}, log)
-	return cfg, err
+	switch dns := t.ACME.DNS.settings(); {
+	case (t.Cert == "") != (t.Key == ""):
+		return bad(" is %s: name both cert and key, or neither", t.Cert+t.Key)
+	case t.Cert == "" && len(t.Certificates) > 0:
+		return bad(".certificates come after tls.cert and tls.key: name those first")
+	case t.HSTS < 0:
+		return bad(".hsts is %s: use a positive duration such as 8760h", t.HSTS)
+	case t.ACME.RenewInterval < time.Second:
+		return bad(".acme.renew_interval is %s: use a second or more", t.ACME.RenewInterval)
+	case t.ACME.Email == "" && (t.ACME.CA != "" || dns.Provider != ""):
+		return bad(".acme.email is missing: it names the account, and without it ACME is not used")
+	case t.ACME.Email == "" || t.Cert != "":
+		return nil
+	default:
+		if err := dns.Check(); err != nil {
+			return bad(".acme.dns.%v (a wildcard certificate needs it; or name tls.cert and tls.key)", err)
+		}
+		return nil
+	}
+}
+
+func (d *dnsConfig) settings() tlsconf.DNS { return tlsconf.DNS(*d) }
+
+// serverTLS is where the ingress's certificates come from: the operator's files, an
+// ACME server, files with an ACME server for custom domains, or a local CA. bound
+// says which custom domains there are.
+func (c *config) serverTLS(bound func(name string) bool, log *slog.Logger) (*tls.Config, *tlsconf.ACME, error) {
+	var own *tls.Config
+	var err error
+	switch {
+	case c.TLS.Cert != "":
+		pairs := []tlsconf.Pair{{Cert: c.TLS.Cert, Key: c.TLS.Key}}
+		for _, dir := range c.TLS.Certificates {
+			pairs = append(pairs, tlsconf.Pair{Cert: filepath.Join(dir, "fullchain.pem"), Key: filepath.Join(dir, "privkey.pem")})
+		}
+		own, err = tlsconf.Files(pairs, log)
+	case c.TLS.localCA():
+		own, _, err = tlsconf.LocalCA(c.caDir(), c.allDomains(), log)
+	}
+	if err != nil || c.TLS.ACME.Email == "" {
+		return own, nil, err
+	}
+	a := c.TLS.ACME
+	cfg := tlsconf.ACMEConfig{
+		Dir: filepath.Join(c.StateDir, "acme"), Email: a.Email, CA: a.CA, Profile: a.Profile, Interval: a.RenewInterval,
+		Domains: c.allDomains(), DNS: a.DNS.settings(), Allow: bound, Log: log,
+	}
+	if own != nil {
+		cfg.Own = own.GetCertificate
+	}
+	if cfg.HTTPS, cfg.HTTP = first(c.Listen.HTTPS), first(c.Listen.HTTP); cfg.HTTPS == "" {
+		return nil, nil, errs.New(errs.Invalid, "configuration: tls.acme is set and listen.https is empty: nothing would use a certificate")
+	}
+	if a.CARoot != "" {
+		if cfg.Roots, err = pool(a.CARoot); err != nil {
+			return nil, nil, errs.Wrap(errs.Invalid, err, "configuration: tls.acme.ca_root")
+		}
+	}
+	acme, err := tlsconf.NewACME(cfg)
+	if err != nil {
+		return nil, nil, errs.Wrap(errs.Invalid, err, "configuration: tls")
+	}
+	return acme.TLS(), acme, nil
+}
+
+func first(s []string) string {
+	if len(s) == 0 {
+		return ""
+	}
+	return s[0]
+}
+
+// allDomains are the domain and the further ones.
+func (c *config) allDomains() []string { return append([]string{c.Domain}, c.Domains...) }
+
+// pool holds the certificates in a file.
+func pool(file string) (*x509.CertPool, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	p := x509.NewCertPool()
+	if !p.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("%s holds no certificate", file)
+	}
+	return p, nil
 }
 
 // writeBundles writes the CA bundle for clients on this machine, and the one
@@ -51,7 +138,7 @@ func writeBundles(c *config, log *slog.Logger) (string, error) {
 		return "", err
 	}
 	parts := [][]byte{bytes.TrimSpace(system)}
-	if c.TLS.Cert == "" {
+	if c.TLS.localCA() {
 		own, err := os.ReadFile(c.caFile())
 		if err != nil {
 			return "", err
@@ -79,13 +166,9 @@ func join(parts [][]byte) []byte { return append(bytes.Join(parts, []byte("\n"))
 
 // clientTLS trusts the CA that a server with this configuration made for itself.
 func (c *config) clientTLS() (*tls.Config, error) {
-	b, err := os.ReadFile(c.caFile())
+	roots, err := pool(c.caFile())
 	if err != nil {
 		return nil, fmt.Errorf("read cordon's CA: %w", err)
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(b) {
-		return nil, fmt.Errorf("%s holds no certificate", c.caFile())
-	}
-	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
+	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, nil
 }

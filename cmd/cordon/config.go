@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -39,6 +40,8 @@ type config struct {
 	CacheDir string `yaml:"cache_dir" env:"CACHE_DIR"` // images; shared by all servers of a machine
 	// Domain is where sandboxes are reached: <port>-<id>.<domain>.
 	Domain string `yaml:"domain" env:"DOMAIN"`
+	// Domains are more of them; answers of the API carry Domain.
+	Domains []string `yaml:"domains" env:"DOMAINS"`
 
 	Listen    listenConfig  `yaml:"listen" envPrefix:"LISTEN_"`
 	TLS       tlsConfig     `yaml:"tls" envPrefix:"TLS_"`
@@ -65,6 +68,32 @@ type listenConfig struct {
 type tlsConfig struct {
 	Cert string `yaml:"cert" env:"CERT"` // PEM, for *.<domain>
 	Key  string `yaml:"key" env:"KEY"`
+	// Certificates are folders with fullchain.pem and privkey.pem, for further names.
+	Certificates []string      `yaml:"certificates" env:"CERTIFICATES"`
+	HSTS         time.Duration `yaml:"hsts" env:"HSTS"` // max-age of Strict-Transport-Security
+	ACME         acmeConfig    `yaml:"acme" envPrefix:"ACME_"`
+}
+
+// acmeConfig is used when it names an email.
+type acmeConfig struct {
+	Email         string        `yaml:"email" env:"EMAIL"`
+	CA            string        `yaml:"ca" env:"CA"`           // the directory's URL
+	CARoot        string        `yaml:"ca_root" env:"CA_ROOT"` // PEM file, for a CA whose server's certificate is private
+	Profile       string        `yaml:"profile" env:"PROFILE"`
+	RenewInterval time.Duration `yaml:"renew_interval" env:"RENEW_INTERVAL"` // how often certificates are looked at
+	DNS           dnsConfig     `yaml:"dns" envPrefix:"DNS_"`
+}
+
+// dnsConfig is how TXT records get into the zone; see tlsconf.DNS.
+type dnsConfig struct {
+	Provider  string   `yaml:"provider" env:"PROVIDER"`
+	Server    string   `yaml:"server" env:"SERVER"`
+	KeyName   string   `yaml:"key_name" env:"KEY_NAME"`
+	Key       string   `yaml:"key" env:"KEY"`
+	Algorithm string   `yaml:"algorithm" env:"ALGORITHM"`
+	Token     string   `yaml:"token" env:"TOKEN"`
+	Program   string   `yaml:"program" env:"PROGRAM"`
+	Resolvers []string `yaml:"resolvers" env:"RESOLVERS"`
 }
 
 // sandboxConfig limits sandboxes.
@@ -193,6 +222,10 @@ func (c *config) setDefaults() {
 	c.RunDir = cmp.Or(c.RunDir, "/run/cordon-"+c.Name)
 	c.CacheDir = cmp.Or(c.CacheDir, "/var/cache/cordon")
 	c.Domain = strings.ToLower(cmp.Or(c.Domain, "cordon.localhost"))
+	for i, d := range c.Domains {
+		c.Domains[i] = strings.ToLower(d)
+	}
+	c.TLS.ACME.RenewInterval = cmp.Or(c.TLS.ACME.RenewInterval, 10*time.Minute)
 	c.Listen.setDefaults(c.Domain)
 	s := &c.Sandboxes
 	s.DefaultTemplate = cmp.Or(s.DefaultTemplate, "base")
@@ -247,11 +280,20 @@ func (c *config) validate() error {
 	if !nameForm.MatchString(c.Name) {
 		return bad("name", c.Name, "use 1 to 4 lower-case letters and digits")
 	}
-	if name, ok := policy.CanonicalName(c.Domain); !ok || name != c.Domain {
-		return bad("domain", c.Domain, "use a domain name such as sandbox.example.com, without port or scheme")
+	for i, d := range c.allDomains() {
+		field := "domain"
+		if i > 0 {
+			field = "domains"
+		}
+		if name, ok := policy.CanonicalName(d); !ok || name != d {
+			return bad(field, d, "use a domain name such as sandbox.example.com, without port or scheme")
+		}
+		if slices.Contains(c.allDomains()[:i], d) {
+			return bad(field, d, "it is named twice")
+		}
 	}
-	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
-		return bad("tls", c.TLS.Cert+c.TLS.Key, "name both cert and key, or neither")
+	if err := c.TLS.validate(); err != nil {
+		return err
 	}
 	if _, err := c.Listen.proxies(); err != nil {
 		return bad("listen.trusted_proxies", err, "use addresses or CIDRs")

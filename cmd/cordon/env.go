@@ -43,7 +43,7 @@ func printEnv(w io.Writer, cfg *config) error {
 		fmt.Fprintf(w, "export %s_DOMAIN=%s\n", sdk, cfg.publicDomain())
 		fmt.Fprintf(w, "export %s_API_KEY=%s\n", sdk, key)
 	}
-	if cfg.TLS.Cert == "" {
+	if cfg.TLS.localCA() {
 		fmt.Fprintf(w, "export NODE_EXTRA_CA_CERTS=%s   # Node\n", cfg.caFile())
 		fmt.Fprintf(w, "export SSL_CERT_FILE=%s   # Python and curl\n", cfg.hostBundle())
 	}

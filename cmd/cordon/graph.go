@@ -27,6 +27,7 @@ import (
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/image"
 	"github.com/cordonhq/cordon/internal/ingress"
+	"github.com/cordonhq/cordon/internal/ingress/tlsconf"
 	"github.com/cordonhq/cordon/internal/network"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/resolver"
@@ -43,6 +44,7 @@ type server struct {
 	metrics  *prometheus.Registry
 	operator *policy.Operator
 	tls      *tls.Config
+	acme     *tlsconf.ACME // nil: certificates come from elsewhere
 	store    *store.Store
 	flows    *flowlog.Log
 	network  *network.Network
@@ -134,6 +136,7 @@ func (s *server) makeNetwork(context.Context) (err error) {
 		Flows: s.flows, Log: s.log,
 	})
 	if err == nil {
+		s.operator.IsHost = s.network.IsHost
 		s.closers = append(s.closers, s.network)
 	}
 	return err
@@ -160,7 +163,7 @@ func operatorPolicy(cfg *config, log *slog.Logger) *policy.Operator {
 	n := cfg.Network
 	return &policy.Operator{
 		FloorOpen: n.FloorOpen, AlwaysAllow: n.AlwaysAllow, AlwaysDeny: n.AlwaysDeny,
-		SelfDomains: []string{cfg.Domain}, HostAddrs: hostAddrs(log),
+		SelfDomains: cfg.allDomains(), HostAddrs: hostAddrs(log),
 	}
 }
 
@@ -312,8 +315,22 @@ func (s *server) makeEgress(context.Context) (err error) {
 }
 
 func (s *server) makeCertificates(context.Context) (err error) {
-	s.tls, err = s.cfg.serverTLS(s.log)
+	s.tls, s.acme, err = s.cfg.serverTLS(func(name string) bool { _, _, ok := s.manager.ByDomain(name); return ok }, s.log)
 	return err
+}
+
+// custom shows a custom domain to the ingress.
+func (s *server) custom(host string) (id string, port uint16, ok bool) {
+	sandboxID, port, ok := s.manager.ByDomain(host)
+	return string(sandboxID), port, ok
+}
+
+// challenge answers certificate authorities; nil without ACME.
+func (s *server) challenge() func(http.ResponseWriter, *http.Request) bool {
+	if s.acme == nil {
+		return nil
+	}
+	return s.acme.HTTPChallenge
 }
 
 func (s *server) makeIngress(context.Context) (err error) {
@@ -322,8 +339,8 @@ func (s *server) makeIngress(context.Context) (err error) {
 		return err
 	}
 	s.ingress, err = ingress.New(ingress.Config{
-		Domains: []string{s.cfg.Domain},
-		Lookup:  s.target,
+		Domains: s.cfg.allDomains(), Custom: s.custom, Challenge: s.challenge(), HSTS: s.cfg.TLS.HSTS,
+		Lookup: s.target,
 		Wake: func(ctx context.Context, id string) error {
 			_, _, err := s.manager.Connect(ctx, "", sandbox.ID(id), 0)
 			return err
@@ -457,6 +474,9 @@ func (s *server) below() map[string]func(context.Context) error {
 		"sandboxes": s.manager.Run,
 		"egress":    func(ctx context.Context) error { return s.egress.Run(ctx, s.egressOn...) },
 		"metrics":   s.runMetrics,
+	}
+	if s.acme != nil {
+		parts["certificates"] = s.acme.Run
 	}
 	for i, serve := range s.resolverOn {
 		parts["resolver "+strconv.Itoa(i)] = serve

@@ -5,6 +5,7 @@ package tlsconf
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -15,25 +16,50 @@ import (
 // checkEvery is how often a handshake looks whether a certificate has changed.
 const checkEvery = 10 * time.Second
 
-// Files returns a configuration that serves the certificate chain and key in two
-// PEM files, and reads them again within ten seconds of a change. When a new pair
-// cannot be read, the old one stays and the log says why.
-func Files(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
-	f := &files{cert: certFile, key: keyFile, log: log}
-	if err := f.load(); err != nil {
-		return nil, err
+// Pair names a certificate chain and its key, as PEM files.
+type Pair struct{ Cert, Key string }
+
+// Files returns a configuration that serves the certificates in files, each for the
+// names in it and the first for all others, and reads them again within ten seconds
+// of a change. When a new pair cannot be read, the old one stays and the log says why.
+func Files(pairs []Pair, log *slog.Logger) (*tls.Config, error) {
+	if len(pairs) == 0 {
+		return nil, errors.New("certificate files: none named")
 	}
-	return config(f.get), nil
+	all := make(filesSet, len(pairs))
+	for i, p := range pairs {
+		all[i] = &files{Pair: p, log: log}
+		if err := all[i].load(); err != nil {
+			return nil, err
+		}
+	}
+	return config(all.get), nil
 }
 
 func config(get func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: get}
 }
 
+// filesSet is at least one certificate.
+type filesSet []*files
+
+func (s filesSet) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	first := s[0].current()
+	if len(s) == 1 || hello.ServerName == "" || first.Leaf.VerifyHostname(hello.ServerName) == nil {
+		return first, nil
+	}
+	for _, f := range s[1:] {
+		if c := f.current(); c.Leaf.VerifyHostname(hello.ServerName) == nil {
+			return c, nil
+		}
+	}
+	return first, nil
+}
+
 // files is a certificate in two files.
 type files struct {
-	cert, key string
-	log       *slog.Logger
+	Pair
+	log *slog.Logger
 
 	mu      sync.Mutex // guards the fields below
 	loaded  *tls.Certificate
@@ -48,11 +74,11 @@ type stamp struct {
 }
 
 func (f *files) stat() (stamp, error) {
-	c, err := os.Stat(f.cert)
+	c, err := os.Stat(f.Cert)
 	if err != nil {
 		return stamp{}, fmt.Errorf("certificate: %w", err)
 	}
-	k, err := os.Stat(f.key)
+	k, err := os.Stat(f.Key)
 	if err != nil {
 		return stamp{}, fmt.Errorf("certificate key: %w", err)
 	}
@@ -65,15 +91,17 @@ func (f *files) load() error {
 		return err
 	}
 	f.stamp = now
-	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
+	pair, err := tls.LoadX509KeyPair(f.Cert, f.Key)
 	if err != nil {
-		return fmt.Errorf("certificate %s with key %s: %w", f.cert, f.key, err)
+		return fmt.Errorf("certificate %s with key %s: %w", f.Cert, f.Key, err)
 	}
 	f.loaded = &pair
 	return nil
 }
 
-func (f *files) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+// current is the certificate in the files, or the one that was there when they
+// could be read last.
+func (f *files) current() *tls.Certificate {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if now := time.Now(); now.Sub(f.checked) >= checkEvery {
@@ -86,5 +114,5 @@ func (f *files) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			}
 		}
 	}
-	return f.loaded, nil
+	return f.loaded
 }

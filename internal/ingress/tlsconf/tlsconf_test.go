@@ -205,20 +205,16 @@ func TestFilesAreReadAgain(t *testing.T) {
 	}
 	cert := filepath.Join(dir, "cert.pem")
 	os.WriteFile(cert, pair("one.test"), 0o644)
-	if _, err := Files(cert, filepath.Join(dir, "absent.pem"), quiet); err == nil {
+	if _, err := Files([]Pair{{cert, filepath.Join(dir, "absent.pem")}}, quiet); err == nil {
 		t.Error("an absent key is accepted")
 	}
-	f := &files{cert: cert, key: filepath.Join(dir, "key.pem"), log: quiet}
+	f := &files{Pair: Pair{cert, filepath.Join(dir, "key.pem")}, log: quiet}
 	if err := f.load(); err != nil {
 		t.Fatal(err)
 	}
 	name := func() string {
 		f.checked = time.Time{} // the ten seconds are over
-		c, err := f.get(nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c.Leaf.Subject.CommonName
+		return f.current().Leaf.Subject.CommonName
 	}
 	if got := name(); got != "one.test" {
 		t.Fatal(got)
@@ -234,5 +230,32 @@ func TestFilesAreReadAgain(t *testing.T) {
 	os.Remove(cert)
 	if got := name(); got != "two.test" {
 		t.Errorf("a removed file serves %s", got)
+	}
+}
+
+func TestSeveralCertificatesAreChosenByName(t *testing.T) {
+	var pairs []Pair
+	for _, d := range []string{"one.test", "two.test"} {
+		dir := t.TempDir()
+		if _, _, err := LocalCA(dir, []string{d}, quiet); err != nil {
+			t.Fatal(err)
+		}
+		pairs = append(pairs, Pair{filepath.Join(dir, "leaf.pem"), filepath.Join(dir, "leaf.key")})
+	}
+	conf, err := Files(pairs, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for asked, want := range map[string]string{
+		"one.test": "one.test", "80-x.one.test": "one.test", "two.test": "two.test", "80-X.Two.test": "two.test",
+		"a.b.two.test": "one.test", "other.test": "one.test", "": "one.test",
+	} {
+		c, err := conf.GetCertificate(&tls.ClientHelloInfo{ServerName: asked})
+		if err != nil || c.Leaf.Subject.CommonName != want {
+			t.Errorf("%q: certificate of %s, want %s (%v)", asked, c.Leaf.Subject.CommonName, want, err)
+		}
+	}
+	if _, err := Files(nil, quiet); err == nil {
+		t.Error("no files at all are accepted")
 	}
 }
