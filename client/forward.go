@@ -36,7 +36,7 @@ type ForwardOptions struct {
 // closed now may be open for the next one.
 func (s *Sandbox) Forward(ctx context.Context, l net.Listener, port int, o ForwardOptions) error {
 	if port < 1 || port > 65535 {
-		l.Close() //nolint:errcheck // it was not used
+		l.Close()
 		return fmt.Errorf("port is %d, it must be from 1 to 65535", port)
 	}
 	stop := context.AfterFunc(ctx, func() { l.Close() })
@@ -85,7 +85,7 @@ func (s *Sandbox) carry(ctx context.Context, conn net.Conn, port int) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var kept sync.WaitGroup
 	kept.Go(func() { tunnel.Keep(ctx, ws) })
-	err = tunnel.Join(ctx, ws, conn)
+	_, _, err = tunnel.Join(ctx, ws, conn)
 	cancel()
 	kept.Wait()
 	return err
@@ -95,7 +95,7 @@ func (s *Sandbox) dialTunnel(ctx context.Context, port int) (*websocket.Conn, er
 	ctx, cancel := context.WithTimeout(ctx, forwardDial)
 	defer cancel()
 	target := s.client.opts.APIURL + "/sandboxes/" + url.PathEscape(s.ID) + "/forward/" + strconv.Itoa(port)
-	ws, resp, err := websocket.Dial(ctx, target, &websocket.DialOptions{
+	ws, resp, err := websocket.Dial(ctx, target, &websocket.DialOptions{ //nolint:bodyclose // the library has read and closed it
 		HTTPClient: s.client.http, HTTPHeader: http.Header{"X-Api-Key": {s.client.opts.APIKey}}, Subprotocols: []string{tunnel.Protocol},
 	})
 	switch {

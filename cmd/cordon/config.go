@@ -134,6 +134,8 @@ type limitsConfig struct {
 type logConfig struct {
 	Level  string `yaml:"level" env:"LEVEL"`   // debug, info, warn, error
 	Format string `yaml:"format" env:"FORMAT"` // text, json
+	// Requests shows every request to a sandbox's ports; else they are at debug.
+	Requests bool `yaml:"requests" env:"REQUESTS"`
 }
 
 // loadConfig reads file ("" means the default file, if it exists), then the

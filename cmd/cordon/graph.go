@@ -346,7 +346,7 @@ func (s *server) makeIngress(context.Context) (err error) {
 			return err
 		},
 		Inside:         func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
-		TrustedProxies: proxies, ProxyProtocol: s.cfg.Listen.ProxyProtocol,
+		TrustedProxies: proxies, ProxyProtocol: s.cfg.Listen.ProxyProtocol, LogRequests: s.cfg.Log.Requests,
 		Limits: ingressLimits(s.descriptors),
 		API:    s.api(), TLS: s.tls, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})

@@ -49,18 +49,22 @@ func (v *visit) forward(c *call) {
 	if upgrade != "" && v.stream == nil {
 		info.upgrading = true
 	}
+	told := access{sandbox: to.id, port: to.port, src: info.addr, start: v.access.start}
 	result := b.pool.Forward(v.w, v.r, &relay.Out{
 		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade, Stream: v.stream,
 		Answer: func(_ int, h http.Header) { v.answer(to.host, h) },
 		Client: info.http1Conn(v.r),
-		Done: func(tunnel bool) {
+		Done: func(tunnel *relay.Octets) {
 			b.depart(g)
-			if tunnel {
+			if tunnel != nil {
 				info.release()
+				told.octets = *tunnel
+				b.in.over("tunnel ended", told)
 			}
 		},
 	})
 	v.code, v.err = result.Status, result.Err
+	v.access.octets, v.access.wait = result.Octets, result.Wait
 	switch {
 	case result.Err == nil:
 	case result.Started, errors.Is(result.Err, relay.ErrClient) && !errors.Is(result.Err, relay.ErrReset):

@@ -69,7 +69,7 @@ func (v *visit) forwardGRPC(c *grpcCall) {
 		return
 	}
 	defer resp.Body.Close()
-	v.code = resp.StatusCode
+	v.code, v.access.wait = resp.StatusCode, time.Since(v.access.start)
 	if v.err = c.answer(v, resp); v.err != nil {
 		panic(http.ErrAbortHandler) // resets the stream
 	}
@@ -159,6 +159,7 @@ func (c *grpcCall) answer(v *visit, resp *http.Response) error {
 			return fmt.Errorf("%w: %w", relay.ErrClient, err)
 		}
 		n, err := resp.Body.Read(buf)
+		v.access.octets.Out += int64(n)
 		if _, werr := v.w.Write(buf[:n]); werr != nil {
 			return fmt.Errorf("%w: %w", relay.ErrClient, werr)
 		}

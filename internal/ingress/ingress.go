@@ -69,8 +69,10 @@ type Config struct {
 	// HTTPSPort is where listeners of mode Redirect send clients; 0 means 443.
 	HTTPSPort uint16
 	Limits    Limits
-	Log       *slog.Logger
-	Metrics   prometheus.Registerer // nil registers nothing
+	// LogRequests shows each request and tunnel in the log at Info; else it is Debug.
+	LogRequests bool
+	Log         *slog.Logger
+	Metrics     prometheus.Registerer // nil registers nothing
 }
 
 // Limits bound what clients and services may hold. Zero fields take the defaults.
@@ -180,7 +182,7 @@ func New(cfg Config) (*Ingress, error) {
 		wakes:    newWakes(cfg.Limits.Wakes),
 	}
 	if cfg.Metrics != nil {
-		if err := in.metrics.register(cfg.Metrics); err != nil {
+		if err := in.register(cfg.Metrics); err != nil {
 			return nil, fmt.Errorf("ingress: %w", err)
 		}
 	}
@@ -220,7 +222,7 @@ func (in *Ingress) Handler(mode Mode) http.Handler {
 		return http.HandlerFunc(in.redirect)
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		v := &visit{in: in, w: w, r: r, mode: mode, start: time.Now(), info: infoOf(r)}
+		v := &visit{in: in, w: w, r: r, mode: mode, access: access{start: time.Now()}, info: infoOf(r)}
 		if r.ProtoMajor == 1 {
 			v.info.upgrading = false // requests of HTTP/1 come one by one
 		}
@@ -231,15 +233,15 @@ func (in *Ingress) Handler(mode Mode) http.Handler {
 
 // visit is one request on its way.
 type visit struct {
-	in    *Ingress
-	w     http.ResponseWriter
-	r     *http.Request
-	mode  Mode
-	start time.Time
-	info  *connInfo
-	code  int    // sent to the client
-	err   error  // why it did not go well
-	id    string // of the sandbox, when it is for one
+	in   *Ingress
+	w    http.ResponseWriter
+	r    *http.Request
+	mode Mode
+	info *connInfo
+	code int   // sent to the client
+	err  error // why it did not go well
+	// access is filled in on the way.
+	access access
 	// stream is what the client of a WebSocket over HTTP/2 sends; see streamed.
 	stream io.ReadCloser
 	// judged is Ingress.judged from before the sandbox was looked up.
@@ -269,7 +271,7 @@ func (v *visit) serve() {
 		v.in.cfg.API.ServeHTTP(rec, v.r)
 		return
 	}
-	v.id = to.id
+	v.access.sandbox = to.id
 	v.sandbox(to)
 }
 
@@ -284,6 +286,7 @@ func (v *visit) sandbox(to route) {
 	if to.port == 0 {
 		to.port = t.agentPort()
 	}
+	v.access.port = to.port
 	pass, refused := v.admit(t, to)
 	if refused != nil {
 		v.refuse(refused)
@@ -329,16 +332,6 @@ func (v *visit) exchange(pass pass) {
 	http.SetCookie(v.w, pass.cookie)
 	v.code = http.StatusFound
 	v.w.WriteHeader(v.code)
-}
-
-// end runs when the request is answered, given up or handed to a tunnel.
-func (v *visit) end() {
-	took := time.Since(v.start)
-	v.in.metrics.observe(v.code, took)
-	if v.in.log.Enabled(v.r.Context(), slog.LevelDebug) {
-		v.in.log.Debug("request served", "sandbox", v.id, "host", v.r.Host, "method", v.r.Method, "code", v.code,
-			"src", v.info.addr, "took", took, "err", v.err)
-	}
 }
 
 // scheme is what the client used, as far as we may believe it.

@@ -16,18 +16,30 @@ type metrics struct {
 	none     prometheus.Counter
 	other    prometheus.Counter
 	duration prometheus.Histogram
+	upstream prometheus.Histogram
+	bytes    *prometheus.CounterVec
+	in, out  prometheus.Counter
 }
 
 func newMetrics() *metrics {
+	buckets := []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60}
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "cordon_ingress_requests_total", Help: "Requests answered, by status code.",
 		}, []string{"code"}),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "cordon_ingress_request_duration_seconds", Help: "Time from a request's header to the end of its answer, or to the switch of protocols.",
-			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60},
+			Buckets: buckets,
 		}),
+		upstream: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "cordon_ingress_upstream_duration_seconds", Help: "Time from a request's header to the beginning of its service's answer, the connection included.",
+			Buckets: buckets,
+		}),
+		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cordon_ingress_bytes_total", Help: "Octets of bodies and tunnels, from clients (in) and to them (out).",
+		}, []string{"direction"}),
 	}
+	m.in, m.out = m.bytes.WithLabelValues("in"), m.bytes.WithLabelValues("out")
 	m.none, m.other = m.requests.WithLabelValues("none"), m.requests.WithLabelValues("other")
 	for code := range m.byCode {
 		if http.StatusText(code) != "" {
@@ -37,11 +49,22 @@ func newMetrics() *metrics {
 	return m
 }
 
-func (m *metrics) register(r prometheus.Registerer) error {
-	if err := r.Register(m.requests); err != nil {
-		return err
+func (in *Ingress) register(r prometheus.Registerer) error {
+	m := in.metrics
+	for _, c := range []prometheus.Collector{
+		m.requests, m.duration, m.upstream, m.bytes,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "cordon_ingress_active", Help: "Requests and tunnels under way to sandboxes.",
+		}, func() float64 { return float64(in.underway()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "cordon_ingress_connections", Help: "Open connections of clients.",
+		}, func() float64 { return float64(in.sources.open()) }),
+	} {
+		if err := r.Register(c); err != nil {
+			return err
+		}
 	}
-	return r.Register(m.duration)
+	return nil
 }
 
 func (m *metrics) observe(code int, took time.Duration) {

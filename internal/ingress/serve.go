@@ -162,7 +162,7 @@ func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
 	if in.cfg.Challenge != nil && in.cfg.Challenge(w, r) {
 		return
 	}
-	v := &visit{in: in, w: w, r: r, mode: Redirect, start: time.Now(), info: infoOf(r)}
+	v := &visit{in: in, w: w, r: r, mode: Redirect, access: access{start: time.Now()}, info: infoOf(r)}
 	defer v.end()
 	p, err := in.locate(r.Host)
 	if err != nil {
@@ -312,6 +312,16 @@ func (s *sources) trusts(addr netip.Addr) bool {
 		}
 	}
 	return false
+}
+
+// open counts the connections.
+func (s *sources) open() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.count {
+		n += c
+	}
+	return n
 }
 
 func (s *sources) remove(c *connInfo) {

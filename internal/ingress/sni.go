@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"sync"
@@ -57,7 +58,7 @@ func (in *Ingress) serveNamed(c net.Conn) {
 	info, _ := ctx.Value(connKey{}).(*connInfo)
 	in.sources.connState(c, http.StateNew) // resets c when its source has too many
 	defer in.sources.connState(c, http.StateClosed)
-	v := &named{in: in, start: time.Now(), from: caller{info.addr, info.inside}}
+	v := &named{in: in, from: caller{info.addr, info.inside}, access: access{start: time.Now(), src: info.addr}}
 	conn := tls.Server(c, v.config())
 	defer conn.Close()
 	handshake, cancel := context.WithTimeout(ctx, in.cfg.Limits.HeaderTimeout)
@@ -69,15 +70,16 @@ func (in *Ingress) serveNamed(c net.Conn) {
 	if err != nil {
 		relay.Abort(conn) // nothing was said: no end that could be taken for one
 	}
-	in.log.Debug("connection served", "sandbox", v.to.id, "port", v.to.port, "src", c.RemoteAddr(), "took", time.Since(v.start), "err", err)
+	v.access.sandbox, v.access.port = v.to.id, v.to.port
+	in.over("connection served", v.access, slog.Any("err", err))
 }
 
 // named is a connection on its way to the port its handshake names.
 type named struct {
-	in    *Ingress
-	start time.Time
-	from  caller
-	to    place
+	in     *Ingress
+	from   caller
+	to     place
+	access access
 }
 
 func (v *named) config() *tls.Config {
@@ -136,7 +138,7 @@ func (v *named) mayAsk(t *Target, port uint16) bool {
 	return t.Public && port != t.agentPort() && t.allows(v.from)
 }
 
-func (v *named) carry(ctx context.Context, conn *tls.Conn) error {
+func (v *named) carry(ctx context.Context, conn *tls.Conn) (err error) {
 	judged := v.in.judged.Load()
 	t, ok := v.in.cfg.Lookup(v.to.id)
 	if !ok || !v.mayAsk(t, v.to.port) {
@@ -163,5 +165,6 @@ func (v *named) carry(ctx context.Context, conn *tls.Conn) error {
 	}
 	defer b.depart(g)
 	v.in.traffic(t)
-	return b.pool.Carry(ctx, conn, v.to.port)
+	v.access.octets, err = b.pool.Carry(ctx, conn, v.to.port)
+	return err
 }

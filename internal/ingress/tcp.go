@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"errors"
+	"log/slog"
 	"net/http"
 	"syscall"
 	"time"
@@ -49,8 +50,9 @@ func (in *Ingress) Forward(w http.ResponseWriter, r *http.Request, id string, po
 		info.upgrading = false
 		return nil //nolint:nilerr // Accept has answered
 	}
-	err = tunnel.Join(r.Context(), ws, conn)
-	in.log.Debug("tunnel ended", "sandbox", id, "port", port, "err", err)
+	told := access{sandbox: id, port: port, src: info.addr, start: time.Now()}
+	told.octets.In, told.octets.Out, err = tunnel.Join(r.Context(), ws, conn)
+	in.over("tunnel ended", told, slog.Any("err", err))
 	return nil
 }
 

@@ -27,14 +27,15 @@ const pulse, patience = 30 * time.Second, 20 * time.Second
 const end = "end"
 
 // Join carries conn over ws until both directions have ended, which is nil, or one
-// of them breaks, which resets the other. Both are closed when it returns.
-func Join(ctx context.Context, ws *websocket.Conn, conn net.Conn) error {
+// of them breaks, which resets the other. Both are closed when it returns, and in
+// and out are the octets that came from ws and went to it.
+func Join(ctx context.Context, ws *websocket.Conn, conn net.Conn) (in, out int64, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	j := &join{ws: ws, conn: conn, ended: make(chan struct{}), received: make(chan error, 1), sent: make(chan error, 1)}
 	ws.SetReadLimit(piece)
 	go func() { j.received <- j.receive(ctx) }()
 	go func() { j.sent <- j.send(ctx) }()
-	err := j.wait(ctx)
+	err = j.wait(ctx)
 	if err == nil {
 		err = ws.Close(websocket.StatusNormalClosure, "")
 		if websocket.CloseStatus(err) == websocket.StatusNormalClosure || errors.Is(err, net.ErrClosed) {
@@ -47,14 +48,13 @@ func Join(ctx context.Context, ws *websocket.Conn, conn net.Conn) error {
 		}
 	}
 	cancel()
-	conn.Close() //nolint:errcheck // everything that matters is sent
-	if j.sent != nil {
-		<-j.sent
+	conn.Close()
+	for _, running := range []chan error{j.sent, j.received} {
+		if running != nil {
+			<-running //nolint:errcheck // what it ended with follows from err
+		}
 	}
-	if j.received != nil {
-		<-j.received
-	}
-	return err
+	return j.in, j.out, err
 }
 
 // Keep pings the other side until ctx ends or no answer comes, which closes ws.
@@ -84,6 +84,7 @@ type join struct {
 	ended chan struct{} // closed when the other side said "end"
 
 	received, sent chan error // nil once read
+	in, out        int64      // of receive, and of send
 }
 
 // wait returns nil when both directions have ended.
@@ -137,7 +138,8 @@ func (j *join) receive(ctx context.Context) error {
 			over = true
 			close(j.ended)
 		default:
-			if _, err := io.Copy(j.conn, r); err != nil {
+			n, err := io.Copy(j.conn, r)
+			if j.in += n; err != nil {
 				return fmt.Errorf("copy from tunnel: %w", err)
 			}
 		}
@@ -150,6 +152,7 @@ func (j *join) send(ctx context.Context) error {
 	for {
 		n, err := j.conn.Read(buf)
 		if n > 0 {
+			j.out += int64(n)
 			if err := j.ws.Write(ctx, websocket.MessageBinary, buf[:n]); err != nil {
 				return fmt.Errorf("write to tunnel: %w", err)
 			}
@@ -180,5 +183,5 @@ func reset(c net.Conn) {
 	if l, ok := c.(interface{ SetLinger(sec int) error }); ok {
 		l.SetLinger(0) //nolint:errcheck // one that is closed needs no reset
 	}
-	c.Close() //nolint:errcheck // as above
+	c.Close()
 }

@@ -36,19 +36,24 @@ type Out struct {
 	// Client is the client's connection when it speaks HTTP/1, so that it can be
 	// reset; nil for HTTP/2, where the stream is.
 	Client net.Conn
-	// Done is called once, when the exchange and the tunnel that may follow
-	// have ended; it says whether there was a tunnel.
-	Done func(tunnel bool)
+	// Done is called once, when the exchange and the tunnel that may follow have
+	// ended; it gets the tunnel's octets, nil when there was none.
+	Done func(tunnel *Octets)
 }
 
 // Field is one header field.
 type Field struct{ Name, Value string }
 
+// Octets counts bodies, or what a tunnel carried; heads are not in it.
+type Octets struct{ In, Out int64 } // from the client, to the client
+
 // Result is what became of an exchange.
 type Result struct {
-	Status  int   // sent to the client; 0 when none was
-	Err     error // ErrReset, ErrClient, ErrBody, ErrAnswer or a *DialError, in its chain
-	Started bool  // a part of the answer is sent: the client's connection must be broken off
+	Octets
+	Wait    time.Duration // until the service's answer began; 0 when it did not
+	Status  int           // sent to the client; 0 when none was
+	Err     error         // ErrReset, ErrClient, ErrBody, ErrAnswer or a *DialError, in its chain
+	Started bool          // a part of the answer is sent: the client's connection must be broken off
 }
 
 // interim is how many 1xx answers a service may send before the real one.
@@ -83,6 +88,8 @@ type exchange struct {
 	goAhead  chan bool  // whether the service wants the body; nil when it need not be asked
 	uploaded bool       // the whole body is sent
 	detached bool       // a tunnel took over
+	octets   Octets     // In is the upload's until it has ended
+	answered time.Time  // when the head of the answer was there
 	timed    bool       // writes to the client have a deadline
 }
 
@@ -91,19 +98,24 @@ type exchange struct {
 // tunnel, which then lives until either side closes it.
 func (p *Pool) Forward(w http.ResponseWriter, r *http.Request, out *Out) Result {
 	x := &exchange{pool: p, w: w, r: r, out: out, rc: http.NewResponseController(w)}
+	began := time.Now()
 	err := x.try(false)
 	if errors.Is(err, errStale) {
 		err = x.try(true)
 	}
 	if !x.detached && out.Done != nil {
-		out.Done(false)
+		out.Done(nil)
 	}
 	if err != nil && p.closed.Load() {
 		err = fmt.Errorf("%w: %w", ErrReset, err)
 	} else if err != nil && r.Context().Err() != nil {
 		err = fmt.Errorf("%w: %w", ErrClient, err)
 	}
-	return Result{Status: x.status, Err: err, Started: x.started.Load()}
+	var wait time.Duration
+	if !x.answered.IsZero() {
+		wait = x.answered.Sub(began)
+	}
+	return Result{Octets: x.octets, Wait: wait, Status: x.status, Err: err, Started: x.started.Load()}
 }
 
 // errStale: a kept connection was closed by the service before it took the
@@ -167,6 +179,7 @@ func (x *exchange) run() (keep time.Duration, reuse bool, err error) {
 		}
 		return 0, false, err
 	}
+	x.answered = time.Now()
 	if resp.StatusCode == http.StatusSwitchingProtocols {
 		if x.out.Stream != nil {
 			return 0, false, x.stream(resp)
@@ -361,6 +374,7 @@ func (x *exchange) copyBody() error {
 			x.rc.SetReadDeadline(time.Now().Add(x.pool.cfg.StallTimeout)) //nolint:errcheck // where it is not supported the connection's own limits hold
 		}
 		n, err := r.Body.Read(buf[:])
+		x.octets.In += int64(n)
 		if n > 0 {
 			if werr := x.writeBody(buf[:n], chunked); werr != nil {
 				return werr
@@ -609,6 +623,7 @@ func (x *exchange) copyAnswer(resp *http.Response) error {
 		}
 		n, end, err := x.copyPiece(resp.Body)
 		sent += n
+		x.octets.Out = sent
 		if end || err != nil {
 			return err
 		}

@@ -49,7 +49,7 @@ func FuzzAnswer(f *testing.F) {
 		w := httptest.NewRecorder()
 		done := 0
 		r := httptest.NewRequest("GET", "http://x/", nil).WithContext(ctx)
-		res := p.Forward(w, r, &Out{Port: 1, Target: "/", Host: "x", Done: func(bool) { done++ }})
+		res := p.Forward(w, r, &Out{Port: 1, Target: "/", Host: "x", Done: func(*Octets) { done++ }})
 		if ctx.Err() != nil {
 			t.Error("it took over five seconds")
 		}

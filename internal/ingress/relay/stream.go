@@ -37,7 +37,8 @@ func (x *exchange) stream(resp *http.Response) error {
 	x.flush()
 	up := make(chan error, 1)
 	go x.streamUp(up)
-	err := copyIdle(flushing{x}, x.conn.br)
+	n, err := copyIdle(flushing{x}, x.conn.br)
+	x.octets.Out = n
 	x.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake streamUp
 	if uerr := <-up; err == nil && errors.Is(uerr, errStreamBroken) {
 		err = uerr
@@ -55,7 +56,8 @@ var errStreamBroken = fmt.Errorf("%w: its stream broke off", ErrClient)
 
 // streamUp copies what the client sends and passes the end of it on.
 func (x *exchange) streamUp(done chan<- error) {
-	err := copyIdle(x.conn.Conn, x.out.Stream)
+	n, err := copyIdle(x.conn.Conn, x.out.Stream)
+	x.octets.In = n
 	if err == nil {
 		err = closeWrite(x.conn.Conn)
 	}

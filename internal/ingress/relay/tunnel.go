@@ -20,7 +20,8 @@ type tunnel struct {
 	client  net.Conn
 	service net.Conn
 	open    atomic.Int32 // directions
-	done    func(tunnel bool)
+	octets  Octets       // each written by the pump of its direction
+	done    func(tunnel *Octets)
 }
 
 // tunnel answers the client's upgrade and hands both connections to a tunnel.
@@ -76,22 +77,22 @@ func rest(r *bufio.Reader) []byte {
 
 // Carry connects a client's connection with a port and copies both ways until both
 // directions have ended, or one of them broke. It closes client.
-func (p *Pool) Carry(ctx context.Context, client net.Conn, port uint16) error {
+func (p *Pool) Carry(ctx context.Context, client net.Conn, port uint16) (Octets, error) {
 	service, err := p.cfg.Dial(ctx, port)
 	if err != nil {
-		return &DialError{Port: port, Err: err}
+		return Octets{}, &DialError{Port: port, Err: err}
 	}
 	over := make(chan struct{})
-	t := &tunnel{pool: p, client: client, service: service, done: func(bool) { close(over) }}
+	t := &tunnel{pool: p, client: client, service: service, done: func(*Octets) { close(over) }}
 	t.open.Store(2)
 	if err := p.admit(t); err != nil {
 		abort(service)
-		return err
+		return Octets{}, err
 	}
 	go t.pump(service, client, nil)
 	t.pump(client, service, nil)
 	<-over
-	return nil
+	return t.octets, nil
 }
 
 // admit takes a tunnel and its two goroutines in, as become does.
@@ -114,13 +115,18 @@ func (t *tunnel) reset() {
 // pump copies one direction until it ends. The last one out closes.
 func (t *tunnel) pump(dst, src net.Conn, first []byte) {
 	defer t.pool.wg.Done()
+	count := &t.octets.In
+	if src == t.service {
+		count = &t.octets.Out
+	}
 	var err error
 	if len(first) > 0 {
 		_, err = dst.Write(first)
 	}
 	if err == nil {
-		err = copyIdle(dst, src)
+		*count, err = copyIdle(dst, src)
 	}
+	*count += int64(len(first))
 	if err == nil {
 		err = closeWrite(dst)
 	}
@@ -138,7 +144,7 @@ func (t *tunnel) pump(dst, src net.Conn, first []byte) {
 	hangUp(t.service)
 	t.pool.leave(t)
 	if t.done != nil {
-		t.done(true)
+		t.done(&t.octets)
 	}
 }
 
@@ -153,43 +159,47 @@ func closeWrite(c net.Conn) error {
 
 // copyIdle copies like io.Copy, but waits for bytes with a small buffer and
 // takes a large one only while they keep coming.
-func copyIdle(dst io.Writer, src io.Reader) error {
+func copyIdle(dst io.Writer, src io.Reader) (total int64, err error) {
 	small := make([]byte, 512)
 	for {
 		n, err := src.Read(small)
+		total += int64(n)
 		if n > 0 {
 			if _, err := dst.Write(small[:n]); err != nil {
-				return err
+				return total, err
 			}
 		}
 		if err == nil && n == len(small) {
-			err = copyBurst(dst, src)
+			var more int64
+			more, err = copyBurst(dst, src)
+			total += more
 		}
 		if errors.Is(err, io.EOF) {
-			return nil
+			return total, nil
 		}
 		if err != nil {
-			return err
+			return total, err
 		}
 	}
 }
 
 // copyBurst copies until a read does not fill half the buffer.
-func copyBurst(dst io.Writer, src io.Reader) error {
+func copyBurst(dst io.Writer, src io.Reader) (total int64, err error) {
 	buf := buffers.Get().(*[32 << 10]byte)
 	defer buffers.Put(buf)
 	for {
 		n, err := src.Read(buf[:])
+		total += int64(n)
 		if n > 0 {
 			if _, err := dst.Write(buf[:n]); err != nil {
-				return err
+				return total, err
 			}
 		}
 		if err != nil {
-			return err
+			return total, err
 		}
 		if n < len(buf)/2 {
-			return nil
+			return total, nil
 		}
 	}
 }
