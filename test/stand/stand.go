@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/client"
 	"github.com/cordonhq/cordon/internal/lab"
 )
 
@@ -225,6 +226,22 @@ func (s *Stand) Environ(t testing.TB) []string {
 		}
 	}
 	return env
+}
+
+// User is a client with the administrator's key, which speaks from the lab's host.
+func (s *Stand) User(t testing.TB) *client.Client {
+	t.Helper()
+	key, err := os.ReadFile(filepath.Join(s.Dir, "state", "admin.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := s.Client()
+	web.Timeout = 0 // commands may take their time
+	c, err := client.New(client.Options{APIURL: API, SandboxURL: API, APIKey: strings.TrimSpace(string(key)), HTTPClient: web})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // clearCgroups removes the cgroups of a server whose processes have ended with

@@ -1,4 +1,5 @@
-package sdk
+// Package life shows that what sandboxes hold of the machine ends with them.
+package life
 
 import (
 	"context"
@@ -208,7 +209,7 @@ func liveOnce(t *testing.T, s *stand.Stand) (id string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	c := newClient(t, s)
+	c := s.User(t)
 	sandbox, err := c.Create(ctx, client.CreateOptions{Network: client.Network{
 		DenyOut: []string{client.AllTraffic}, AllowOut: []string{"example.com", "example.com:8443", "1.1.1.1"},
 	}})
@@ -232,20 +233,6 @@ func liveOnce(t *testing.T, s *stand.Stand) (id string) {
 	must(t, sandbox.SetNetwork(ctx, client.Network{DenyOut: []string{client.AllTraffic}}))
 	must(t, sandbox.Kill(ctx))
 	return sandbox.ID
-}
-
-func newClient(t *testing.T, s *stand.Stand) *client.Client {
-	t.Helper()
-	o := client.Options{APIURL: stand.API, SandboxURL: stand.API, HTTPClient: s.Client()}
-	o.HTTPClient.Timeout = 0 // commands may take their time
-	for _, kv := range s.Environ(t) {
-		if key, ok := strings.CutPrefix(kv, "E2B_API_KEY="); ok {
-			o.APIKey = key
-		}
-	}
-	c, err := client.New(o)
-	must(t, err)
-	return c
 }
 
 func run(ctx context.Context, t *testing.T, s *client.Sandbox, command string) {
