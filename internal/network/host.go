@@ -163,7 +163,7 @@ func (n *Network) unprepareHost() error {
 			all = errors.Join(all, fmt.Errorf("delete routing rule: %w", err))
 		}
 		route := &netlink.Route{Family: f.id, Table: n.cfg.RouteTable, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all}
-		if err := n.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) {
+		if err := n.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) && !absent(err) {
 			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
 		}
 	}

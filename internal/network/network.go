@@ -164,7 +164,8 @@ type Network struct {
 
 	shutter *shutter // nil before Reconcile, or where the kernel lacks it
 
-	owners []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
+	addrs  atomic.Pointer[map[netip.Addr]struct{}] // the machine's own
+	owners []atomic.Pointer[owner]                 // by slot number: who may be asked about without a lock
 
 	ready  chan *slot    // the pool
 	wake   chan struct{} // the pool is not full
@@ -231,6 +232,10 @@ func New(cfg Config) (*Network, error) {
 		byLink:  map[uint32]*slot{},
 		resting: map[int]time.Time{},
 	}
+	if err := n.readAddrs(); err != nil {
+		h.Close()
+		return nil, err
+	}
 	n.owners = make([]atomic.Pointer[owner], n.plan.capacity())
 	switch cfg.IPv6 {
 	case IPv6On:
@@ -255,6 +260,7 @@ func (n *Network) Run(ctx context.Context) error {
 	g.Go(func() error { return n.followFlows(ctx) })
 	g.Go(func() error { return n.followLogs(ctx) })
 	g.Go(func() error { return n.guardTable(ctx) })
+	g.Go(func() error { return n.watchHost(ctx) })
 	return g.Wait()
 }
 

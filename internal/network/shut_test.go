@@ -201,6 +201,55 @@ func heard(t *testing.T, l sandbox.Lease, to netip.Addr) bool {
 	return err == nil
 }
 
+func TestRoutingRulesComeBack(t *testing.T) {
+	w := start(t)
+	w.lease()
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		if err := w.link.RuleDel(shutRule(family, w.shutBit())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the rules are back", func() bool { return CheckShut(w.cfg.Name) == nil })
+}
+
+func TestTheHostsAddressesAreFollowed(t *testing.T) {
+	w := start(t)
+	up, err := netlink.LinkByName("up0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Compile(policy.Input{}, &policy.Operator{IsHost: w.IsHost}, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []string{"203.0.113.77/32", "2001:db8:1::77/128"} {
+		own := netip.MustParsePrefix(a)
+		judged := func() bool {
+			return p.Decide(policy.Flow{Proto: policy.TCP, Dst: netip.AddrPortFrom(own.Addr(), 443)}).Allow
+		}
+		if !judged() {
+			t.Errorf("%s is the host's before it has it", own.Addr())
+		}
+		if err := netlink.AddrAdd(up, ipNet(own)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a new address is in the floor", func() bool { return !judged() && !p.AnswerAllowed("example.com", own.Addr()) })
+		if err := netlink.AddrDel(up, ipNet(own)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "an address that is gone is not", judged)
+	}
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(3 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not within three seconds: " + what)
+		}
+	}
+}
+
 func TestFlushedRulesLetNothingSlip(t *testing.T) {
 	w := start(t)
 	w.serve(7777)

@@ -31,6 +31,7 @@ type Compiled struct {
 	opDeny     ruleSet
 	floorOpen  ruleSet
 	hostAddrs  bart.Lite
+	isHost     func(netip.Addr) bool // may be nil
 	self       []string
 	kernel     KernelRules
 	autoDNSRef ruleRef
@@ -144,6 +145,7 @@ func (c *Compiled) addOperator(op *Operator) error {
 		}
 		c.self = append(c.self, name)
 	}
+	c.isHost = op.IsHost
 	for i, p := range op.HostAddrs {
 		if !p.IsValid() {
 			return errs.New(errs.Invalid, "operator hostAddrs[%d] is not a valid prefix", i)

@@ -141,7 +141,7 @@ func (c *Compiled) inFloor(a netip.Addr) (Rule, bool) {
 	if rule, ok := floorTable().Lookup(a); ok {
 		return rule, true
 	}
-	if c.hostAddrs.Contains(a) {
+	if c.hostAddrs.Contains(a) || c.isHost != nil && c.isHost(a) {
 		return Rule{ID: "floor", Text: "an address of the host"}, true
 	}
 	if v4, ok := embedded(a); ok {

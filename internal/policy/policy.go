@@ -63,6 +63,8 @@ type Operator struct {
 	SelfDomains []string
 	// HostAddrs are the host's own addresses, part of the floor.
 	HostAddrs []netip.Prefix
+	// IsHost tells more of them, of the moment it is asked; nil: no more.
+	IsHost func(netip.Addr) bool
 }
 
 // ServiceAddr4 is the address under which a sandbox sees this service's own
