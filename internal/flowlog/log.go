@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -43,6 +44,8 @@ type Log struct {
 	seq       uint64
 	kept      int // events in all rings
 	rings     map[string]*ring
+	gone      map[string]time.Time // sandboxes forgotten lately
+	swept     time.Time            // when gone was looked through
 	followers map[*follower]struct{}
 }
 
@@ -69,6 +72,7 @@ func New(c Config) (*Log, error) {
 		// (under 2^53) until the year 4800.
 		seq:       uint64(time.Now().Unix()) * 100_000,
 		rings:     map[string]*ring{},
+		gone:      map[string]time.Time{},
 		followers: map[*follower]struct{}{},
 	}, nil
 }
@@ -107,10 +111,21 @@ func (l *Log) Events(f Filter) []Event {
 	return values(f.choose(found))
 }
 
-// Forget drops what is kept of a sandbox. Followers keep what they were sent.
+// late is how long after its sandbox's end an event may still come: the kernel
+// reports the end of a flow when its tracker gives it up.
+const late = 10 * time.Minute
+
+// Forget drops what is kept of a sandbox that has ended, and keeps nothing more of
+// it: what still comes is counted and sent to followers, who keep what they were sent.
 func (l *Log) Forget(sandbox string) {
+	now := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.gone[sandbox] = now
+	if now.Sub(l.swept) > late {
+		l.swept = now
+		maps.DeleteFunc(l.gone, func(_ string, at time.Time) bool { return now.Sub(at) > late })
+	}
 	if r, ok := l.rings[sandbox]; ok {
 		l.kept -= r.len()
 		delete(l.rings, sandbox)
@@ -121,6 +136,9 @@ func (l *Log) Forget(sandbox string) {
 // than its fair share pays with its own oldest event, so a noisy sandbox cannot
 // push a quiet one out of the log; otherwise the largest ring pays.
 func (l *Log) keep(e *Event) {
+	if _, gone := l.gone[e.Sandbox]; gone {
+		return // nobody would ever drop it
+	}
 	r, ok := l.rings[e.Sandbox]
 	if !ok {
 		r = &ring{}

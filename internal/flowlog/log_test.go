@@ -77,6 +77,30 @@ func TestEventsSelects(t *testing.T) {
 	}
 }
 
+func TestALateEventKeepsNothingOfAnEndedSandbox(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLog(t, flowlog.Config{})
+		follow := l.Follow(t.Context(), flowlog.Filter{})
+		l.Record(event("a", "1"))
+		l.Forget("a")
+		l.Record(event("a", "2"))
+		if got := l.Events(flowlog.Filter{}); len(got) != 0 {
+			t.Errorf("%d events are kept", len(got))
+		}
+		for _, want := range []string{"1", "2"} {
+			if e := <-follow; e.Name != want {
+				t.Errorf("a follower got %q, want %q", e.Name, want)
+			}
+		}
+		time.Sleep(time.Hour)
+		l.Forget("b")
+		l.Record(event("a", "3")) // the name is not remembered for ever
+		if got := l.Events(flowlog.Filter{}); len(got) != 1 {
+			t.Errorf("%d events are kept, want 1", len(got))
+		}
+	})
+}
+
 func TestSequenceNumbersGrowOverARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first := newLog(t, flowlog.Config{})
