@@ -10,10 +10,12 @@ import (
 	"github.com/miekg/dns"
 )
 
-// question is what is asked upstream and what answers are kept by.
+// question is what is asked upstream and what answers are kept by: each sandbox has
+// its own, or the time an answer takes would tell what others have asked.
 type question struct {
-	name  string // canonical: lower case, no final dot
-	qtype uint16
+	sandbox string
+	name    string // canonical: lower case, no final dot
+	qtype   uint16
 }
 
 // answers is what the upstreams said to a question. It is shared and never changed.

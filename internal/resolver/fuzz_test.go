@@ -81,7 +81,7 @@ func FuzzUpstream(f *testing.F) {
 		if m.Unpack(wire) != nil || len(m.Question) != 1 {
 			return
 		}
-		q := question{"ech.test", m.Question[0].Qtype}
+		q := question{"a", "ech.test", m.Question[0].Qtype}
 		if !matches(&m, m.Id, q) {
 			return
 		}

@@ -111,33 +111,8 @@ func (r *Resolver) Resolve(ctx context.Context, sandbox, name string) ([]netip.A
 	if p.IsSelf(name) {
 		return []netip.Addr{policy.ServiceAddr4}, nil
 	}
-	types := []uint16{dns.TypeA}
-	if r.cfg.IPv6 {
-		types = append(types, dns.TypeAAAA)
-	}
-	type result struct {
-		addrs []netip.Addr
-		err   error
-	}
-	results := make([]chan result, len(types))
-	for i, qtype := range types {
-		results[i] = make(chan result, 1)
-		go func() {
-			a, err := r.lookup(ctx, question{name, qtype})
-			if err != nil {
-				results[i] <- result{err: err}
-				return
-			}
-			results[i] <- result{addrs: a.addrs()}
-		}()
-	}
-	var all, usable []netip.Addr
-	var err error
-	for _, c := range results {
-		res := <-c
-		all = append(all, res.addrs...)
-		err = errors.Join(err, res.err)
-	}
+	all, err := r.addresses(ctx, sandbox, name)
+	var usable []netip.Addr
 	for _, a := range all {
 		if p.AnswerAllowed(name, a) {
 			usable = append(usable, a)
@@ -152,6 +127,33 @@ func (r *Resolver) Resolve(ctx context.Context, sandbox, name string) ([]netip.A
 		return nil, fmt.Errorf("resolve %s: %w", name, err)
 	}
 	return nil, errs.New(errs.NotFound, "%s has no address", name)
+}
+
+// addresses looks a name's addresses up, IPv4 first, both families at the same time.
+func (r *Resolver) addresses(ctx context.Context, sandbox, name string) ([]netip.Addr, error) {
+	type result struct {
+		addrs []netip.Addr
+		err   error
+	}
+	look := func(qtype uint16) result {
+		a, err := r.lookup(ctx, question{sandbox, name, qtype})
+		if err != nil {
+			return result{err: err}
+		}
+		return result{addrs: a.addrs()}
+	}
+	if !r.cfg.IPv6 {
+		four := look(dns.TypeA)
+		return four.addrs, four.err
+	}
+	if six, ok := r.cache.get(question{sandbox, name, dns.TypeAAAA}); ok { // the rule: no goroutine then
+		four := look(dns.TypeA)
+		return append(four.addrs, six.addrs()...), four.err
+	}
+	six := make(chan result, 1)
+	go func() { six <- look(dns.TypeAAAA) }()
+	four, late := look(dns.TypeA), <-six
+	return append(four.addrs, late.addrs...), errors.Join(four.err, late.err)
 }
 
 // transport says how a query came in.
@@ -252,7 +254,7 @@ func budgetRule(p *policy.Compiled, owner string, attribute bool, listed policy.
 
 // ask gets the answer from the cache or the upstreams and makes it fit for the sandbox.
 func (r *Resolver) ask(ctx context.Context, q *query, v policy.Verdict) outcome {
-	found, err := r.lookup(ctx, question{q.name, q.msg.Question[0].Qtype})
+	found, err := r.lookup(ctx, question{q.sandbox, q.name, q.msg.Question[0].Qtype})
 	if err != nil {
 		r.cfg.Log.Debug("dns upstreams", "sandbox", q.sandbox, "host", q.name, "err", err)
 		m := q.reply(dns.RcodeServerFailure)

@@ -615,7 +615,7 @@ func TestCacheExpiresAndIsBounded(t *testing.T) {
 			}
 			return r
 		}
-		q := question{"a.test", dns.TypeA}
+		q := question{"a", "a.test", dns.TypeA}
 		for _, c := range []struct {
 			name string
 			msg  dns.Msg
@@ -643,13 +643,28 @@ func TestCacheExpiresAndIsBounded(t *testing.T) {
 			t.Error("kept too long")
 		}
 		for i := range cacheEntries + 500 {
-			c.put(question{fmt.Sprint(i), dns.TypeA}, &answers{expires: now.Add(time.Hour)})
+			c.put(question{fmt.Sprint("sbx", i%20), fmt.Sprint(i), dns.TypeA}, &answers{expires: now.Add(time.Hour)})
 		}
-		if len(c.entries) > cacheEntries {
-			t.Errorf("%d entries", len(c.entries))
+		kept := func() (total int) {
+			for _, share := range c.shares {
+				total += len(share)
+			}
+			return total
 		}
-		c.put(question{"large", dns.TypeA}, &answers{expires: now.Add(time.Hour), size: cacheLargest + 1})
-		if _, ok := c.get(question{"large", dns.TypeA}); ok {
+		if kept() != cacheEntries || c.size != cacheEntries {
+			t.Errorf("%d entries, counted %d", kept(), c.size)
+		}
+		for i := range cacheEntries {
+			c.put(question{"greedy", fmt.Sprint(i), dns.TypeA}, &answers{expires: now.Add(time.Hour)})
+		}
+		if n := len(c.shares["greedy"]); n > cacheShare || kept() != c.size || c.size > cacheEntries {
+			t.Errorf("one sandbox has %d of %d entries, counted %d", n, kept(), c.size)
+		}
+		if _, ok := c.get(question{"another", fmt.Sprint(cacheEntries - 1), dns.TypeA}); ok {
+			t.Error("an answer was kept for who did not ask")
+		}
+		c.put(question{"a", "large", dns.TypeA}, &answers{expires: now.Add(time.Hour), size: cacheLargest + 1})
+		if _, ok := c.get(question{"a", "large", dns.TypeA}); ok {
 			t.Error("an answer beyond the limit was kept")
 		}
 	})

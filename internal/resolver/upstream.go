@@ -29,7 +29,7 @@ func (r *Resolver) lookup(ctx context.Context, q question) (*answers, error) {
 	if a, ok := r.cache.get(q); ok {
 		return a, nil
 	}
-	key := fmt.Sprintf("%d %s", q.qtype, q.name)
+	key := fmt.Sprintf("%s %d %s", q.sandbox, q.qtype, q.name)
 	// The exchange outlives whoever started it: others may be waiting.
 	shared := context.WithoutCancel(ctx)
 	done := r.flight.DoChan(key, func() (any, error) {
