@@ -5,10 +5,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -32,6 +35,22 @@ func (s *steps) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+var errRead = errors.New("read")
+
+// replay is a connection that only replays what was recorded.
+type replay struct{ r io.Reader }
+
+func (c *replay) Read(p []byte) (int, error)       { return c.r.Read(p) }
+func (c *replay) Write(p []byte) (int, error)      { return len(p), nil }
+func (c *replay) Close() error                     { return nil }
+func (c *replay) LocalAddr() net.Addr              { return nil }
+func (c *replay) RemoteAddr() net.Addr             { return nil }
+func (c *replay) SetDeadline(time.Time) error      { return nil }
+func (c *replay) SetReadDeadline(time.Time) error  { return nil }
+func (c *replay) SetWriteDeadline(time.Time) error { return nil }
+
+// FuzzClientHello asks crypto/tls for a second opinion: a hello that two
+// implementations read differently is one an upstream may read differently too.
 func FuzzClientHello(f *testing.F) {
 	a := []byte("a.example")
 	f.Add(hello{names: [][]byte{a}}.records(), 1)

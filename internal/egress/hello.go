@@ -1,16 +1,9 @@
 package egress
 
 import (
-	"bytes"
-	"context"
-	"crypto/tls"
-	"errors"
-	"io"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -108,11 +101,6 @@ func readHello(s *source) (name string, err error) {
 	if err != nil || shown == "" {
 		return "", err
 	}
-	if !strings.HasSuffix(shown, ".") { // legal to us, not to crypto/tls
-		if err := secondOpinion(s.pending()[:h.next], shown); err != nil {
-			return "", err
-		}
-	}
 	return nameShown(shown)
 }
 
@@ -182,42 +170,6 @@ func parseServerName(data []byte) (string, error) {
 	}
 	return string(name), nil
 }
-
-// secondOpinion asks crypto/tls which name the same bytes show: a hello that two
-// implementations read differently is one an upstream may read differently too.
-func secondOpinion(records []byte, want string) error {
-	var got string
-	read := false
-	conn := tls.Server(&replay{r: bytes.NewReader(records)}, &tls.Config{
-		MinVersion: tls.VersionTLS10, // only to read the hello: no handshake is done
-		GetConfigForClient: func(hi *tls.ClientHelloInfo) (*tls.Config, error) {
-			got, read = hi.ServerName, true
-			return nil, errRead
-		},
-	})
-	// Nothing in it waits, so there is nothing to cancel.
-	if err := conn.HandshakeContext(context.Background()); err == nil || !read {
-		return badHello("crypto/tls cannot read the ClientHello")
-	}
-	if got != want {
-		return badHello("crypto/tls reads another server_name")
-	}
-	return nil
-}
-
-var errRead = errors.New("read")
-
-// replay is a connection that only replays what was recorded.
-type replay struct{ r io.Reader }
-
-func (c *replay) Read(p []byte) (int, error)       { return c.r.Read(p) }
-func (c *replay) Write(p []byte) (int, error)      { return len(p), nil }
-func (c *replay) Close() error                     { return nil }
-func (c *replay) LocalAddr() net.Addr              { return nil }
-func (c *replay) RemoteAddr() net.Addr             { return nil }
-func (c *replay) SetDeadline(time.Time) error      { return nil }
-func (c *replay) SetReadDeadline(time.Time) error  { return nil }
-func (c *replay) SetWriteDeadline(time.Time) error { return nil }
 
 // parser cuts fields off b; after a field that is not there, bad stays set.
 type parser struct {
