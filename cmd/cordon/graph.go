@@ -67,7 +67,7 @@ type server struct {
 
 // build makes every part and connects them; nothing runs yet.
 func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err error) {
-	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry(), operator: operatorPolicy(&cfg, log)}
+	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry(), operator: operatorPolicy(&cfg)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -136,7 +136,7 @@ func (s *server) makeNetwork(context.Context) (err error) {
 		Flows: s.flows, Log: s.log,
 	})
 	if err == nil {
-		s.operator.IsHost = s.network.IsHost
+		s.operator.IsHost = s.network.IsHost // names that resolve to the machine are refused like its addresses
 		s.closers = append(s.closers, s.network)
 	}
 	return err
@@ -159,28 +159,12 @@ func (l limitsConfig) budget() resolver.Budget {
 }
 
 // operatorPolicy is the policy layer over every sandbox's rules.
-func operatorPolicy(cfg *config, log *slog.Logger) *policy.Operator {
+func operatorPolicy(cfg *config) *policy.Operator {
 	n := cfg.Network
 	return &policy.Operator{
 		FloorOpen: n.FloorOpen, AlwaysAllow: n.AlwaysAllow, AlwaysDeny: n.AlwaysDeny,
-		SelfDomains: cfg.allDomains(), HostAddrs: hostAddrs(log),
+		SelfDomains: cfg.allDomains(),
 	}
-}
-
-// hostAddrs are the machine's own addresses, so that names that resolve to them
-// are refused like the addresses are. The kernel judges by its own live table.
-func hostAddrs(log *slog.Logger) []netip.Prefix {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		log.Warn("own addresses not read", "err", err)
-	}
-	var out []netip.Prefix
-	for _, a := range addrs {
-		if p, err := netip.ParsePrefix(a.String()); err == nil {
-			out = append(out, netip.PrefixFrom(p.Addr().Unmap(), p.Addr().Unmap().BitLen()))
-		}
-	}
-	return out
 }
 
 func (s *server) makeManager(context.Context) error {
