@@ -559,6 +559,9 @@ func (x *exchange) deliver(resp *http.Response) error {
 	if _, typed := h["Content-Type"]; !typed {
 		h["Content-Type"] = nil // or the server guesses one
 	}
+	if resp.StatusCode == http.StatusNotModified && x.r.ProtoMajor == 2 {
+		delete(h, "Content-Length") // optional there, and clients written in Go would miss the body
+	}
 	announced := len(resp.Trailer)
 	for name := range resp.Trailer {
 		h.Add("Trailer", name)
