@@ -2,7 +2,9 @@ package agent
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/sha512"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,8 +31,12 @@ type claim struct {
 	DefaultUser    string            `json:"defaultUser"`
 	DefaultWorkdir string            `json:"defaultWorkdir"`
 	Time           time.Time         `json:"time"` // the host's clock; seeds randomness
+	// ControlHash is the SHA-256, in hex, of the control token from now on: copies
+	// of one checkpoint must not share one. Empty keeps the one the agent started with.
+	ControlHash string `json:"controlHash"`
 
-	env map[string]string // of every command: EnvVars and who the sandbox is
+	env     map[string]string  // of every command: EnvVars and who the sandbox is
+	control *[sha256.Size]byte // ControlHash, decoded
 }
 
 // postInit claims the sandbox, or claims it anew after a restore. Everything is
@@ -86,6 +92,13 @@ func (c *claim) complete() error {
 	}
 	if c.Hostname != "" && !isLabel(c.Hostname) {
 		return fmt.Errorf("hostname %q: use 1 to 63 letters, digits and hyphens", c.Hostname)
+	}
+	if c.ControlHash != "" {
+		raw, err := hex.DecodeString(c.ControlHash)
+		if err != nil || len(raw) != sha256.Size {
+			return errors.New("controlHash: want the 64 hex digits of a SHA-256")
+		}
+		c.control = (*[sha256.Size]byte)(raw)
 	}
 	for k, v := range c.EnvVars {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(v, 0) {

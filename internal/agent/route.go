@@ -23,6 +23,8 @@ func (a *Agent) routes() http.Handler {
 		w.WriteHeader(http.StatusNoContent)
 	})
 	mux.Handle("POST /init", a.control(a.postInit))
+	mux.Handle("POST /cordon/start", a.control(a.postStart))
+	mux.Handle("POST /cordon/ready", a.control(a.postReady))
 	mux.Handle("GET /cordon/tunnel", a.control(a.getTunnel))
 	mux.Handle("GET /cordon/kills", a.control(a.getKills))
 

@@ -9,6 +9,8 @@ package agentctl
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -139,16 +141,64 @@ type initBody struct {
 	DefaultUser    string            `json:"defaultUser"`
 	DefaultWorkdir string            `json:"defaultWorkdir"`
 	Time           time.Time         `json:"time"`
+	ControlHash    string            `json:"controlHash,omitempty"`
 }
 
 // Init tells the agent whose sandbox it is in.
 func (c *Client) Init(ctx context.Context, a sandbox.AgentAddr, in sandbox.AgentInit) error {
-	body, err := json.Marshal(initBody(in))
+	claim := initBody{
+		SandboxID: in.SandboxID, TemplateID: in.TemplateID, Hostname: in.Hostname, EnvVars: in.EnvVars, AccessToken: in.AccessToken,
+		DefaultUser: in.DefaultUser, DefaultWorkdir: in.DefaultWorkdir, Time: in.Time,
+	}
+	if in.ControlToken != "" {
+		sum := sha256.Sum256([]byte(in.ControlToken))
+		claim.ControlHash = hex.EncodeToString(sum[:])
+	}
+	body, err := json.Marshal(claim)
 	if err != nil {
 		return fmt.Errorf("encode the claim: %w", err)
 	}
 	_, err = c.call(ctx, a, http.MethodPost, "/init", body)
 	return err
+}
+
+// startBody is the agent's /cordon/start and, with the sign, its /cordon/ready.
+type startBody struct {
+	Args    []string          `json:"args,omitempty"`
+	EnvVars map[string]string `json:"envVars"`
+	User    string            `json:"user"`
+	Workdir string            `json:"workdir"`
+	Port    uint16            `json:"port,omitempty"`
+	Command string            `json:"command,omitempty"`
+}
+
+// readyPause is how long Start waits before it asks again.
+const readyPause = 50 * time.Millisecond
+
+// Start implements sandbox.Agents.
+func (c *Client) Start(ctx context.Context, a sandbox.AgentAddr, s sandbox.AgentStart) error {
+	body, err := json.Marshal(startBody{Args: s.Args, EnvVars: s.EnvVars, User: s.User, Workdir: s.Workdir})
+	if err != nil {
+		return fmt.Errorf("encode the start command: %w", err)
+	}
+	if _, err := c.call(ctx, a, http.MethodPost, "/cordon/start", body); err != nil {
+		return fmt.Errorf("start command: %w", err)
+	}
+	body, err = json.Marshal(startBody{EnvVars: s.EnvVars, User: s.User, Workdir: s.Workdir, Port: s.Ready.Port, Command: s.Ready.Command})
+	if err != nil {
+		return fmt.Errorf("encode the ready command: %w", err)
+	}
+	for {
+		_, err := c.call(ctx, a, http.MethodPost, "/cordon/ready", body)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the start command: %w (last answer: %w)", ctx.Err(), err)
+		case <-time.After(readyPause):
+		}
+	}
 }
 
 // Metrics reads resource use as the sandbox sees it.

@@ -1,0 +1,145 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	pb "github.com/cordonhq/cordon/api/gen/agent/process"
+)
+
+// startTag marks the template's start command among the processes.
+const startTag = "start"
+
+// readyLimit bounds one question whether a start command is ready.
+const readyLimit = 4 * time.Second
+
+// startRequest is the host's: a template's start command, before the sandbox
+// belongs to anybody.
+type startRequest struct {
+	Args    []string          `json:"args"`
+	EnvVars map[string]string `json:"envVars"`
+	User    string            `json:"user"`
+	Workdir string            `json:"workdir"`
+}
+
+// postStart runs a template's start command. It outlives the request, and the
+// sandbox's later claims.
+func (a *Agent) postStart(w http.ResponseWriter, r *http.Request) {
+	var req startRequest
+	if err := readJSON(w, r, &req); err != nil {
+		writeError(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	if len(req.Args) == 0 {
+		writeError(w, http.StatusBadRequest, "args: name a command")
+		return
+	}
+	if err := a.runStart(&req); err != nil {
+		writeError(w, http.StatusUnprocessableEntity, err.Error())
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (a *Agent) runStart(req *startRequest) error {
+	p, err := a.asTemplate(req)
+	if err != nil {
+		return err
+	}
+	a.log.Info("start command runs", "pid", p.pid)
+	return nil
+}
+
+// asTemplate starts a command as it would start for an owner who asked for
+// nothing.
+func (a *Agent) asTemplate(req *startRequest) (*process, error) {
+	c := &claim{DefaultUser: req.User, DefaultWorkdir: req.Workdir, EnvVars: req.EnvVars}
+	if err := c.complete(); err != nil {
+		return nil, err
+	}
+	u, err := a.userOrDefault(c, "")
+	if err != nil {
+		return nil, err
+	}
+	tag := startTag
+	cmd := command{
+		config: &pb.ProcessConfig{Cmd: req.Args[0], Args: req.Args[1:]}, tag: &tag,
+		user: u, env: a.environment(c, u, nil),
+	}
+	if cmd.dir, err = directory(c, u, cmd.config); err != nil {
+		return nil, err
+	}
+	if cmd.path, err = findProgram(req.Args[0], cmd.dir, cmd.env); err != nil {
+		return nil, err
+	}
+	p, sub, err := a.procs.start(cmd)
+	if err != nil {
+		return nil, err
+	}
+	p.unsubscribe(sub)
+	return p, nil
+}
+
+// readyRequest asks whether a start command is ready: Command runs as it would.
+type readyRequest struct {
+	startRequest
+	Port    uint16 `json:"port"`
+	Command string `json:"command"`
+}
+
+// postReady answers 204 when the start command is ready and 425 with the reason
+// while it is not.
+func (a *Agent) postReady(w http.ResponseWriter, r *http.Request) {
+	var req readyRequest
+	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxJSON))
+	if err == nil {
+		err = json.Unmarshal(raw, &req)
+	}
+	if err != nil {
+		writeError(w, http.StatusBadRequest, "the request body is not the expected JSON: "+err.Error())
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), readyLimit)
+	defer cancel()
+	if err := a.ready(ctx, &req); err != nil {
+		writeError(w, http.StatusTooEarly, err.Error())
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (a *Agent) ready(ctx context.Context, req *readyRequest) error {
+	if req.Port != 0 {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort("localhost", strconv.Itoa(int(req.Port))))
+		if err != nil {
+			return err
+		}
+		conn.Close()
+	}
+	if req.Command == "" {
+		return nil
+	}
+	check := req.startRequest
+	check.Args = []string{"/bin/sh", "-c", req.Command}
+	p, err := a.asTemplate(&check)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		p.kill()
+		return errors.New("the ready command does not end")
+	}
+	if code := p.end.GetExitCode(); code != 0 {
+		return fmt.Errorf("the ready command ended with %d", code)
+	}
+	return nil
+}
