@@ -244,13 +244,25 @@ func (r *Runtime) run(ctx context.Context, req request) error {
 	})
 }
 
-// Pause implements sandbox.Runtime.
+// Pause implements sandbox.Runtime. A worker does it: stopping the processes and
+// noting that they are stopped are two steps, and a worker takes both also when
+// the server is killed between them. A sentry that is resumed more often than it
+// was paused ends.
 func (r *Runtime) Pause(ctx context.Context, id sandbox.ID) error {
 	return r.within(ctx, id, "pause", func(c *container.Container, _ *config.Config) error {
 		if c.Status != container.Running {
 			return r.conflict(c, "paused")
 		}
-		return c.Pause()
+		how, err := r.created(id)
+		if err != nil {
+			return err
+		}
+		w, err := r.workers.take(id)
+		if err != nil {
+			return err
+		}
+		defer w.end()
+		return w.do(context.WithoutCancel(ctx), request{Step: stepFreeze, Flags: how.Flags, ID: string(id)})
 	})
 }
 

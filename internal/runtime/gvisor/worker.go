@@ -35,7 +35,7 @@ type worker struct {
 
 // request is one step of a worker's.
 type request struct {
-	Step   string   // stepCreate, stepStart or stepRestore
+	Step   string   // one of the following
 	Flags  []string // runsc's
 	Bundle string
 	ID     string
@@ -46,6 +46,7 @@ const (
 	stepCreate  = "create"
 	stepStart   = "start"
 	stepRestore = "restore"
+	stepFreeze  = "freeze"
 )
 
 // result is the answer to a request.
@@ -235,7 +236,9 @@ func (q *request) run() error {
 	case stepStart:
 		return c.Start(conf)
 	case stepRestore:
-		return c.Restore(conf, q.Image, false, false, nil)
+		return c.Restore(conf, q.Image, directRestore, backgroundRestore, nil)
+	case stepFreeze:
+		return c.Pause()
 	default:
 		return fmt.Errorf("no step is called %q", q.Step)
 	}
