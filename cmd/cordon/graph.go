@@ -348,7 +348,7 @@ func (s *server) httpsPort() uint16 {
 
 func (s *server) api() http.Handler {
 	return api.New(api.Config{
-		Sandboxes: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator,
+		Sandboxes: s.manager, Snapshots: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator,
 		Templates: s.templates,
 		Forward: func(w http.ResponseWriter, r *http.Request, id string, port uint16) error {
 			return s.ingress.Forward(w, r, id, port)

@@ -21,14 +21,24 @@ type Runtime interface {
 	Create(ctx context.Context, s RuntimeSpec) error
 	// Start runs a created sandbox's agent.
 	Start(ctx context.Context, id ID) error
-	// Pause and Resume stop and continue all processes in place, in memory.
+	// Pause and Resume stop and continue all processes in place, in memory. A
+	// sandbox is paused or not also when the caller was killed meanwhile. Either
+	// call on one that is so already is errs.Conflict.
 	Pause(ctx context.Context, id ID) error
 	Resume(ctx context.Context, id ID) error
-	// Checkpoint writes memory, processes and the writable layer to dir. When
-	// leaveRunning is false the sandbox is stopped afterwards and only Destroy may follow.
+	// Checkpoint writes memory, processes and the writable layer to dir, without
+	// waiting for the disk. When leaveRunning is true the sandbox is afterwards as
+	// it was, running or paused, also when the call failed. When it is false the
+	// sandbox is stopped and only Destroy may follow.
 	Checkpoint(ctx context.Context, id ID, dir string, leaveRunning bool) error
-	// Restore is Create and Start from a checkpoint's dir.
+	// Restore is Create and Start from a checkpoint's dir. The agent in it goes on
+	// with the command line it had. A sandbox that was paused when it was
+	// checkpointed runs. When Restore returns, pages may still be read, from
+	// files that may be removed by then.
 	Restore(ctx context.Context, s RuntimeSpec, dir string) error
+	// Restorable says why a checkpoint cannot be restored on this machine by this
+	// runtime, without trying.
+	Restorable(dir string) error
 	// ExportUpper writes the files changed over the image as a tar stream.
 	ExportUpper(ctx context.Context, id ID, w io.Writer) error
 	// Wait blocks until the sandbox has exited and returns nil, or ErrOutOfMemory if
@@ -187,6 +197,12 @@ type Store interface {
 	PutSandbox(ctx context.Context, r Record) (revision uint64, err error)
 	// DeleteSandbox removes a record; removing an absent one is not an error.
 	DeleteSandbox(ctx context.Context, id ID) error
+	// Snapshots returns every snapshot's record, oldest first.
+	Snapshots(ctx context.Context) ([]Snapshot, error)
+	// PutSnapshot writes a snapshot's record, replacing one of the same ID.
+	PutSnapshot(ctx context.Context, s Snapshot) error
+	// DeleteSnapshot removes a record; removing an absent one is not an error.
+	DeleteSnapshot(ctx context.Context, id string) error
 	// AppendEvent adds a lifecycle event to the durable, bounded stream.
 	AppendEvent(ctx context.Context, e Event) error
 	// Events returns the kept lifecycle events, oldest first.
@@ -200,6 +216,9 @@ type Agents interface {
 	// Init hands the agent its sandbox's identity. It may be called again, also
 	// after a restore: it then replaces what it set before.
 	Init(ctx context.Context, a AgentAddr, in AgentInit) error
+	// Start runs an image's start command in a sandbox nobody owns yet, and
+	// returns when it is ready, or the context's error with what is amiss.
+	Start(ctx context.Context, a AgentAddr, s AgentStart) error
 	// DialPort opens a connection to a TCP port on the sandbox's own loopback,
 	// where services bound to 127.0.0.1 or ::1 listen.
 	DialPort(ctx context.Context, a AgentAddr, port uint16) (net.Conn, error)
@@ -239,6 +258,17 @@ type AgentInit struct {
 	DefaultUser    string
 	DefaultWorkdir string
 	Time           time.Time // the host's clock
+	// ControlToken is what the agent answers to from then on.
+	ControlToken string
+}
+
+// AgentStart is an image's start command, and what it starts with.
+type AgentStart struct {
+	Args    []string
+	EnvVars map[string]string
+	User    string
+	Workdir string
+	Ready   Ready
 }
 
 // Metrics is one sample of a sandbox's resources, as seen inside.

@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -35,32 +33,34 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 		return Record{}, err
 	}
 	defer m.unreserve()
-	img, err := m.cfg.Images.Resolve(ctx, cmp.Or(req.Template, m.cfg.DefaultTemplate))
+	if err := m.room(0); err != nil {
+		return Record{}, err
+	}
+	o, err := m.from(ctx, req.Owner, req.Template)
 	if err != nil {
 		return Record{}, err
 	}
+	defer m.finish(o)
 	var undo Cleanup
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, undo.Run(context.WithoutCancel(ctx)))
 		}
 	}()
-	up, err := m.acquire(ctx, img)
+	up, err := m.acquire(ctx, o, compiled)
 	if err != nil {
 		return Record{}, err
 	}
 	undo.Add("sandbox", func(ctx context.Context) error { return m.discard(ctx, up) })
-	rec = newRecord(req, img, up)
+	rec = newRecord(req, o, up)
 	rec.Expires = began.Add(timeout).UTC()
 	rec.Runtime = m.cfg.Runtime.Name()
-	if err := m.claim(ctx, &rec, img, compiled); err != nil {
+	if err := m.claim(ctx, &rec, up, claimed{o.img, compiled}); err != nil {
 		return Record{}, err
 	}
-	if rec.Revision, err = m.cfg.Store.PutSandbox(ctx, rec); err != nil {
-		return Record{}, fmt.Errorf("store record: %w", err)
+	if err := m.open(ctx, &rec, compiled); err != nil {
+		return Record{}, err
 	}
-	m.admit(rec, compiled)
-	m.spawn(func(ctx context.Context) { m.watch(ctx, rec.ID) })
 	m.event(ctx, &rec, Event{Name: "create"})
 	m.cfg.Log.Info("sandbox started", "sandbox", rec.ID, "template", rec.Template, "spare", up.spare, "took", time.Since(began))
 	return rec, nil
@@ -79,19 +79,33 @@ func (m *Manager) timeout(d time.Duration) (time.Duration, error) {
 	return d, nil
 }
 
+// open stores the record of a claimed sandbox and shows it to everyone.
+func (m *Manager) open(ctx context.Context, rec *Record, p *policy.Compiled) (err error) {
+	if rec.Revision, err = m.cfg.Store.PutSandbox(ctx, *rec); err != nil {
+		return fmt.Errorf("store record: %w", err)
+	}
+	m.admit(*rec, p)
+	id := rec.ID
+	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
+	return nil
+}
+
 // newRecord is the record of a sandbox about to be claimed.
-func newRecord(req CreateRequest, img Image, up *started) Record {
+func newRecord(req CreateRequest, o *origin, up *started) Record {
 	now := time.Now().UTC()
 	rec := Record{
 		ID: up.id, Owner: req.Owner,
-		TemplateID: img.TemplateID, Template: img.Name, ImageRef: img.Digest,
+		TemplateID: o.img.TemplateID, Template: o.img.Name, ImageRef: o.img.Digest,
 		State: Running, Created: now, Started: now,
 		Metadata: maps.Clone(req.Metadata), EnvVars: maps.Clone(req.EnvVars),
 		OnTimeout: cmp.Or(req.OnTimeout, KillOnTimeout), AutoResume: req.AutoResume,
 		Resources: up.resources,
 		Egress:    req.Egress, Generation: 1,
 		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost,
-		ControlToken: up.controlToken, Lease: up.lease,
+		ControlToken: newToken(), Lease: up.lease,
+	}
+	if s := o.snapshot; s != nil {
+		rec.TemplateID, rec.Template, rec.Image = s.ID, s.label(), s.Image
 	}
 	if req.Secure {
 		rec.AccessToken = newToken()
@@ -102,26 +116,32 @@ func newRecord(req CreateRequest, img Image, up *started) Record {
 	return rec
 }
 
-// claim makes a started, nameless sandbox the record's: first its policy, then
-// its identity, so that nothing it is told to run finds an open network.
-func (m *Manager) claim(ctx context.Context, rec *Record, img Image, p *policy.Compiled) error {
-	if err := m.cfg.Network.Apply(ctx, rec.Lease, p); err != nil {
-		return fmt.Errorf("apply policy: %w", err)
-	}
-	return m.initAgent(ctx, rec, img)
+// claimed is what a sandbox is claimed with besides its record.
+type claimed struct {
+	img    Image
+	policy *policy.Compiled
 }
 
-func (m *Manager) initAgent(ctx context.Context, rec *Record, img Image) error {
-	vars := maps.Clone(img.Env)
-	if vars == nil {
-		vars = map[string]string{}
+// claim makes a started, nameless sandbox the record's: first its policy, then
+// its identity, so that nothing it is told to run finds an open network.
+func (m *Manager) claim(ctx context.Context, rec *Record, up *started, c claimed) error {
+	if !up.policed {
+		if err := m.cfg.Network.Apply(ctx, rec.Lease, c.policy); err != nil {
+			return fmt.Errorf("apply policy: %w", err)
+		}
 	}
-	maps.Copy(vars, m.cfg.CommandEnv)
+	return m.initAgent(ctx, rec, up.lease.agent(up.controlToken), c.img)
+}
+
+// initAgent tells an agent, which answers to at's token, whose it is from now on.
+func (m *Manager) initAgent(ctx context.Context, rec *Record, at AgentAddr, img Image) error {
+	vars := m.commandEnv(img)
 	maps.Copy(vars, rec.EnvVars)
-	err := m.cfg.Agents.Init(ctx, rec.Agent(), AgentInit{
+	err := m.cfg.Agents.Init(ctx, at, AgentInit{
 		SandboxID: rec.ID, TemplateID: rec.TemplateID, Hostname: string(rec.ID),
 		EnvVars: vars, AccessToken: rec.AccessToken,
 		DefaultUser: img.User, DefaultWorkdir: img.Workdir, Time: time.Now(),
+		ControlToken: rec.ControlToken,
 	})
 	if err != nil {
 		return fmt.Errorf("initialise agent: %w", err)
@@ -129,87 +149,24 @@ func (m *Manager) initAgent(ctx context.Context, rec *Record, img Image) error {
 	return nil
 }
 
-// started is a running sandbox that belongs to nobody yet: no identity, no
-// network beyond the host's own connections to its agent.
-type started struct {
-	id           ID
-	lease        Lease
-	controlToken string
-	imageRef     string
-	resources    Resources
-	spare        bool // it was waiting
+// commandEnv is the environment of commands before the owner's part.
+func (m *Manager) commandEnv(img Image) map[string]string {
+	vars := map[string]string{}
+	maps.Copy(vars, img.Env)
+	maps.Copy(vars, m.cfg.CommandEnv)
+	return vars
 }
 
-// acquire takes a spare of the image, or starts a sandbox to order.
-func (m *Manager) acquire(ctx context.Context, img Image) (*started, error) {
-	if up := m.spares.take(img); up != nil {
-		return up, nil
-	}
-	return m.start(ctx, img)
-}
-
-// start boots a sandbox up to the point where its agent answers.
-func (m *Manager) start(ctx context.Context, img Image) (_ *started, err error) {
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.StartTimeout)
-	defer cancel()
-	select {
-	case m.starts <- struct{}{}:
-		defer func() { <-m.starts }()
-	case <-ctx.Done():
-		return nil, errs.Wrap(errs.Unavailable, ctx.Err(), "the server is busy starting other sandboxes: try again")
-	}
-	var undo Cleanup
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, undo.Run(context.WithoutCancel(ctx)))
+// acquire takes a spare of the image, or starts a sandbox to order. One from a
+// snapshot is under its policy from its first instruction on: its processes go
+// on where they were.
+func (m *Manager) acquire(ctx context.Context, o *origin, p *policy.Compiled) (*started, error) {
+	if o.dir == "" {
+		if up := m.spares.take(o.img); up != nil {
+			return up, nil
 		}
-	}()
-	up := &started{id: NewID(), controlToken: newToken(), imageRef: img.Digest, resources: m.resources(img)}
-	if up.lease, err = m.cfg.Network.Acquire(ctx, up.id); err != nil {
-		return nil, fmt.Errorf("acquire network slot: %w", err)
 	}
-	undo.Add("network slot", func(ctx context.Context) error { return m.cfg.Network.Release(ctx, up.lease) })
-	undo.Add("runtime", func(ctx context.Context) error { return m.cfg.Runtime.Destroy(ctx, up.id) })
-	if err := m.cfg.Runtime.Create(ctx, m.runtimeSpec(up, img)); err != nil {
-		return nil, fmt.Errorf("create: %w", err)
-	}
-	if err := m.cfg.Runtime.Start(ctx, up.id); err != nil {
-		return nil, fmt.Errorf("start: %w", err)
-	}
-	if err := m.cfg.Agents.WaitReady(ctx, up.lease.agent(up.controlToken)); err != nil {
-		return nil, fmt.Errorf("wait for agent: %w", err)
-	}
-	return up, nil
-}
-
-// discard frees a sandbox that was never handed out, or whose hand-out failed.
-func (m *Manager) discard(ctx context.Context, up *started) error {
-	return errors.Join(
-		m.cfg.Network.Release(ctx, up.lease),
-		m.cfg.Runtime.Destroy(ctx, up.id),
-	)
-}
-
-func (m *Manager) runtimeSpec(up *started, img Image) RuntimeSpec {
-	hash := sha256.Sum256([]byte(up.controlToken))
-	return RuntimeSpec{
-		ID: up.id, Rootfs: img.Rootfs, NetNS: up.lease.NetNS, Hostname: string(up.id),
-		Resources: up.resources,
-		Args:      append(append([]string{}, m.cfg.AgentArgs...), "--control-hash", hex.EncodeToString(hash[:])),
-		Env:       m.cfg.Env,
-		Binds:     append(append([]Bind{}, img.Binds...), m.cfg.Binds...),
-	}
-}
-
-// resources are the image's limits, with the server's where it names none.
-func (m *Manager) resources(img Image) Resources {
-	r, d := img.Resources, m.cfg.Defaults
-	return Resources{
-		CPUs:      cmp.Or(r.CPUs, d.CPUs),
-		MemoryMB:  cmp.Or(r.MemoryMB, d.MemoryMB),
-		DiskMB:    cmp.Or(r.DiskMB, d.DiskMB),
-		Processes: cmp.Or(r.Processes, d.Processes),
-	}
+	return m.startFrom(ctx, NewID(), o, p)
 }
 
 // newToken returns 128 random bits or more in lower-case letters and digits.

@@ -30,6 +30,8 @@ type world struct {
 	running map[ID]chan struct{}
 	slots   map[ID]*policy.Compiled // nil: no policy yet
 	stored  map[ID]Record
+	paused  map[ID]bool
+	snaps   map[string]Snapshot
 	revs    uint64
 	events  []Event
 	agents  map[netip.Addr]AgentInit
@@ -40,7 +42,7 @@ type world struct {
 func newWorld() *world {
 	return &world{
 		fail: map[string]bool{}, running: map[ID]chan struct{}{}, slots: map[ID]*policy.Compiled{},
-		stored: map[ID]Record{}, agents: map[netip.Addr]AgentInit{}, nextIP: 1, kills: make(chan Kill),
+		stored: map[ID]Record{}, paused: map[ID]bool{}, snaps: map[string]Snapshot{}, agents: map[netip.Addr]AgentInit{}, nextIP: 1, kills: make(chan Kill),
 	}
 }
 
@@ -101,8 +103,23 @@ func (r fakeRuntime) Start(_ context.Context, id ID) error {
 	return nil
 }
 
-func (fakeRuntime) Pause(context.Context, ID) error  { return nil }
-func (fakeRuntime) Resume(context.Context, ID) error { return nil }
+func (r fakeRuntime) Pause(_ context.Context, id ID) error  { return r.freeze(id, true) }
+func (r fakeRuntime) Resume(_ context.Context, id ID) error { return r.freeze(id, false) }
+
+func (r fakeRuntime) freeze(id ID, stop bool) error {
+	if err := r.step(map[bool]string{true: "freeze", false: "thaw"}[stop]); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.paused[id] == stop {
+		return errs.New(errs.Conflict, "sandbox %s is so already", id)
+	}
+	r.paused[id] = stop
+	return nil
+}
+
+func (fakeRuntime) Restorable(string) error { return nil }
 
 func (r fakeRuntime) Checkpoint(_ context.Context, id ID, dir string, _ bool) error {
 	if err := r.step("checkpoint"); err != nil {
@@ -115,7 +132,7 @@ func (r fakeRuntime) Restore(ctx context.Context, s RuntimeSpec, dir string) err
 	if err := r.step("restore"); err != nil {
 		return err
 	}
-	if b, err := os.ReadFile(filepath.Join(dir, "memory")); err != nil || string(b) != string(s.ID) {
+	if b, err := os.ReadFile(filepath.Join(dir, "memory")); err != nil || !ID(b).Valid() {
 		return fmt.Errorf("wrong snapshot: %q, %w", b, err)
 	}
 	return r.Start(ctx, s.ID)
@@ -147,6 +164,7 @@ func (r fakeRuntime) Destroy(_ context.Context, id ID) error {
 		close(done)
 		delete(r.running, id)
 	}
+	delete(r.paused, id)
 	r.steps = append(r.steps, "destroy")
 	return nil
 }
@@ -253,6 +271,29 @@ func (s fakeStore) DeleteSandbox(_ context.Context, id ID) error {
 	return nil
 }
 
+func (s fakeStore) Snapshots(context.Context) ([]Snapshot, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.snaps)), nil
+}
+
+func (s fakeStore) PutSnapshot(_ context.Context, snap Snapshot) error {
+	if err := s.step("put snapshot"); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.snaps[snap.ID] = snap
+	return nil
+}
+
+func (s fakeStore) DeleteSnapshot(_ context.Context, id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.snaps, id)
+	return nil
+}
+
 func (s fakeStore) AppendEvent(_ context.Context, e Event) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -278,6 +319,10 @@ func (a fakeAgents) Init(_ context.Context, addr AgentAddr, in AgentInit) error 
 	defer a.mu.Unlock()
 	a.agents[addr.Addr.Addr()] = in
 	return nil
+}
+
+func (a fakeAgents) Start(context.Context, AgentAddr, AgentStart) error {
+	return a.step("start command")
 }
 
 func (fakeAgents) DialPort(context.Context, AgentAddr, uint16) (net.Conn, error) {

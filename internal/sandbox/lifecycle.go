@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
@@ -28,9 +27,15 @@ func (m *Manager) remove(ctx context.Context, id ID, why Event) error {
 		return err
 	}
 	defer e.op.Unlock()
+	return m.removeHeld(ctx, e, why)
+}
+
+// removeHeld is remove for a caller that holds the sandbox.
+func (m *Manager) removeHeld(ctx context.Context, e *entry, why Event) (err error) {
 	// A client that goes away must not leave half a sandbox.
 	ctx = context.WithoutCancel(ctx)
 	v := e.view.Load()
+	id := v.rec.ID
 	unwritten := m.deleteRecord(ctx, id)
 	if unwritten == nil {
 		m.forget(id)
@@ -63,10 +68,8 @@ func (m *Manager) deleteRecord(ctx context.Context, id ID) error {
 // free gives back everything a sandbox holds outside the store.
 func (m *Manager) free(ctx context.Context, v *view) error {
 	err := m.stop(ctx, v)
-	if rmErr := os.RemoveAll(m.snapshotDir(v.rec.ID)); rmErr != nil {
-		err = errors.Join(err, fmt.Errorf("remove snapshot: %w", rmErr))
-	}
-	return err
+	m.history.forget(v.rec.ID)
+	return errors.Join(err, m.vault.drop(v.rec.Checkpoint))
 }
 
 // stop withdraws the network and destroys the processes; what one step cannot

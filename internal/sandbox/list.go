@@ -28,7 +28,7 @@ func (m *Manager) Get(_ context.Context, owner string, id ID) (Record, error) {
 // last. The cursor names the last sandbox seen, so pages stay right while
 // sandboxes come and go.
 func (m *Manager) List(_ context.Context, req ListRequest) (page []Record, next string, err error) {
-	after, err := parseCursor(req.Cursor)
+	after, err := parseCursor(req.Cursor, func(id string) bool { return ID(id).Valid() })
 	if err != nil {
 		return nil, "", err
 	}
@@ -70,15 +70,15 @@ func (req *ListRequest) matches(rec *Record) bool {
 	return req.StartedAfter.IsZero() || rec.Started.After(req.StartedAfter)
 }
 
-// place is where a sandbox stands in the order of a list.
+// place is where a sandbox or a snapshot stands in the order of a list.
 type place struct {
 	started time.Time
-	id      ID
+	id      string
 }
 
-func position(rec Record) place { return place{rec.Started, rec.ID} }
+func position(rec Record) place { return place{rec.Started, string(rec.ID)} }
 
-func (p place) record() Record { return Record{Started: p.started, ID: p.id} }
+func (p place) record() Record { return Record{Started: p.started, ID: ID(p.id)} }
 
 func (p place) compare(q place) int {
 	return cmp.Or(p.started.Compare(q.started), cmp.Compare(p.id, q.id))
@@ -88,33 +88,35 @@ func (p place) cursor() string {
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%s %s", p.started.Format(time.RFC3339Nano), p.id))
 }
 
-func parseCursor(s string) (*place, error) {
+func parseCursor(s string, valid func(id string) bool) (*place, error) {
 	if s == "" {
 		return nil, nil
 	}
 	b, err := base64.RawURLEncoding.DecodeString(s)
 	started, id, ok := strings.Cut(string(b), " ")
 	t, timeErr := time.Parse(time.RFC3339Nano, started)
-	if err != nil || !ok || timeErr != nil || !ID(id).Valid() {
+	if err != nil || !ok || timeErr != nil || !valid(id) {
 		return nil, errs.New(errs.Invalid, "nextToken %q is not one this server gave: start again without it", s)
 	}
-	return &place{t, ID(id)}, nil
+	return &place{t, id}, nil
 }
 
-// Metrics returns the sandbox's resource use as its agent sees it now.
+// Metrics returns a sandbox's resource use over the last hour, oldest first, and
+// where it runs, as its agent sees it now.
 func (m *Manager) Metrics(ctx context.Context, owner string, id ID) ([]Metrics, error) {
 	v, err := m.owned(owner, id)
 	if err != nil {
 		return nil, err
 	}
+	past := m.history.of(id)
 	if v.rec.State != Running {
-		return nil, nil
+		return past, nil
 	}
 	sample, err := m.cfg.Agents.Metrics(ctx, v.rec.Agent())
 	if err != nil {
 		return nil, errs.Wrap(errs.Unavailable, err, "Sandbox %q does not answer: try again", string(id))
 	}
-	return []Metrics{sample}, nil
+	return append(past, sample), nil
 }
 
 // Events returns a page of lifecycle events and how many match in all.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -39,8 +38,16 @@ type Config struct {
 	Binds []Bind
 	// DefaultTemplate is what a request without a template gets; "" means "base".
 	DefaultTemplate string
-	// SnapshotDir keeps the memory of paused sandboxes.
+	// SnapshotDir keeps the memory of paused sandboxes, snapshots and images that
+	// have a start command. Its file system is the one that is kept from being
+	// full: put writable layers and records on the same or look after theirs.
 	SnapshotDir string
+	// MaxPaused and MaxSnapshots limit what is kept there; 0 means 1,000 each.
+	MaxPaused    int
+	MaxSnapshots int
+	// MinFree is how many bytes of that file system stay free; 0 means 2 GiB or
+	// a twentieth of it, whichever is less, and less than 0 none.
+	MinFree int64
 	// Defaults are the limits of a sandbox whose image names none.
 	Defaults Resources
 	// Spares says how many running spares to keep for each template.
@@ -49,7 +56,7 @@ type Config struct {
 	MaxSandboxes int
 	// MaxTimeout is the longest time a sandbox may ask for; 0 means 24 h.
 	MaxTimeout time.Duration
-	// ParallelStarts bounds cold starts at one time; 0 means 4 per CPU.
+	// ParallelStarts bounds starts and restores at one time; 0 means 4 per CPU.
 	ParallelStarts int
 	// StartTimeout is how long a sandbox may take until its agent answers; 0 means 30 s.
 	StartTimeout time.Duration
@@ -66,6 +73,8 @@ type Config struct {
 func (c *Config) setDefaults() {
 	c.DefaultTemplate = cmp.Or(c.DefaultTemplate, "base")
 	c.MaxSandboxes = cmp.Or(c.MaxSandboxes, 1000)
+	c.MaxPaused = cmp.Or(c.MaxPaused, 1000)
+	c.MaxSnapshots = cmp.Or(c.MaxSnapshots, 1000)
 	c.MaxTimeout = cmp.Or(c.MaxTimeout, 24*time.Hour)
 	c.ParallelStarts = cmp.Or(c.ParallelStarts, 4*runtime.NumCPU())
 	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
@@ -81,15 +90,19 @@ func (c *Config) setDefaults() {
 // Manager owns every sandbox's life. Its methods are safe for concurrent use;
 // Run must be running for sandboxes to expire and for crashes to be noticed.
 type Manager struct {
-	cfg    Config
-	starts chan struct{} // semaphore of cold starts
-	tasks  chan func(context.Context)
-	ended  chan struct{} // closed when Run has returned
-	spares *spares
+	cfg     Config
+	starts  chan struct{} // semaphore of starts and restores
+	tasks   chan func(context.Context)
+	ended   chan struct{} // closed when Run has returned
+	spares  *spares
+	vault   *vault
+	warm    *warm
+	history *history
 
-	mu       sync.Mutex // guards live and reserved
-	live     map[ID]*entry
-	reserved int // creations under way, counted against MaxSandboxes
+	mu        sync.Mutex // guards live, snapshots and reserved
+	live      map[ID]*entry
+	snapshots map[string]Snapshot // by ID
+	reserved  int                 // creations under way, counted against MaxSandboxes
 
 	domainMu sync.RWMutex     // guards domains
 	domains  map[string]bound // custom domains of live, by name
@@ -118,19 +131,22 @@ func New(cfg Config) *Manager {
 		starts: make(chan struct{}, cfg.ParallelStarts),
 		tasks:  make(chan func(context.Context)),
 		ended:  make(chan struct{}),
-		live:   map[ID]*entry{}, domains: map[string]bound{},
+		live:   map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
+		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
 	}
-	m.spares = newSpares(cfg.Spares)
+	m.warm = newWarm(m.vault)
 	return m
 }
 
-// Run expires sandboxes, notices crashes and keeps the spares filled until ctx
-// ends. The sandboxes themselves go on; spares are destroyed.
+// Run expires sandboxes, notices crashes, keeps the spares filled, samples what
+// sandboxes use and watches over the disk until ctx ends. The sandboxes themselves go on; spares are destroyed.
 func (m *Manager) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
 	defer close(m.ended)
 	owned.Go(func() { m.fillSpares(ctx) })
+	owned.Go(func() { every(ctx, sampleEvery, m.sample) })
+	owned.Go(func() { every(ctx, guardTick, m.guardDisk) })
 	for _, e := range m.entries() {
 		if v := e.view.Load(); v.rec.State == Running {
 			owned.Go(func() { m.watch(ctx, v.rec.ID) })
@@ -342,5 +358,3 @@ func (m *Manager) event(ctx context.Context, rec *Record, ev Event) {
 		m.cfg.Log.Warn("lifecycle event not kept", "sandbox", rec.ID, "err", err)
 	}
 }
-
-func (m *Manager) snapshotDir(id ID) string { return filepath.Join(m.cfg.SnapshotDir, string(id)) }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -15,6 +16,9 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	records, err := m.cfg.Store.Sandboxes(ctx)
 	if err != nil {
 		return fmt.Errorf("read records: %w", err)
+	}
+	if err := m.loadSnapshots(ctx, records); err != nil {
+		return err
 	}
 	running, err := m.runningIDs(ctx)
 	if err != nil {
@@ -41,6 +45,7 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	if err := m.cfg.Network.Reconcile(ctx, kept); err != nil {
 		return fmt.Errorf("reconcile network: %w", err)
 	}
+	m.thaw(ctx, kept)
 	// What is left is nobody's: spares, half-made sandboxes, half-killed ones.
 	var failed []error
 	for id := range running {
@@ -51,6 +56,20 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	}
 	m.cfg.Log.Info("sandboxes adopted", "running", len(kept), "recorded", len(records))
 	return errors.Join(failed...)
+}
+
+// thaw lets sandboxes go on that an earlier server had stopped for a checkpoint
+// it did not finish.
+func (m *Manager) thaw(ctx context.Context, kept map[ID]Held) {
+	for id := range kept {
+		switch err := m.cfg.Runtime.Resume(ctx, id); {
+		case errs.Is(err, errs.Conflict): // it runs
+		case err != nil:
+			m.cfg.Log.Error("adopted sandbox may be stopped", "sandbox", id, "err", err)
+		default:
+			m.cfg.Log.Info("sandbox goes on after a pause that was broken off", "sandbox", id)
+		}
+	}
 }
 
 func (m *Manager) runningIDs(ctx context.Context) (map[ID]bool, error) {

@@ -67,15 +67,6 @@ type Quota struct {
 	MemoryMB  int64
 }
 
-// Snapshot is a stored sandbox that others can be started from.
-type Snapshot struct {
-	ID      string // a template ID
-	Names   []string
-	Sandbox ID // where it was taken from
-	Owner   string
-	Created time.Time
-}
-
 // SnapshotsRequest selects snapshots, newest first.
 type SnapshotsRequest struct {
 	Owner   string

@@ -4,6 +4,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"crypto/rand"
 	"regexp"
 	"time"
@@ -70,10 +71,12 @@ type Record struct {
 	ID         ID                `json:"id"`
 	Owner      string            `json:"owner"` // ID of the key that created it
 	TemplateID string            `json:"templateID"`
-	Template   string            `json:"template"` // the name asked for
-	ImageRef   string            `json:"imageRef"` // Image.Digest it runs from
-	Runtime    string            `json:"runtime"`  // Runtime.Name it runs on
+	Template   string            `json:"template"`        // the name asked for
+	Image      string            `json:"image,omitempty"` // the template of ImageRef, where Template is a snapshot
+	ImageRef   string            `json:"imageRef"`        // Image.Digest it runs from
+	Runtime    string            `json:"runtime"`         // Runtime.Name it runs on
 	State      State             `json:"state"`
+	Checkpoint string            `json:"checkpoint,omitempty"` // of a paused one: its name in the snapshot directory
 	Metadata   map[string]string `json:"metadata,omitempty"`
 	EnvVars    map[string]string `json:"envVars,omitempty"`
 	Created    time.Time         `json:"created"`
@@ -97,6 +100,9 @@ type Record struct {
 // Agent is how the host reaches the sandbox's agent.
 func (r *Record) Agent() AgentAddr { return r.Lease.agent(r.ControlToken) }
 
+// image is the template whose image the sandbox runs from.
+func (r *Record) image() string { return cmp.Or(r.Image, r.Template) }
+
 // Public reports whether the sandbox's ports answer without a traffic token.
 func (r *Record) Public() bool { return r.AllowPublicTraffic == nil || *r.AllowPublicTraffic }
 
@@ -107,7 +113,10 @@ type Event struct {
 	Sandbox  ID        `json:"sandbox"`
 	Owner    string    `json:"owner"`
 	Template string    `json:"template"`
-	Name     string    `json:"name"` // "create", "kill", "pause", "resume", "expire", "network", "oom"
-	State    State     `json:"state"`
-	Detail   string    `json:"detail,omitempty"`
+	// Name is what happened: "create", "pause", "resume", "fork" (it was made as a
+	// copy), "reset", "snapshot", "network", "oom", and last "kill", "expire" or
+	// "exit" (it ended by itself, or could not be kept).
+	Name   string `json:"name"`
+	State  State  `json:"state"`
+	Detail string `json:"detail,omitempty"`
 }

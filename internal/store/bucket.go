@@ -323,6 +323,11 @@ func cloneRecord(r sandbox.Record) sandbox.Record {
 	return r
 }
 
+func cloneSnapshot(r sandbox.Snapshot) sandbox.Snapshot {
+	r.Names = slices.Clone(r.Names)
+	return r
+}
+
 func clonePtr[T any](p *T) *T {
 	if p == nil {
 		return nil

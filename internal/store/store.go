@@ -22,9 +22,10 @@ var _ sandbox.Store = (*Store)(nil)
 
 // Names of the buckets and of the stream. They are part of the state format.
 const (
-	sandboxBucket = "sandboxes"
-	keyBucket     = "keys"
-	eventStream   = "events"
+	sandboxBucket  = "sandboxes"
+	keyBucket      = "keys"
+	snapshotBucket = "snapshots"
+	eventStream    = "events"
 )
 
 // Config says where the records live. Zero values are replaced by the defaults
@@ -69,6 +70,7 @@ type Store struct {
 	eng       *engine
 	sandboxes *bucket[sandbox.Record]
 	keys      *bucket[auth.Key]
+	snapshots *bucket[sandbox.Snapshot]
 	events    jetstream.Stream
 
 	stop context.CancelFunc // ends the watches
@@ -102,7 +104,7 @@ func Open(ctx context.Context, cfg Config) (s *Store, err error) {
 	if s.events, err = s.eng.openEvents(ctx, cfg); err != nil {
 		return s, err
 	}
-	return s, s.eng.markReady(sandboxBucket, keyBucket, eventStream)
+	return s, s.eng.markReady(sandboxBucket, keyBucket, snapshotBucket, eventStream)
 }
 
 func (s *Store) openBuckets(ctx, life context.Context) error {
@@ -118,7 +120,16 @@ func (s *Store) openBuckets(ctx, life context.Context) error {
 	}
 	s.keys = &bucket[auth.Key]{name: keyBucket, noun: "key", kv: kv, head: h, log: s.cfg.Log,
 		id: func(k *auth.Key) string { return k.ID }, clone: func(k auth.Key) auth.Key { return k }}
+	kv, h, err = s.eng.openKV(ctx, snapshotBucket)
+	if err != nil {
+		return err
+	}
+	s.snapshots = &bucket[sandbox.Snapshot]{name: snapshotBucket, noun: "snapshot", kv: kv, head: h, log: s.cfg.Log,
+		id: func(r *sandbox.Snapshot) string { return r.ID }, clone: cloneSnapshot}
 	if err := s.sandboxes.open(ctx, life, &s.wg, s.cfg.patience); err != nil {
+		return err
+	}
+	if err := s.snapshots.open(ctx, life, &s.wg, s.cfg.patience); err != nil {
 		return err
 	}
 	return s.keys.open(ctx, life, &s.wg, s.cfg.patience)
@@ -168,6 +179,36 @@ func (s *Store) DeleteSandbox(ctx context.Context, id sandbox.ID) error {
 		return errs.New(errs.Invalid, "sandbox ID %q is not of the form i and 20 of [0-9a-z]", id)
 	}
 	return s.sandboxes.remove(ctx, string(id))
+}
+
+// Snapshots implements sandbox.Store.
+func (s *Store) Snapshots(ctx context.Context) ([]sandbox.Snapshot, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	all := s.snapshots.all()
+	out := make([]sandbox.Snapshot, 0, len(all))
+	for _, e := range all {
+		out = append(out, e.value)
+	}
+	sortBy(out, func(r sandbox.Snapshot) (time.Time, string) { return r.Created, r.ID })
+	return out, nil
+}
+
+// PutSnapshot implements sandbox.Store.
+func (s *Store) PutSnapshot(ctx context.Context, r sandbox.Snapshot) error {
+	if !validKey(r.ID) {
+		return errs.New(errs.Invalid, "snapshot ID %q may only have letters, digits, - and _", r.ID)
+	}
+	return s.snapshots.replace(ctx, r)
+}
+
+// DeleteSnapshot implements sandbox.Store.
+func (s *Store) DeleteSnapshot(ctx context.Context, id string) error {
+	if !validKey(id) {
+		return errs.New(errs.Invalid, "snapshot ID %q may only have letters, digits, - and _", id)
+	}
+	return s.snapshots.remove(ctx, id)
 }
 
 // PutKey writes a key, replacing an earlier one of the same ID.

@@ -1,0 +1,148 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Fork starts copies of a sandbox as it is now, with its processes, files, rules
+// and metadata. Each copy has its own ID, address, host name and tokens. The
+// original goes on; it is stopped only while its memory is copied. A paused one
+// can be copied too, and stays paused. The results are in no order.
+func (m *Manager) Fork(ctx context.Context, owner string, id ID, req ForkRequest) ([]Forked, error) {
+	d, err := m.timeout(req.Timeout)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.owned(owner, id); err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	src, o, err := m.photograph(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer m.finish(o)
+	out := make([]Forked, req.Count)
+	var wg sync.WaitGroup
+	for i := range out {
+		wg.Go(func() { out[i].Record, out[i].Err = m.twin(ctx, &src, o, d) })
+	}
+	wg.Wait()
+	if req.Strict {
+		if err := m.allOrNone(ctx, out); err != nil {
+			return nil, err
+		}
+	}
+	m.cfg.Log.Info("sandbox forked", "sandbox", id, "copies", len(out), "took", time.Since(began))
+	return out, nil
+}
+
+// photograph makes a checkpoint of a sandbox that lasts until it is finished
+// with. Nobody but this process ever reads it, so it need not reach the disk.
+func (m *Manager) photograph(ctx context.Context, id ID) (Record, *origin, error) {
+	e, err := m.hold(id)
+	if err != nil {
+		return Record{}, nil, err
+	}
+	defer e.op.Unlock()
+	rec := e.view.Load().rec
+	if rec.State != Running {
+		o, err := m.paused(ctx, &rec)
+		return rec, o, err
+	}
+	if err := m.room(m.footprint(ctx, id)); err != nil {
+		return Record{}, nil, err
+	}
+	img, err := m.imageOf(ctx, rec.image(), rec.ImageRef)
+	if err != nil {
+		return Record{}, nil, cannot(err, "Sandbox %q cannot be copied", string(id))
+	}
+	dir, remove, err := m.vault.lend(func(dir string) error {
+		return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir, true)
+	})
+	if err != nil {
+		return Record{}, nil, m.diskFull(err)
+	}
+	return rec, &origin{img: img, resources: rec.Resources, dir: dir, token: rec.ControlToken, close: remove}, nil
+}
+
+// twin starts one copy.
+func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Duration) (rec Record, err error) {
+	if err := m.reserve(); err != nil {
+		return Record{}, err
+	}
+	defer m.unreserve()
+	p, err := policy.Compile(src.Egress, m.cfg.Operator, 1)
+	if err != nil {
+		return Record{}, err
+	}
+	up, err := m.boot(ctx, NewID(), o, p)
+	if err != nil {
+		return Record{}, m.diskFull(err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.discard(context.WithoutCancel(ctx), up))
+		}
+	}()
+	rec = twinRecord(src, up)
+	rec.Expires = time.Now().Add(d).UTC()
+	rec.Runtime = m.cfg.Runtime.Name()
+	if err := m.claim(ctx, &rec, up, claimed{o.img, p}); err != nil {
+		return Record{}, err
+	}
+	if err := m.open(ctx, &rec, p); err != nil {
+		return Record{}, err
+	}
+	m.event(ctx, &rec, Event{Name: "fork", Detail: "of " + string(src.ID)})
+	return rec, nil
+}
+
+// twinRecord is a copy's record: what users gave is the original's, what names
+// or opens a sandbox is new.
+func twinRecord(src *Record, up *started) Record {
+	now := time.Now().UTC()
+	rec := *src
+	rec.Revision, rec.ID, rec.Lease, rec.Checkpoint = 0, up.id, up.lease, ""
+	rec.Domains = nil // a name leads to one sandbox
+	rec.State, rec.Created, rec.Started, rec.Generation = Running, now, now, 1
+	rec.Metadata, rec.EnvVars = maps.Clone(src.Metadata), maps.Clone(src.EnvVars)
+	rec.ControlToken = newToken()
+	if src.AccessToken != "" {
+		rec.AccessToken = newToken()
+	}
+	if src.TrafficToken != "" {
+		rec.TrafficToken = newToken()
+	}
+	return rec
+}
+
+// allOrNone kills the copies that run when one does not.
+func (m *Manager) allOrNone(ctx context.Context, copies []Forked) error {
+	var failed error
+	for i := range copies {
+		if failed == nil {
+			failed = copies[i].Err
+		}
+	}
+	if failed == nil {
+		return nil
+	}
+	ctx = context.WithoutCancel(ctx)
+	for i := range copies {
+		if copies[i].Err != nil {
+			continue
+		}
+		if err := m.remove(ctx, copies[i].Record.ID, Event{Name: "kill", Detail: "another copy could not be started"}); err != nil && !errs.Is(err, errs.NotFound) {
+			failed = errors.Join(failed, err)
+		}
+	}
+	return failed
+}
