@@ -17,13 +17,16 @@ import (
 // maxText bounds the small text files of an image that are read and edited.
 const maxText = 1 << 20
 
+// guestAgent is where the runtime shows the agent.
+const guestAgent = "/.cordon/cordon-agent"
+
 // sharedFiles are the same in every image: a sandbox's names and resolver, and
 // the mount point of the agent, which the runtime would else have to create in an
 // image that is never written to. The runtime shows the sandbox's own hostname in
 // /etc/hosts over this one.
 func sharedFiles() []file {
 	return []file{
-		{"/.cordon/cordon-agent", 0o755, "The agent of the sandbox is shown here.\n"},
+		{guestAgent, 0o755, "The agent of the sandbox is shown here.\n"},
 		{"/etc/resolv.conf", 0o644, "nameserver 8.8.8.8\nnameserver 1.1.1.1\n"},
 		{"/etc/hosts", 0o644, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"},
 		{"/etc/hostname", 0o644, "sandbox\n"},

@@ -106,6 +106,9 @@ func (r recipe) bootstrapArgs(ctx context.Context, dir string) ([]string, error)
 		"--dpkgopt=path-exclude=/usr/share/doc/*",
 		"--dpkgopt=path-include=/usr/share/doc/*/copyright",
 	}
+	for _, pattern := range r.Exclude {
+		args = append(args, "--dpkgopt=path-exclude="+pattern)
+	}
 	acquire, err := acquireOptions(ctx)
 	if err != nil || acquire == "" {
 		return args, err

@@ -167,6 +167,7 @@ func (l *Library) Resolve(ctx context.Context, template string) (sandbox.Image, 
 		User:       man.User,
 		Workdir:    man.Workdir,
 	}
+	img.Start, img.Ready = starts(template)
 	img.Binds, err = l.trust(img.Rootfs, man.Key)
 	return img, err
 }

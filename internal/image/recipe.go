@@ -11,6 +11,8 @@ import (
 	"runtime"
 	"slices"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
 // buildLimit bounds one build, slow mirrors included.
@@ -27,6 +29,8 @@ type recipe struct {
 	Packages []string `json:"packages"`
 	Files    []file   `json:"files"`
 	Links    []link   `json:"links"`
+	// Exclude are patterns of files of packages that are left out: dpkg(1), --path-exclude.
+	Exclude []string `json:"exclude,omitempty"`
 }
 
 // file is written into the root file system, owned by root.
@@ -51,12 +55,37 @@ var basePackages = []string{
 	"sudo", "unzip", "wget", "xz-utils", "zip",
 }
 
+// interpreterPackages are what the code interpreter's kernels run on, and what
+// programs for it expect to import.
+var interpreterPackages = []string{
+	"esbuild", "nodejs", "npm", "python3-ipykernel", "python3-matplotlib", "python3-numpy", "python3-pandas", "python3-requests",
+}
+
+// interpreterExcludes is what those depend on in form only, a quarter of the image:
+// headers for compiling against, static libraries, tables for fonts' tools.
+var interpreterExcludes = []string{"/usr/include/boost/*", "/usr/lib/*/openblas-pthread/*.a", "/usr/share/unicode/*"}
+
 // builtin returns the templates that are built from packages.
 func builtin() map[string]func() (recipe, error) {
 	return map[string]func() (recipe, error){
-		"base":                func() (recipe, error) { return debian("/") },
-		"code-interpreter-v1": func() (recipe, error) { return debian("/", "nodejs", "npm") },
+		"base": func() (recipe, error) { return debian("/") },
+		"code-interpreter-v1": func() (recipe, error) {
+			r, err := debian("/", interpreterPackages...)
+			r.Exclude = interpreterExcludes
+			return r, err
+		},
 	}
+}
+
+// starts returns what the sandboxes of a template run from the beginning, and the
+// sign that it is ready. The program is the agent's: it needs no new image when it
+// changes.
+func starts(template string) ([]string, sandbox.Ready) {
+	if template != "code-interpreter-v1" {
+		return nil, sandbox.Ready{}
+	}
+	// It listens when its Python kernel has loaded the usual modules.
+	return []string{guestAgent, "interpreter"}, sandbox.Ready{Port: 49999, Timeout: 3 * time.Minute}
 }
 
 // debian returns the recipe of the base image with further packages, of the
