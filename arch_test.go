@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"internal/image":               {"internal/sandbox"},
 	"internal/store":               {"internal/sandbox", "internal/auth"},
 	"internal/agent":               {},
+	"internal/interpreter":         {},
 	"internal/agent/agentctl":      {"internal/sandbox"},
 	"internal/ingress":             {"internal/auth", "internal/tunnel"},
 	"internal/api":                 {"internal/sandbox", "internal/policy", "internal/flowlog", "internal/auth"},

@@ -1,5 +1,7 @@
 // Cordon-agent is the first process of a sandbox: it starts commands, moves
-// files and reaps orphans on behalf of the SDKs and the host.
+// files and reaps orphans on behalf of the SDKs and the host. As "cordon-agent
+// interpreter" it is the server of the code-interpreter templates, which the first
+// starts as the sandbox's user.
 package main
 
 import (
@@ -38,6 +40,9 @@ type options struct {
 }
 
 func run(ctx context.Context, args []string, getenv func(string) string, out io.Writer) error {
+	if len(args) > 0 && args[0] == "interpreter" {
+		return runInterpreter(ctx, args[1:], getenv, out)
+	}
 	opt, err := parse(args, out)
 	if err != nil {
 		return err

@@ -1,0 +1,45 @@
+package interpreter
+
+import "unicode/utf8"
+
+// findMark returns where a whole mark begins, or -1.
+func findMark(b []byte) int {
+	for i := 0; i+markSize+2 <= len(b); i++ {
+		if b[i] == 0 && markLength(b[i:]) == markSize+2 {
+			return i
+		}
+	}
+	return -1
+}
+
+// markLength is how much of a mark b begins with: all of it, or what there is, or 0.
+func markLength(b []byte) int {
+	for i := range min(len(b), markSize+2) {
+		c := b[i]
+		ends := i == 0 || i == markSize+1
+		hex := '0' <= c && c <= '9' || 'a' <= c && c <= 'f'
+		if ends && c != 0 || !ends && !hex {
+			return 0
+		}
+	}
+	return min(len(b), markSize+2)
+}
+
+// unfinished is how many bytes at the end of b may go on: a mark's beginning, or a
+// character's.
+func unfinished(b []byte) int {
+	for i := max(0, len(b)-markSize-1); i < len(b); i++ {
+		if b[i] == 0 && markLength(b[i:]) == len(b)-i {
+			return len(b) - i
+		}
+	}
+	for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
+		if tail := b[len(b)-n:]; utf8.RuneStart(tail[0]) {
+			if utf8.FullRune(tail) {
+				return 0
+			}
+			return n
+		}
+	}
+	return 0
+}
