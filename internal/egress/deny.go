@@ -31,6 +31,7 @@ type denial struct {
 	reason policy.Reason
 	name   string // as shown, if one was
 	detail string
+	whole  bool // all was read that the client says before it is answered
 }
 
 // deny records the denial and answers the client as its protocol and policy
@@ -42,23 +43,28 @@ func (f *flow) deny(c *policy.Compiled, d denial) {
 	switch {
 	case d.reason == ReasonBudget: // answering is work, and work is what is short
 	case f.proto == "tls":
-		f.answer(alertAccessDenied[:])
+		f.answer(alertAccessDenied[:], d.whole)
 		return
 	case f.proto == "http" && c.OnDeny() == policy.OnDenyExplain:
-		f.answer(f.explanation(d))
+		f.answer(f.explanation(d), false)
 		return
 	}
 	f.drain() // answers to earlier requests of the connection
 	reset(f.client)
 }
 
-// answer sends b as the last bytes of the connection.
-func (f *flow) answer(b []byte) {
+// answer sends b as the last bytes of the connection. Where nothing more can come
+// that closing would be a reset for, it does not wait for the client's end.
+func (f *flow) answer(b []byte, whole bool) {
 	_ = f.client.SetDeadline(time.Now().Add(farewell))
 	n, err := f.client.Write(b)
 	f.bytesIn.Add(int64(n))
 	if err != nil {
 		reset(f.client)
+		return
+	}
+	if whole && silent(f.client) {
+		f.client.Close()
 		return
 	}
 	lingerClose(f.client)

@@ -18,8 +18,12 @@ import (
 const headStart = 250 * time.Millisecond
 
 // keepAlive finds dead peers of idle flows within six minutes, and leaves a
-// paused sandbox that long.
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 8}
+// paused sandbox that long. With upstreams the kernel's own pace is good enough:
+// 13 minutes, and two system calls less for each.
+var (
+	keepAlive         = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 8}
+	keepUpstreamAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: -1, Count: -1}
+)
 
 // dialFunc connects to one address; check is asked with the socket's actual
 // address before connect(2).
@@ -27,7 +31,7 @@ type dialFunc func(ctx context.Context, dst netip.AddrPort, check func(netip.Add
 
 func dialTCP(ctx context.Context, dst netip.AddrPort, check func(netip.AddrPort) error) (net.Conn, error) {
 	d := net.Dialer{
-		KeepAliveConfig: keepAlive,
+		KeepAliveConfig: keepUpstreamAlive,
 		Control: func(_, address string, _ syscall.RawConn) error {
 			actual, err := netip.ParseAddrPort(address)
 			if err != nil {

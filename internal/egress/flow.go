@@ -259,7 +259,7 @@ func (f *flow) serveTLS(ctx context.Context) bool {
 		return false
 	}
 	if !r.Allow {
-		f.deny(r.policy, denial{rule: r.Rule, reason: r.Reason, name: name})
+		f.deny(r.policy, denial{rule: r.Rule, reason: r.Reason, name: name, whole: true})
 		return false
 	}
 	return f.pass(ctx, r)
