@@ -30,6 +30,13 @@ func (ts times) String() string {
 		ts.at(0.5).Round(100*time.Microsecond), ts.at(0.99).Round(100*time.Microsecond), ts.at(1).Round(100*time.Microsecond), len(ts.Took), ts.Failed)
 }
 
+// and joins two measurements.
+func (ts times) and(other times) times {
+	both := times{Took: slices.Concat(ts.Took, other.Took), Failed: ts.Failed}
+	slices.Sort(both.Took)
+	return both
+}
+
 // measure times new connections, one after the other.
 func (g *guest) measure(m measuring) times {
 	g.t.Helper()
@@ -62,7 +69,7 @@ func testFlood(t *testing.T, s *live) {
 	new := measuring{Try: web(addrA, nameA), N: 200, Gap: 2 * time.Millisecond}
 	victim.measure(measuring{Try: new.Try, N: 20}) // warms everything up
 	if !settled(func() bool {
-		quiet := victim.measure(new)
+		before := victim.measure(new)
 		done := make(chan flooded, 1)
 		go func() {
 			out, err := askErr[flooded](noisy, "/flood", flooding{
@@ -76,7 +83,8 @@ func testFlood(t *testing.T, s *live) {
 		time.Sleep(2 * time.Second) // all are there; after five seconds each is ended and made anew
 		loud := victim.measure(new)
 		out := <-done
-		t.Logf("undisturbed: %s", quiet)
+		quiet := before.and(victim.measure(new)) // on both sides, so that a drift of the machine shows
+		t.Logf("undisturbed, before and after: %s", quiet)
 		t.Logf("beside a thousand connections without a name (made %d, failed %v): %s", out.Made, out.Failed, loud)
 		t.Logf("p99 grew by %s, the goal is 10ms", (loud.at(0.99) - quiet.at(0.99)).Round(100*time.Microsecond))
 		for _, n := range out.Failed { // beyond what the server's descriptors allow one sandbox
