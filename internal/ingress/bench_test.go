@@ -17,6 +17,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
 )
 
 // benchBody is what the service of the benchmarks answers.
@@ -92,6 +94,36 @@ func benchRequests(b *testing.B, l *lab, addr string, secure bool, host string) 
 				return
 			}
 			io.Copy(io.Discard, resp.Body)
+		}
+	})
+}
+
+// BenchmarkHTTP2Requests is one small request at a time on each of some connections.
+func BenchmarkHTTP2Requests(b *testing.B) {
+	l := newLab(b)
+	a := l.sandbox(idA)
+	host := a.host(a.serve(http.HandlerFunc(benchService)))
+	b.ReportAllocs()
+	b.SetParallelism(4)
+	b.RunParallel(func(pb *testing.PB) {
+		f := l.framed(b)
+		for stream := uint32(1); pb.Next(); stream += 2 {
+			f.WriteHeaders(http2.HeadersFrameParam{
+				StreamID: stream, EndStream: true, EndHeaders: true,
+				BlockFragment: f.block(":method", "GET", ":scheme", "https", ":authority", host, ":path", "/x?y=z", "user-agent", "bench"),
+			})
+			for ended := false; !ended; {
+				fr, err := f.ReadFrame()
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				if d, ok := fr.(*http2.DataFrame); ok {
+					if ended = d.StreamEnded(); len(d.Data()) > 0 {
+						f.WriteWindowUpdate(0, uint32(len(d.Data())))
+					}
+				}
+			}
 		}
 	})
 }

@@ -26,14 +26,14 @@ type framed struct {
 	enc  *hpack.Encoder
 }
 
-func (l *lab) framed(t *testing.T) *framed {
+func (l *lab) framed(t testing.TB) *framed {
 	t.Helper()
 	c, err := tls.Dial("tcp", l.https, &tls.Config{RootCAs: l.roots, ServerName: domain, NextProtos: []string{"h2"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	f := &framed{Framer: http2.NewFramer(c, c), conn: c}
 	f.enc = hpack.NewEncoder(&f.head)
 	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -52,7 +52,7 @@ func (f *framed) block(fields ...string) []byte {
 }
 
 // status reads frames up to the answer's head on the stream.
-func (f *framed) status(t *testing.T, stream uint32) string {
+func (f *framed) status(t testing.TB, stream uint32) string {
 	t.Helper()
 	for {
 		fr, err := f.ReadFrame()
