@@ -57,8 +57,8 @@ func (n *Network) share() {
 			have = min(want, top)
 		}
 	}
-	if want > have {
-		n.cfg.Log.Warn(trackerAdvice, "entries", have, "wanted", want)
+	if few*one > have {
+		n.cfg.Log.Warn(trackerAdvice, "entries", have, "each", one)
 	}
 	if most := have / 2; uint64(n.cfg.MaxFlows) > most {
 		n.cfg.MaxFlows = uint32(most)
@@ -66,8 +66,11 @@ func (n *Network) share() {
 	}
 }
 
-const trackerAdvice = "the connection tracker's table is smaller than all sandboxes may fill together; when it is full new connections of the" +
-	" whole machine are refused: raise net.netfilter.nf_conntrack_max, or lower network.limits.connections or sandboxes.max"
+// few sandboxes at their limits are to be expected; all of them at once are not.
+const few = 4
+
+const trackerAdvice = "a few sandboxes can fill the connection tracker's table; when it is full new connections of the" +
+	" whole machine are refused: raise net.netfilter.nf_conntrack_max, or lower network.limits.connections or network.limits.new_connections"
 
 // memory is the machine's, in bytes.
 func memory() uint64 {
@@ -75,7 +78,7 @@ func memory() uint64 {
 	if err := unix.Sysinfo(&s); err != nil {
 		return 0
 	}
-	return uint64(s.Totalram) * uint64(s.Unit)
+	return s.Totalram * uint64(s.Unit)
 }
 
 func readNumber(path string) (uint64, error) {
