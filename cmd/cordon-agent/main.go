@@ -33,6 +33,9 @@ func main() {
 	}
 }
 
+// pidsCgroup is where the runtime mounts the hierarchy that counts processes.
+const pidsCgroup = "/sys/fs/cgroup/pids"
+
 // options are the command line.
 type options struct {
 	hash [sha256.Size]byte
@@ -61,6 +64,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 		Log:         slog.New(slog.NewJSONHandler(out, nil)),
 		ReapAll:     true,
 		Path:        getenv("PATH"),
+	}
+	if fi, err := os.Stat(pidsCgroup); first && err == nil && fi.IsDir() {
+		cfg.Pids = pidsCgroup
 	}
 	if first { // otherwise the machine's name is not ours to change
 		cfg.SetHostname = func(name string) error { return unix.Sethostname([]byte(name)) }

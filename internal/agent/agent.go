@@ -64,6 +64,10 @@ type Config struct {
 	Etc string
 	// Proc is where procfs is mounted; empty means /proc.
 	Proc string
+	// Pids is a cgroup hierarchy of version 1 with the pids controller, in which
+	// commands are limited to the processes and threads RLIMIT_NPROC says; empty
+	// means no limit.
+	Pids string
 	// SetHostname changes the kernel's host name; nil leaves it alone.
 	SetHostname func(string) error
 }
@@ -102,7 +106,16 @@ func New(cfg Config) (*Agent, error) {
 		cfg.Path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
 	kids := newChildren(cfg.ReapAll)
+	guard := newGuard(cfg.Proc, cfg.Log)
+	if cfg.Pids != "" {
+		g, err := newGroup(cfg.Pids, guard.limit)
+		if err != nil {
+			return nil, err
+		}
+		kids.group, guard.barren = g, g.barren
+	}
 	procs := newProcesses(kids)
+	guard.doom = procs.doom
 	a := &Agent{
 		cfg:      cfg,
 		log:      cfg.Log,
@@ -111,7 +124,7 @@ func New(cfg Config) (*Agent, error) {
 		procs:    procs,
 		watchers: newWatchers(),
 		sampler:  newSampler(cfg.Proc),
-		guard:    newGuard(cfg.Proc, cfg.Log, procs.doom),
+		guard:    guard,
 	}
 	a.handler = a.routes()
 	return a, nil

@@ -13,7 +13,8 @@ import (
 // reap orphans it never started, with wait4(-1), which would steal the exits
 // that os/exec waits for; so os/exec and os.Process are not used at all.
 type children struct {
-	all bool // reap every child, not only our own
+	all   bool   // reap every child, not only our own
+	group *group // what children are counted in; nil: they are not
 
 	// mu is held from before fork until the pid is in waiting, and while reaping:
 	// so no exit is collected before its owner is known, and no signal is sent to
@@ -31,7 +32,11 @@ func (c *children) start(path string, argv []string, attr *syscall.ProcAttr) (in
 	exit := make(chan syscall.WaitStatus, 1)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	pid, err := syscall.ForkExec(path, argv, attr)
+	var pid int
+	err := c.group.within(func() (err error) {
+		pid, err = syscall.ForkExec(path, argv, attr)
+		return err
+	})
 	if err != nil {
 		return 0, nil, err
 	}

@@ -80,6 +80,7 @@ func (a *Agent) claimed(c *claim, seed []byte) error {
 	if err := a.applyResolver(); err != nil {
 		return err
 	}
+	a.guard.forget()
 	a.claim.Store(c)
 	a.log.Info("sandbox claimed", "sandbox", c.SandboxID, "host", c.Hostname)
 	return nil

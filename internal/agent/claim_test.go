@@ -278,7 +278,7 @@ func TestTheGuardSleepsUntilTheFirstProcess(t *testing.T) {
 	proc := t.TempDir() // without meminfo: every look is logged
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		g := newGuard(proc, slog.New(slog.NewTextHandler(&log, nil)), func(kill) {})
+		g := newGuard(proc, slog.New(slog.NewTextHandler(&log, nil)))
 		ctx, cancel := context.WithCancel(t.Context())
 		used := make(chan struct{}, 1)
 		done := make(chan error, 1)

@@ -237,6 +237,9 @@ type Kill struct {
 	PID     int
 	Command string // its name, of a few letters
 	Bytes   int64  // of memory that it used
+	// Processes is how many were killed: more than one when the many of a command
+	// together used the most; then PID and Command are one's.
+	Processes int
 }
 
 // AgentPort is the TCP port of the agent inside each sandbox.

@@ -56,6 +56,9 @@ func (m *Manager) reportKills(ctx context.Context, v *view) {
 func (m *Manager) reportKill(ctx context.Context, v *view, kills []Kill) {
 	last := kills[len(kills)-1]
 	detail := fmt.Sprintf("out of memory: process %d (%s) was the biggest, with %d MiB, and was killed", last.PID, last.Command, last.Bytes>>20)
+	if last.Processes > 1 {
+		detail = fmt.Sprintf("out of memory: the %d processes of a command, one of them %d (%s), were the biggest and were killed", last.Processes, last.PID, last.Command)
+	}
 	if n := len(kills) - 1; n > 0 {
 		detail += fmt.Sprintf("; so were %d before it", n)
 	}

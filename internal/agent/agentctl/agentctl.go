@@ -258,10 +258,11 @@ func parseKills(raw []byte) (kills []sandbox.Kill, latest int64, err error) {
 	var in struct {
 		Latest int64 `json:"latest"`
 		Kills  []struct {
-			Time    time.Time `json:"time"`
-			PID     int32     `json:"pid"`
-			Command string    `json:"command"`
-			Bytes   int64     `json:"bytes"`
+			Time      time.Time `json:"time"`
+			PID       int32     `json:"pid"`
+			Command   string    `json:"command"`
+			Bytes     int64     `json:"bytes"`
+			Processes int32     `json:"processes"`
 		} `json:"kills"`
 	}
 	if err := json.Unmarshal(raw, &in); err != nil {
@@ -278,7 +279,7 @@ func parseKills(raw []byte) (kills []sandbox.Kill, latest int64, err error) {
 		if len(printable) > long {
 			printable = strings.ToValidUTF8(printable[:long], "")
 		}
-		kills = append(kills, sandbox.Kill{Time: k.Time, PID: int(max(k.PID, 0)), Command: printable, Bytes: max(k.Bytes, 0)})
+		kills = append(kills, sandbox.Kill{Time: k.Time, PID: int(max(k.PID, 0)), Command: printable, Bytes: max(k.Bytes, 0), Processes: int(max(k.Processes, 1))})
 	}
 	return kills, max(in.Latest, 0), nil
 }

@@ -141,7 +141,7 @@ func (r *Runtime) ociSpec(s sandbox.RuntimeSpec) *specs.Spec {
 			OOMScoreAdj:  ptr(oomScore),
 			Rlimits: []specs.POSIXRlimit{
 				{Type: "RLIMIT_NOFILE", Hard: openFiles, Soft: softFiles},
-				{Type: "RLIMIT_NPROC", Hard: uint64(s.Resources.Processes), Soft: uint64(s.Resources.Processes)},
+				{Type: "RLIMIT_NPROC", Hard: uint64(processes(s.Resources)), Soft: uint64(processes(s.Resources))},
 			},
 		},
 		Mounts: mounts(s),
@@ -177,6 +177,7 @@ func mounts(s sandbox.RuntimeSpec) []specs.Mount {
 	out := []specs.Mount{
 		{Type: "proc", Source: "proc", Destination: "/proc", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Type: "sysfs", Source: "sysfs", Destination: "/sys", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+		{Type: "cgroup", Source: "cgroup", Destination: "/sys/fs/cgroup", Options: []string{"nosuid", "noexec", "nodev"}}, // the sentry's own
 		{Type: "dev", Source: "dev", Destination: "/dev"},
 		{Type: "devpts", Source: "devpts", Destination: "/dev/pts"},
 		{Type: "tmpfs", Source: "tmpfs", Destination: "/dev/shm", Options: []string{"nosuid", "nodev", "mode=1777", shm}},
@@ -210,6 +211,13 @@ func limits(r sandbox.Resources) *specs.LinuxResources {
 func hardMemory(r sandbox.Resources) int64 {
 	return (r.MemoryMB + sentryMB + max(burstMB, r.MemoryMB/4)) << 20
 }
+
+// processes is how many processes and threads a sandbox may have: as many as it
+// asks for, but no more than its memory has room for. Each process costs the host
+// some 700 KiB besides the memory it knows of, and a fork bomb must meet a limit
+// before the kernel ends the sentry for it. The agent enforces it, by the sentry's
+// own cgroups: when the host refuses the sentry a thread, it panics.
+func processes(r sandbox.Resources) int64 { return max(min(r.Processes, r.MemoryMB*7/10), 1) }
 
 // threads is how many threads of the host a sandbox may have. Each of its
 // processes is one on the host with a thread for each CPU it runs on at once.
