@@ -72,7 +72,7 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 		serveCommand(a), envCommand(a), doctorCommand(a), demoCommand(a), benchCommand(a), benchProcessCommand(),
 		keyCommand(a), imageCommand(a), debugCommand(a),
 		createCommand(a), listCommand(a), killCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
-		domainCommand(a), networkCommand(a), flowsCommand(a), conformanceCommand(a),
+		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a), conformanceCommand(a),
 	)
 	return root
 }
