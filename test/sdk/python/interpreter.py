@@ -1,0 +1,171 @@
+"""The code-interpreter SDKs for Python, unmodified, against kernels in sandboxes of
+a live server.
+
+    python interpreter.py <novita|e2b> [part of a name...]
+
+Prints one line a scenario, "ok <name> <ms>" or "not ok <name> <ms>" with the error
+below it, indented.
+"""
+import asyncio
+import re
+import sys
+import time
+import traceback
+
+SDK = sys.argv[1]
+ONLY = sys.argv[2:]
+if SDK == "novita":
+    from novita_sandbox.code_interpreter import AsyncSandbox, Sandbox
+else:
+    from e2b_code_interpreter import AsyncSandbox, Sandbox
+
+scenarios = []
+
+
+def scenario(f):
+    scenarios.append(f)
+    return f
+
+
+def text(s, code, **opts):
+    r = s.run_code(code, **opts)
+    assert r.error is None, r.error.traceback
+    return r.text
+
+
+@scenario
+def output_results_and_callbacks(s):
+    out, err, results = [], [], []
+    r = s.run_code(
+        "import sys; print('to stdout'); print('to stderr', file=sys.stderr); 'ünï ☃ 🦊'",
+        on_stdout=out.append, on_stderr=err.append, on_result=results.append,
+    )
+    assert (r.logs.stdout, r.logs.stderr, r.text) == (["to stdout\n"], ["to stderr\n"], "ünï ☃ 🦊"), r
+    assert [m.line for m in out] == ["to stdout\n"] and [m.line for m in err] == ["to stderr\n"]
+    assert abs(out[0].timestamp - time.time_ns()) < 60e9, out[0].timestamp
+    assert [x.text for x in results] == ["ünï ☃ 🦊"]
+
+
+@scenario
+def an_exception_has_its_traceback(s):
+    told = []
+    r = s.run_code("def inner():\n    return 1 / 0\ninner()", on_error=told.append)
+    assert (r.error.name, r.error.value) == ("ZeroDivisionError", "division by zero")
+    assert "return 1 / 0" in r.error.traceback and told[0].name == r.error.name
+
+
+@scenario
+def a_figure_is_a_picture_and_a_chart(s):
+    r = s.run_code("import matplotlib.pyplot as plt\nplt.bar(['a', 'b'], [1, 2], label='g')\nplt.ylabel('Length (m)')\nplt.show()")
+    assert r.error is None, r.error.traceback
+    chart = r.results[0].chart
+    assert r.results[0].png and not r.results[0].extra
+    assert type(chart).__name__ == "BarChart" and chart.y_unit == "m"
+    assert [(b.label, b.group, b.value) for b in chart.elements] == [("a", "g", 1), ("b", "g", 2)]
+
+
+@scenario
+def a_frame_has_its_data(s):
+    r = s.run_code("import pandas as pd; pd.DataFrame({'a': [1, 2, 3]})")
+    assert r.error is None and r.results[0].data == {"a": [1, 2, 3]} and "<table" in r.results[0].html
+
+
+@scenario
+def other_forms_of_a_result(s):
+    r = s.run_code("class Own:\n    def _repr_mimebundle_(self, **_): return {'text/plain': 'own', 'application/x-own': 'more'}\nOwn()")
+    assert r.results[0].extra == {"application/x-own": "more"}, r.results[0].extra
+
+
+@scenario
+def state_and_contexts(s):
+    s.run_code("kept = 41")
+    assert text(s, "kept += 1; kept") == "42"
+    context = s.create_code_context(cwd="/tmp", language="python")
+    assert s.run_code("kept", context=context).error.name == "NameError"
+    assert text(s, "import os; os.getcwd()", context=context) == "/tmp"
+    assert context.id in [c.id for c in s.list_code_contexts()]
+    s.run_code("other = 1", context=context)
+    s.restart_code_context(context)
+    assert s.run_code("other", context=context).error.name == "NameError"
+    s.remove_code_context(context)
+    assert context.id not in [c.id for c in s.list_code_contexts()]
+    assert {"python", "javascript"} <= {c.language for c in s.list_code_contexts()}
+
+
+@scenario
+def variables_of_the_sandbox_and_of_a_cell(s):
+    assert text(s, "import os; os.getenv('WHOSE')") == "the sandbox"
+    assert text(s, "os.getenv('WHOSE')", envs={"WHOSE": "the cell"}) == "the cell"
+    assert text(s, "os.getenv('WHOSE')") == "the sandbox"
+    assert text(s, "process.env.WHOSE", language="javascript") == "the sandbox"
+    assert s.run_code("echo $WHOSE", language="bash").logs.stdout == ["the sandbox\n"]
+
+
+@scenario
+def an_interrupted_loop_leaves_the_kernel(s):
+    s.run_code("alive = 7")
+    try:
+        s.run_code("while True: pass", timeout=1)
+        raise AssertionError("the loop ended")
+    except AssertionError:
+        raise
+    except Exception as err:
+        assert "timed out" in str(err).lower() or "timeout" in type(err).__name__.lower(), repr(err)
+    began = time.monotonic()
+    assert text(s, "alive") == "7"
+    assert time.monotonic() - began < 10
+
+
+@scenario
+def other_languages(s):
+    assert s.run_code("console.log('Hello')", language="js").logs.stdout == ["Hello\n"]
+    assert text(s, "await Promise.resolve('Hello')", language="js") == "Hello"
+    assert s.run_code("const m: string = 'Hello'; console.log(m)", language="ts").logs.stdout == ["Hello\n"]
+    assert s.run_code("!pwd").logs.stdout[0].strip() == "/home/user"
+    for language in ("r", "java"):
+        try:
+            s.run_code("1", language=language)
+            raise AssertionError(language)
+        except AssertionError:
+            raise
+        except Exception as err:
+            assert "400" in str(err) or "not supported" in str(err), repr(err)
+
+
+@scenario
+def the_asynchronous_package(s):
+    async def both():
+        a = await AsyncSandbox.connect(s.sandbox_id)
+        contexts = await asyncio.gather(a.create_code_context(), a.create_code_context())
+        began = time.monotonic()
+        results = await asyncio.gather(*(a.run_code("import time; time.sleep(1); time.time()", context=c) for c in contexts))
+        assert all(r.error is None for r in results)
+        assert time.monotonic() - began < 1.9, "two contexts waited for each other"
+        for c in contexts:
+            await a.remove_code_context(c)
+
+    asyncio.run(both())
+
+
+def main():
+    failed = 0
+    sandbox = Sandbox.create(timeout=300, envs={"WHOSE": "the sandbox"})
+    try:
+        for f in scenarios:
+            name = f.__name__.replace("_", " ")
+            if ONLY and not any(o in name for o in ONLY):
+                continue
+            began = time.monotonic()
+            try:
+                f(sandbox)
+                print(f"ok {name} {(time.monotonic() - began) * 1000:.0f}", flush=True)
+            except Exception:
+                failed += 1
+                print(f"not ok {name} {(time.monotonic() - began) * 1000:.0f}")
+                print(re.sub("^", "    ", traceback.format_exc(), flags=re.M), flush=True)
+    finally:
+        sandbox.kill()
+    sys.exit(1 if failed else 0)
+
+
+main()
