@@ -226,9 +226,12 @@ type Network struct {
 	// MaskRequestHost is the Host that services in the sandbox see; "${PORT}"
 	// stands for the port. At create only.
 	MaskRequestHost string `json:"maskRequestHost,omitempty"`
-	DNS             string `json:"dns,omitempty"`    // "open", "strict" or empty
-	OnDeny          string `json:"onDeny,omitempty"` // "reset", "explain" or empty
-	Mode            string `json:"mode,omitempty"`   // "enforce", "observe" or empty
+	// AllowIn lists the only addresses and CIDRs that may reach the sandbox's ports.
+	// Nil is every address at create and no change in SetNetwork; empty is nobody.
+	AllowIn []string `json:"allowIn,omitzero"`
+	DNS     string   `json:"dns,omitempty"`    // "open", "strict" or empty
+	OnDeny  string   `json:"onDeny,omitempty"` // "reset", "explain" or empty
+	Mode    string   `json:"mode,omitempty"`   // "enforce", "observe" or empty
 }
 
 // CreateOptions describe a new sandbox. The zero value is the default template
@@ -242,6 +245,9 @@ type CreateOptions struct {
 	// AutoPause pauses rather than kills when the time is over; AutoResume then
 	// resumes when a request arrives.
 	AutoPause, AutoResume bool
+	// IdleTimeout makes every request move the end of the sandbox's life to at least
+	// so long from then; whole seconds. 0: only Timeout counts.
+	IdleTimeout time.Duration
 }
 
 // Create starts a sandbox and returns when it runs and its rules are in force.
@@ -257,7 +263,8 @@ func (cl *Client) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		Network    Network           `json:"network"`
 		AutoPause  bool              `json:"autoPause"`
 		AutoResume autoResume        `json:"autoResume"`
-	}{o.Template, seconds(o.Timeout), o.Metadata, o.Env, o.Network, o.AutoPause, autoResume{o.AutoResume}}
+		Idle       int64             `json:"idleTimeout,omitempty"`
+	}{o.Template, seconds(o.Timeout), o.Metadata, o.Env, o.Network, o.AutoPause, autoResume{o.AutoResume}, seconds(o.IdleTimeout)}
 	var out control.Sandbox
 	if _, err := cl.do(ctx, call{method: http.MethodPost, path: "/v2/sandboxes", in: in, out: &out}); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)

@@ -104,6 +104,9 @@ type sandboxConfig struct {
 	DiskMB          int64          `yaml:"disk_mb" env:"DISK_MB"`
 	Processes       int64          `yaml:"processes" env:"PROCESSES"`
 	Max             int            `yaml:"max" env:"MAX"`
+	MaxPerKey       int            `yaml:"max_per_key" env:"MAX_PER_KEY"`               // running ones of one key; a quarter of max
+	MaxPaused       int            `yaml:"max_paused" env:"MAX_PAUSED"`                 // paused ones, whose memory is on the disk
+	MaxPausedPerKey int            `yaml:"max_paused_per_key" env:"MAX_PAUSED_PER_KEY"` // a quarter of max_paused
 	MaxTimeout      time.Duration  `yaml:"max_timeout" env:"MAX_TIMEOUT"`
 	Spares          map[string]int `yaml:"spares" env:"SPARES"` // running spares by template
 	// ExtraCA is a PEM file whose certificates every sandbox trusts as well.
@@ -236,6 +239,9 @@ func (c *config) setDefaults() {
 	s.DiskMB = cmp.Or(s.DiskMB, 10<<10)
 	s.Processes = cmp.Or(s.Processes, 4096)
 	s.Max = cmp.Or(s.Max, 1000)
+	s.MaxPerKey = cmp.Or(s.MaxPerKey, max(1, s.Max/4))
+	s.MaxPaused = cmp.Or(s.MaxPaused, 400)
+	s.MaxPausedPerKey = cmp.Or(s.MaxPausedPerKey, max(1, s.MaxPaused/4))
 	s.MaxTimeout = cmp.Or(s.MaxTimeout, 24*time.Hour)
 	if s.Spares == nil {
 		s.Spares = map[string]int{s.DefaultTemplate: 2}
@@ -309,7 +315,9 @@ func (c *config) validate() error {
 		value int64
 	}{
 		{"sandboxes.cpus", int64(l.CPUs)}, {"sandboxes.memory_mb", l.MemoryMB}, {"sandboxes.disk_mb", l.DiskMB},
-		{"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)}, {"sandboxes.max_timeout", int64(l.MaxTimeout)},
+		{"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)},
+		{"sandboxes.max_per_key", int64(l.MaxPerKey)}, {"sandboxes.max_paused", int64(l.MaxPaused)}, {"sandboxes.max_paused_per_key", int64(l.MaxPausedPerKey)},
+		{"sandboxes.max_timeout", int64(l.MaxTimeout)},
 		{"network.limits.connections", int64(nl.Connections)}, {"network.limits.new_connections", int64(nl.NewConnections)},
 		{"network.limits.dns_queries", int64(nl.DNSQueries)}, {"network.limits.bytes_out", nl.BytesOut},
 	} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -203,6 +204,9 @@ func (s *server) makeManager(context.Context) error {
 		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
 		Spares: s.cfg.Sandboxes.Spares, MaxSandboxes: s.cfg.Sandboxes.Max, MaxTimeout: s.cfg.Sandboxes.MaxTimeout,
+		MaxPaused: s.cfg.Sandboxes.MaxPaused, Allowance: s.allowance,
+		AccessChanged: func(id sandbox.ID) { s.ingress.Recheck(string(id)) },
+		InUse:         func(id sandbox.ID) bool { return s.ingress.InUse(string(id)) },
 		PolicyChanged: func(id sandbox.ID) { s.egress.Revoke(string(id)) },
 		Gone: func(id sandbox.ID) {
 			s.egress.Cut(string(id))
@@ -213,6 +217,28 @@ func (s *server) makeManager(context.Context) error {
 		Log: s.log,
 	})
 	return nil
+}
+
+// allowance is how many sandboxes a key may have. What a key that was revoked left
+// counts like any other's; admin keys have the server's limits only.
+func (s *server) allowance(owner string) sandbox.Allowance {
+	c := s.cfg.Sandboxes
+	out := sandbox.Allowance{Sandboxes: c.MaxPerKey, Paused: c.MaxPausedPerKey}
+	keys, err := s.store.Keys(context.Background()) // from memory
+	if err != nil {
+		s.log.Warn("limits of a key not read", "key", owner, "err", err)
+		return out
+	}
+	for _, k := range keys {
+		if k.ID != owner {
+			continue
+		}
+		if k.Admin {
+			out = sandbox.Allowance{}
+		}
+		out.Sandboxes, out.Paused = cmp.Or(k.MaxSandboxes, out.Sandboxes), cmp.Or(k.MaxPaused, out.Paused)
+	}
+	return out
 }
 
 // progress shows image builds, which may take a minute, in the log.
@@ -317,18 +343,16 @@ func (s *server) challenge() func(http.ResponseWriter, *http.Request) bool {
 	return s.acme.HTTPChallenge
 }
 
-func (s *server) makeIngress(context.Context) (err error) {
+func (s *server) makeIngress(ctx context.Context) (err error) {
 	proxies, err := s.cfg.Listen.proxies()
 	if err != nil {
 		return err
 	}
 	s.ingress, err = ingress.New(ingress.Config{
 		Domains: s.cfg.allDomains(), Custom: s.custom, Challenge: s.challenge(), HSTS: s.cfg.TLS.HSTS,
-		Lookup: s.target,
-		Wake: func(ctx context.Context, id string) error {
-			_, _, err := s.manager.Connect(ctx, "", sandbox.ID(id), 0)
-			return err
-		},
+		Lookup:         s.target,
+		Wake:           func(ctx context.Context, id string) error { return s.manager.Wake(ctx, sandbox.ID(id)) },
+		Traffic:        func(id string) { s.manager.Touch(context.WithoutCancel(ctx), sandbox.ID(id)) },
 		Inside:         func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
 		TrustedProxies: proxies, ProxyProtocol: s.cfg.Listen.ProxyProtocol, LogRequests: s.cfg.Log.Requests,
 		Limits: ingressLimits(s.descriptors),
@@ -386,7 +410,9 @@ func (s *server) target(id string) (*ingress.Target, bool) {
 		ID: id, State: state, Addr: rec.Lease.Addr4.Addr(), AgentPort: sandbox.AgentPort,
 		DialLoopback: func(ctx context.Context, port uint16) (net.Conn, error) { return s.agents.DialPort(ctx, addr, port) },
 		Public:       rec.Public(), TrafficToken: rec.TrafficToken, MaskHost: rec.MaskRequestHost,
-		AutoResume: rec.AutoResume, Done: ep.Done,
+		AutoResume: rec.AutoResume, TrafficExtends: rec.IdleTimeout > 0, Done: ep.Done,
+		AccessToken: rec.AccessToken, Owner: rec.Owner, AllowIn: rec.AllowIn,
+		LinkKey: rec.LinkKey, Link: rec.HasLink,
 	}, true
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -19,22 +20,25 @@ func keyCommand(a *app) *cobra.Command {
 }
 
 func keyCreateCommand(a *app) *cobra.Command {
-	var admin bool
+	var o control.CreateKeyJSONBody
 	create := &cobra.Command{
 		Use:   "create <name>",
 		Short: "Make a key and print it; it is stored hashed and cannot be shown again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var made control.Key
-			err := a.call(cmd.Context(), http.MethodPost, "/keys", control.CreateKeyJSONBody{Name: args[0], Admin: admin}, &made)
-			if err != nil {
+			o.Name = args[0]
+			if err := a.call(cmd.Context(), http.MethodPost, "/keys", o, &made); err != nil {
 				return err
 			}
 			fmt.Fprintln(a.out, made.Key)
 			return nil
 		},
 	}
-	create.Flags().BoolVar(&admin, "admin", false, "may manage keys and see every key's sandboxes")
+	f := create.Flags()
+	f.BoolVar(&o.Admin, "admin", false, "may manage keys and see every key's sandboxes")
+	f.IntVar(&o.MaxSandboxes, "max-sandboxes", 0, "how many of its sandboxes may run (default: sandboxes.max_per_key)")
+	f.IntVar(&o.MaxPaused, "max-paused", 0, "how many paused ones it may keep (default: sandboxes.max_paused_per_key)")
 	return create
 }
 
@@ -49,13 +53,21 @@ func keyListCommand(a *app) *cobra.Command {
 				return err
 			}
 			w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(w, "ID\tNAME\tSTARTS\tADMIN\tCREATED")
+			fmt.Fprintln(w, "ID\tNAME\tSTARTS\tADMIN\tMAX SANDBOXES\tMAX PAUSED\tCREATED")
 			for _, k := range keys {
-				fmt.Fprintf(w, "%s\t%s\t%s…\t%v\t%s\n", k.Id, k.Name, k.Hint, k.Admin, k.Created.Format(time.DateTime))
+				fmt.Fprintf(w, "%s\t%s\t%s…\t%v\t%s\t%s\t%s\n", k.Id, k.Name, k.Hint, k.Admin, orDefault(k.MaxSandboxes), orDefault(k.MaxPaused), k.Created.Format(time.DateTime))
 			}
 			return w.Flush()
 		},
 	}
+}
+
+// orDefault shows a limit of a key.
+func orDefault(n int) string {
+	if n == 0 {
+		return "default"
+	}
+	return strconv.Itoa(n)
 }
 
 func keyDeleteCommand(a *app) *cobra.Command {

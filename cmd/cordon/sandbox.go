@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/errs"
 )
 
 func createCommand(a *app) *cobra.Command {
@@ -52,6 +51,10 @@ func createCommand(a *app) *cobra.Command {
 	f.StringToStringVar(&o.Metadata, "metadata", nil, "metadata, K=V")
 	f.BoolVar(&noInternet, "no-internet", false, "reach nothing")
 	f.BoolVar(&private, "private", false, "demand a token of who calls its ports")
+	f.StringSliceVar(&o.Network.AllowIn, "allow-in", nil, "address or CIDR that may reach its ports (default: every address)")
+	f.DurationVar(&o.IdleTimeout, "idle-timeout", 0, "requests move the end of its life to at least this long from then")
+	f.BoolVar(&o.AutoPause, "auto-pause", false, "pause it rather than kill it when its time is over")
+	f.BoolVar(&o.AutoResume, "auto-resume", false, "resume it when a request arrives")
 	f.StringVar(&o.Network.MaskRequestHost, "mask-host", "", "the Host its services see; ${PORT} stands for the port")
 	ruleFlags(cmd, &o.Network)
 	return cmd
@@ -143,24 +146,6 @@ func execCommand(a *app) *cobra.Command {
 	cmd.Flags().StringVar(&o.User, "user", "", "who runs it (default: the template's user)")
 	cmd.Flags().StringVar(&o.Dir, "dir", "", "where it runs")
 	return cmd
-}
-
-func urlCommand(a *app) *cobra.Command {
-	return &cobra.Command{
-		Use: "url <sandbox> <port>", Short: "Print the public URL of a port", Args: cobra.ExactArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			port, err := strconv.ParseUint(args[1], 10, 16)
-			if err != nil || port == 0 {
-				return errs.New(errs.Invalid, "port %q: use a number from 1 to 65535", args[1])
-			}
-			s, err := a.connect(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			fmt.Fprintln(a.out, "https://"+s.Host(int(port)))
-			return nil
-		},
-	}
 }
 
 // connect finds a sandbox without changing how long it lives by more than the

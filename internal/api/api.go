@@ -36,7 +36,7 @@ type Sandboxes interface {
 	// default), resuming it when it is paused. It never shortens the time left.
 	Connect(ctx context.Context, owner string, id sandbox.ID, timeout time.Duration) (rec sandbox.Record, resumed bool, err error)
 	SetTimeout(ctx context.Context, owner string, id sandbox.ID, d time.Duration) error
-	SetNetwork(ctx context.Context, owner string, id sandbox.ID, in policy.Input) error
+	SetNetwork(ctx context.Context, owner string, id sandbox.ID, in sandbox.NetworkUpdate) error
 	// Pause returns errs.Conflict for a sandbox that is paused already.
 	Pause(ctx context.Context, owner string, id sandbox.ID) error
 	Kill(ctx context.Context, owner string, id sandbox.ID) error
@@ -48,6 +48,11 @@ type Sandboxes interface {
 	// canonical form; Unbind ends that.
 	Bind(ctx context.Context, owner string, id sandbox.ID, d sandbox.Domain) (sandbox.Domain, error)
 	Unbind(ctx context.Context, owner string, id sandbox.ID, name string) error
+	// CreateLink returns the record with the key to sign the link's URL with.
+	CreateLink(ctx context.Context, owner string, id sandbox.ID, port uint16, ttl time.Duration) (sandbox.Record, sandbox.Link, error)
+	Links(ctx context.Context, owner string, id sandbox.ID) ([]sandbox.Link, error)
+	// RevokeLinks takes one link back, or all when link is empty.
+	RevokeLinks(ctx context.Context, owner string, id sandbox.ID, link string) error
 	// Policy returns the rules in force.
 	Policy(id sandbox.ID) (*policy.Compiled, bool)
 }

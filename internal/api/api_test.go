@@ -1001,3 +1001,104 @@ func nextEvent(t *testing.T, r io.Reader) map[string]any {
 		line = line[:0]
 	}
 }
+
+func TestSignedURLs(t *testing.T) {
+	b := newBench(t)
+	id := b.create(`{"network":{"allowPublicTraffic":false}}`)
+	made := b.do("POST", "/sandboxes/"+id+"/urls", `{"port":3000,"ttl":60}`)
+	if made.Code != 201 {
+		t.Fatalf("got %d %s", made.Code, made.Body)
+	}
+	token, _ := made.body["token"].(string)
+	read, ok := auth.ParseURLToken(token)
+	if !ok || !read.Genuine("key", id, 3000) || read.Link != made.body["id"] || read.Expires.Format(time.RFC3339) != made.body["expires"] {
+		t.Errorf("token %q of %v", token, made.body)
+	}
+	if want := "https://3000-" + id + ".sbx.test:8443/?cordon_token=" + token; made.body["url"] != want {
+		t.Errorf("got %v, want %s", made.body["url"], want)
+	}
+	b.do("POST", "/sandboxes/"+id+"/urls", `{"port":8080}`)
+	list := b.do("GET", "/sandboxes/"+id+"/urls", "")
+	if list.Code != 200 || len(list.list) != 2 || strings.Contains(list.Body.String(), "token") {
+		t.Errorf("list: %d %s", list.Code, list.Body)
+	}
+	for _, tt := range []struct {
+		name, method, path, body string
+		code                     int
+		message                  string
+	}{
+		{"port 0", "POST", "", `{"port":0}`, 400, "port is 0: use 1 to 65535"},
+		{"a port beyond all", "POST", "", `{"port":65536}`, 400, "port is 65536: use 1 to 65535"},
+		{"no port", "POST", "", `{}`, 400, "port is 0: use 1 to 65535"},
+		{"no time", "POST", "", `{"port":80,"ttl":0}`, 400, "ttl is 0 seconds, it must be at least 1"},
+		{"a port in words", "POST", "", `{"port":"80"}`, 400, "field port must be a whole number, got string"},
+		{"another's sandbox", "POST", "x", `{"port":80}`, 404, ""},
+		{"revoke what is not there", "DELETE", "/nothing", "", 404, ""},
+		{"revoke one", "DELETE", "/" + made.body["id"].(string), "", 204, ""},
+		{"revoke it again", "DELETE", "/" + made.body["id"].(string), "", 404, ""},
+		{"revoke all", "DELETE", "", "", 204, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			sandbox := id
+			if tt.path == "x" {
+				sandbox, tt.path = "izzzzzzzzzzzzzzzzzzzz", ""
+			}
+			got := b.do(tt.method, "/sandboxes/"+sandbox+"/urls"+tt.path, tt.body)
+			if got.Code != tt.code || tt.message != "" && got.body["message"] != tt.message {
+				t.Errorf("got %d %s", got.Code, got.Body)
+			}
+		})
+	}
+	if list := b.do("GET", "/sandboxes/"+id+"/urls", ""); len(list.list) != 0 {
+		t.Errorf("after revoking all: %s", list.Body)
+	}
+}
+
+func TestAllowInAndIdleTimeout(t *testing.T) {
+	b := newBench(t)
+	for body, message := range map[string]string{
+		`{"network":{"allowIn":["10.0.0.0/8","lan"]}}`:           `network.allowIn[1] is "lan", it must be an IP address or a CIDR such as 10.0.0.0/8 or 2001:db8::/32`,
+		`{"idleTimeout":0}`:                                      "idleTimeout is 0 seconds, it must be at least 1",
+		`{"metadata":{"a":"` + strings.Repeat("x", 9000) + `"}}`: `metadata["a"] is 9000 bytes with a key of 1: a key may have 256, a value 8192`,
+	} {
+		if got := b.do("POST", "/v2/sandboxes", body); got.Code != 400 || got.body["message"] != message {
+			t.Errorf("got %d %s", got.Code, got.Body)
+		}
+	}
+	id := b.create(`{"idleTimeout":90,"network":{"allowIn":["10.1.2.3/8"]}}`)
+	shown := func() (any, any) {
+		got := b.do("GET", "/sandboxes/"+id, "")
+		network, _ := got.body["network"].(map[string]any)
+		return network["allowIn"], got.body["lifecycle"].(map[string]any)["idleTimeout"]
+	}
+	for _, step := range []struct{ put, want string }{
+		{"", "[10.0.0.0/8]"},
+		{`{"denyOut":["0.0.0.0/0"]}`, "[10.0.0.0/8]"}, // as an SDK that does not know it writes
+		{`{"allowIn":[]}`, "[]"},
+		{`{"allowIn":null}`, "[]"},
+		{`{"allowIn":["0.0.0.0/0","::/0"]}`, "[0.0.0.0/0 ::/0]"},
+		{`{"allowIn":["x"]}`, "[0.0.0.0/0 ::/0]"},
+	} {
+		if step.put != "" {
+			b.do("PUT", "/sandboxes/"+id+"/network", step.put)
+		}
+		if list, idle := shown(); fmt.Sprint(list) != step.want || idle != 90.0 {
+			t.Errorf("after %q: %v and %v, want %s", step.put, list, idle, step.want)
+		}
+	}
+	if got := b.do("POST", "/v2/sandboxes/"+id+"/connect", `{"network":{"allowIn":["::/0"]}}`); got.Code != 501 {
+		t.Errorf("connect: %d %s", got.Code, got.Body)
+	}
+}
+
+func TestKeysHaveLimits(t *testing.T) {
+	b := newBench(t)
+	admin := func(r *http.Request) { r.Header.Set("X-API-KEY", b.admin) }
+	made := b.do("POST", "/keys", `{"name":"small","maxSandboxes":3,"maxPaused":2}`, admin)
+	if made.Code != 201 || made.body["maxSandboxes"] != 3.0 || made.body["maxPaused"] != 2.0 {
+		t.Errorf("got %d %s", made.Code, made.Body)
+	}
+	if got := b.do("POST", "/keys", `{"name":"bad","maxSandboxes":-1}`, admin); got.Code != 400 || got.body["message"] != "maxSandboxes is -1, it must be 1 to 1000000, or 0 for the server's default" {
+		t.Errorf("got %d %s", got.Code, got.Body)
+	}
+}

@@ -51,7 +51,18 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 	if err := sandbox.ValidMaskHost(b.Network.MaskRequestHost); err != nil {
 		return none, err
 	}
+	sources, err := sandbox.ParseSources("network.allowIn", b.Network.AllowIn)
+	if err != nil {
+		return none, err
+	}
 	if err := validEnv(b.EnvVars); err != nil {
+		return none, err
+	}
+	if err := sandbox.ValidLabels(b.Metadata, b.EnvVars); err != nil {
+		return none, err
+	}
+	idle, err := seconds("idleTimeout", b.IdleTimeout)
+	if err != nil {
 		return none, err
 	}
 	req := sandbox.CreateRequest{
@@ -63,7 +74,9 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 		AllowPublicTraffic: b.Network.AllowPublicTraffic,
 		MaskRequestHost:    b.Network.MaskRequestHost,
 		OnTimeout:          sandbox.KillOnTimeout,
+		AllowIn:            sources,
 		AutoResume:         b.AutoResume.Enabled,
+		IdleTimeout:        idle,
 		Secure:             b.Secure == nil || *b.Secure,
 	}
 	if b.AutoPause {
@@ -85,7 +98,7 @@ func egressOf(n *control.Network) (policy.Input, error) {
 	}
 	if len(n.AdditionalProperties) > 0 {
 		field := slices.Min(slices.Collect(maps.Keys(n.AdditionalProperties)))
-		return policy.Input{}, errs.New(errs.Invalid, "network.%s is unknown: network takes allowOut, denyOut, allowPublicTraffic, maskRequestHost, dns, onDeny and mode", field)
+		return policy.Input{}, errs.New(errs.Invalid, "network.%s is unknown: network takes allowOut, denyOut, allowPublicTraffic, maskRequestHost, allowIn, dns, onDeny and mode", field)
 	}
 	return policy.Input{
 		AllowOut:            n.AllowOut,

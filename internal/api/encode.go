@@ -77,7 +77,7 @@ func (s *server) detailOf(rec *sandbox.Record) control.SandboxDetail {
 		Network:             networkOf(rec),
 		Lifecycle: control.Lifecycle{
 			OnTimeout:  control.LifecycleOnTimeout(rec.OnTimeout),
-			AutoResume: rec.AutoResume,
+			AutoResume: rec.AutoResume, IdleTimeout: int64(rec.IdleTimeout / time.Second),
 		},
 	}
 }
@@ -86,7 +86,7 @@ func (s *server) detailOf(rec *sandbox.Record) control.SandboxDetail {
 func networkOf(rec *sandbox.Record) *control.NetworkInfo {
 	e := &rec.Egress
 	if len(e.AllowOut)+len(e.DenyOut) == 0 && e.DNS == "" && e.OnDeny == "" && e.Mode == "" &&
-		rec.AllowPublicTraffic == nil && rec.MaskRequestHost == "" {
+		rec.AllowPublicTraffic == nil && rec.MaskRequestHost == "" && rec.AllowIn == nil {
 		return nil
 	}
 	return &control.NetworkInfo{
@@ -94,11 +94,24 @@ func networkOf(rec *sandbox.Record) *control.NetworkInfo {
 		DenyOut:            e.DenyOut,
 		AllowPublicTraffic: rec.AllowPublicTraffic,
 		MaskRequestHost:    rec.MaskRequestHost,
+		AllowIn:            sourcesOf(rec),
 		Dns:                string(e.DNS),
 		OnDeny:             string(e.OnDeny),
 		Mode:               string(e.Mode),
 		Generation:         int64(rec.Generation),
 	}
+}
+
+// sourcesOf tells an empty list, which lets nobody in, from none at all.
+func sourcesOf(rec *sandbox.Record) *[]string {
+	if rec.AllowIn == nil {
+		return nil
+	}
+	out := make([]string, len(rec.AllowIn))
+	for i, p := range rec.AllowIn {
+		out[i] = p.String()
+	}
+	return &out
 }
 
 // stateOf maps a state to one of the two that clients know.

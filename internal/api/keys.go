@@ -10,10 +10,13 @@ import (
 	"github.com/cordonhq/cordon/internal/errs"
 )
 
-const maxKeyName = 100 // characters
+const (
+	maxKeyName  = 100 // characters
+	maxKeyLimit = 1_000_000
+)
 
 func keyOf(k *auth.Key) control.Key {
-	return control.Key{Id: k.ID, Name: k.Name, Admin: k.Admin, Hint: k.Hint, Created: k.Created}
+	return control.Key{Id: k.ID, Name: k.Name, Admin: k.Admin, Hint: k.Hint, Created: k.Created, MaxSandboxes: k.MaxSandboxes, MaxPaused: k.MaxPaused}
 }
 
 // ListKeys lists the keys without their secrets.
@@ -40,7 +43,13 @@ func (s *server) CreateKey(ctx context.Context, r control.CreateKeyRequestObject
 	if n := utf8.RuneCountInString(r.Body.Name); n == 0 || n > maxKeyName {
 		return nil, errs.New(errs.Invalid, "name has %d characters, it must have 1 to %d", n, maxKeyName)
 	}
+	for field, n := range map[string]int{"maxSandboxes": r.Body.MaxSandboxes, "maxPaused": r.Body.MaxPaused} {
+		if n < 0 || n > maxKeyLimit {
+			return nil, errs.New(errs.Invalid, "%s is %d, it must be 1 to %d, or 0 for the server's default", field, n, maxKeyLimit)
+		}
+	}
 	key, secret := auth.NewKey(r.Body.Name, r.Body.Admin, time.Now())
+	key.MaxSandboxes, key.MaxPaused = r.Body.MaxSandboxes, r.Body.MaxPaused
 	if err := s.Keys.PutKey(ctx, key); err != nil {
 		return nil, err
 	}

@@ -22,10 +22,15 @@ func (s *server) UpdateNetwork(ctx context.Context, r control.UpdateNetworkReque
 	if err != nil {
 		return nil, err
 	}
-	in, err := updateOf(r.Body)
+	egress, err := updateOf(r.Body)
 	if err != nil {
 		return nil, err
 	}
+	sources, err := sandbox.ParseSources("network.allowIn", r.Body.AllowIn)
+	if err != nil {
+		return nil, err
+	}
+	in := sandbox.NetworkUpdate{Egress: egress, AllowIn: sources}
 	return control.UpdateNetwork204Response{}, s.Sandboxes.SetNetwork(ctx, owner(ctx), id, in)
 }
 

@@ -193,6 +193,9 @@ func unchanged(rec *sandbox.Record, secure, public *bool, n *control.Network) er
 	if n.MaskRequestHost != "" && n.MaskRequestHost != rec.MaskRequestHost {
 		return errs.New(errs.Unimplemented, "network.maskRequestHost is set when the sandbox is created and cannot be changed")
 	}
+	if n.AllowIn != nil {
+		return errs.New(errs.Unimplemented, "network.allowIn is not changed by this call: use PUT /sandboxes/{id}/network")
+	}
 	egress, err := egressOf(n)
 	if err != nil {
 		return err
@@ -280,6 +283,7 @@ func (s *server) GetQuota(ctx context.Context, _ control.GetQuotaRequestObject) 
 	}
 	var out control.GetQuota200JSONResponse
 	out.Limit.ConcurrentInstances = q.MaxSandboxes
+	out.Limit.PausedInstances = q.MaxPaused
 	out.Limit.ConcurrentVcpu = q.MaxCPUs
 	out.Limit.ConcurrentRamMb = q.MaxMemoryMB
 	out.Limit.MaxLengthHours = int(q.MaxLifetime / time.Hour)
@@ -287,6 +291,7 @@ func (s *server) GetQuota(ctx context.Context, _ control.GetQuotaRequestObject) 
 	out.Limit.MaxVcpu = q.PerSandbox.CPUs
 	out.Limit.MaxRamMb = q.PerSandbox.MemoryMB
 	out.Usage.ConcurrentInstances = q.Sandboxes
+	out.Usage.PausedInstances = q.Paused
 	out.Usage.ConcurrentVcpu = q.CPUs
 	out.Usage.ConcurrentRamMb = q.MemoryMB
 	return out, nil

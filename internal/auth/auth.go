@@ -47,6 +47,10 @@ type Key struct {
 	Admin   bool      `json:"admin"`          // may manage keys and see every owner's sandboxes
 	Created time.Time `json:"created"`        // UTC
 	Note    string    `json:"note,omitempty"` // where it came from: "first start"
+	// MaxSandboxes and MaxPaused are how many of its sandboxes may run, and be
+	// paused; 0 is the server's default.
+	MaxSandboxes int `json:"maxSandboxes,omitempty"`
+	MaxPaused    int `json:"maxPaused,omitempty"`
 }
 
 // keyForm is what the strictest SDK demands: "e2b_" and lower-case hexadecimal.

@@ -318,7 +318,9 @@ func (v *visit) sandbox(to route) {
 		v.refuse(withdrawn(to.id))
 		return
 	}
-	v.in.traffic(t)
+	if g.busy {
+		v.in.traffic(t)
+	}
 	v.forward(&call{backend: b, target: t, to: to, pass: pass, guest: g})
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,9 +19,12 @@ import (
 // force and its record is on disk. Nothing is left behind by a failed one.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, err error) {
 	began := time.Now()
-	timeout, err := m.timeout(req.Timeout)
+	timeout, err := m.timeout(cmp.Or(req.Timeout, req.IdleTimeout))
 	if err != nil {
 		return Record{}, err
+	}
+	if _, err := m.timeout(req.IdleTimeout); err != nil {
+		return Record{}, errs.New(errs.Invalid, "idleTimeout is %d seconds, this server allows 1 to %d", int64(req.IdleTimeout.Seconds()), int64(m.cfg.MaxTimeout.Seconds()))
 	}
 	compiled, err := policy.Compile(req.Egress, m.cfg.Operator, 1)
 	if err != nil {
@@ -29,10 +33,14 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	if err := ValidMaskHost(req.MaskRequestHost); err != nil {
 		return Record{}, err
 	}
-	if err := m.reserve(); err != nil {
+	if err := ValidLabels(req.Metadata, req.EnvVars); err != nil {
 		return Record{}, err
 	}
-	defer m.unreserve()
+	place, err := m.reserve(req.Owner)
+	if err != nil {
+		return Record{}, err
+	}
+	defer place.release()
 	if err := m.room(0); err != nil {
 		return Record{}, err
 	}
@@ -58,7 +66,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	if err := m.claim(ctx, &rec, up, claimed{o.img, compiled}); err != nil {
 		return Record{}, err
 	}
-	if err := m.open(ctx, &rec, compiled); err != nil {
+	if err := m.open(ctx, &rec, compiled, place); err != nil {
 		return Record{}, err
 	}
 	m.event(ctx, &rec, Event{Name: "create"})
@@ -80,11 +88,11 @@ func (m *Manager) timeout(d time.Duration) (time.Duration, error) {
 }
 
 // open stores the record of a claimed sandbox and shows it to everyone.
-func (m *Manager) open(ctx context.Context, rec *Record, p *policy.Compiled) (err error) {
+func (m *Manager) open(ctx context.Context, rec *Record, p *policy.Compiled, place *reservation) (err error) {
 	if rec.Revision, err = m.cfg.Store.PutSandbox(ctx, *rec); err != nil {
 		return fmt.Errorf("store record: %w", err)
 	}
-	m.admit(*rec, p)
+	m.admit(*rec, p, place)
 	id := rec.ID
 	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
 	return nil
@@ -99,8 +107,10 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 		State: Running, Created: now, Started: now,
 		Metadata: maps.Clone(req.Metadata), EnvVars: maps.Clone(req.EnvVars),
 		OnTimeout: cmp.Or(req.OnTimeout, KillOnTimeout), AutoResume: req.AutoResume,
-		Resources: up.resources,
-		Egress:    req.Egress, Generation: 1,
+		IdleTimeout: req.IdleTimeout,
+		Resources:   up.resources,
+		AllowIn:     slices.Clone(req.AllowIn),
+		Egress:      req.Egress, Generation: 1,
 		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost,
 		ControlToken: newToken(), Lease: up.lease,
 	}

@@ -75,10 +75,11 @@ func (m *Manager) photograph(ctx context.Context, id ID) (Record, *origin, error
 
 // twin starts one copy.
 func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Duration) (rec Record, err error) {
-	if err := m.reserve(); err != nil {
+	place, err := m.reserve(src.Owner)
+	if err != nil {
 		return Record{}, err
 	}
-	defer m.unreserve()
+	defer place.release()
 	p, err := policy.Compile(src.Egress, m.cfg.Operator, 1)
 	if err != nil {
 		return Record{}, err
@@ -98,7 +99,7 @@ func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Durat
 	if err := m.claim(ctx, &rec, up, claimed{o.img, p}); err != nil {
 		return Record{}, err
 	}
-	if err := m.open(ctx, &rec, p); err != nil {
+	if err := m.open(ctx, &rec, p, place); err != nil {
 		return Record{}, err
 	}
 	m.event(ctx, &rec, Event{Name: "fork", Detail: "of " + string(src.ID)})
@@ -111,7 +112,7 @@ func twinRecord(src *Record, up *started) Record {
 	now := time.Now().UTC()
 	rec := *src
 	rec.Revision, rec.ID, rec.Lease, rec.Checkpoint = 0, up.id, up.lease, ""
-	rec.Domains = nil // a name leads to one sandbox
+	rec.Domains, rec.Links, rec.LinkKey = nil, nil, "" // a name, and a link, leads to one sandbox
 	rec.State, rec.Created, rec.Started, rec.Generation = Running, now, now, 1
 	rec.Metadata, rec.EnvVars = maps.Clone(src.Metadata), maps.Clone(src.EnvVars)
 	rec.ControlToken = newToken()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
@@ -116,10 +117,10 @@ func (m *Manager) SetTimeout(ctx context.Context, owner string, id ID, d time.Du
 	return m.save(ctx, e, next)
 }
 
-// SetNetwork replaces all egress rules of a sandbox. When it returns nil the new
-// rules are stored and in force, also for live flows; on an error the old ones
-// are both.
-func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in policy.Input) error {
+// SetNetwork replaces all egress rules of a sandbox and, if it is given, the list of
+// who may reach its ports. When it returns nil the new rules are stored and in
+// force, also for live flows; on an error the old ones are both.
+func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in NetworkUpdate) error {
 	if _, err := m.owned(owner, id); err != nil {
 		return err
 	}
@@ -130,14 +131,20 @@ func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in policy
 	defer e.op.Unlock()
 	v := e.view.Load()
 	next := *v
-	if next.policy, err = policy.Compile(in, m.cfg.Operator, v.rec.Generation+1); err != nil {
+	if next.policy, err = policy.Compile(in.Egress, m.cfg.Operator, v.rec.Generation+1); err != nil {
 		return err
 	}
-	next.rec.Egress, next.rec.Generation = in, next.policy.Generation()
+	next.rec.Egress, next.rec.Generation = in.Egress, next.policy.Generation()
+	if in.AllowIn != nil {
+		next.rec.AllowIn = slices.Clone(in.AllowIn)
+	}
 	// A client that goes away must not leave the stored and the enforced policy apart.
 	ctx = context.WithoutCancel(ctx)
 	if err := m.replacePolicy(ctx, e, next); err != nil {
 		return err
+	}
+	if in.AllowIn != nil {
+		m.cfg.AccessChanged(id)
 	}
 	m.event(ctx, &next.rec, Event{Name: "network", Detail: fmt.Sprintf("generation %d", next.rec.Generation)})
 	m.cfg.Log.Info("network rules replaced", "sandbox", id, "generation", next.rec.Generation)
@@ -183,9 +190,16 @@ func (m *Manager) expire(ctx context.Context, id ID) {
 	if err != nil || v.rec.State != Running || time.Now().Before(v.rec.Expires) {
 		return // killed, paused or prolonged meanwhile
 	}
+	if m.stays(ctx, &v.rec) {
+		return
+	}
 	if v.rec.OnTimeout == PauseOnTimeout {
 		err = m.Pause(ctx, "", id)
 		if err == nil || errs.Is(err, errs.NotFound) || errs.Is(err, errs.Conflict) {
+			return
+		}
+		if errs.Is(err, errs.Exhausted) && m.postpone(ctx, id) { // its work is not lost for want of room
+			m.cfg.Log.Warn("no room to pause at the end of its time; trying again", "sandbox", id, "err", err)
 			return
 		}
 		m.cfg.Log.Error("pause at the end of its time; killing instead", "sandbox", id, "err", err)
@@ -193,6 +207,13 @@ func (m *Manager) expire(ctx context.Context, id ID) {
 	if err := m.remove(ctx, id, Event{Name: "expire"}); err != nil && !errs.Is(err, errs.NotFound) {
 		m.cfg.Log.Error("kill at the end of its time", "sandbox", id, "err", err)
 	}
+}
+
+// pauseAgain is when a sandbox that could not be paused for want of room is tried again.
+const pauseAgain = time.Minute
+
+func (m *Manager) postpone(ctx context.Context, id ID) bool {
+	return m.SetTimeout(ctx, "", id, min(pauseAgain, m.cfg.MaxTimeout)) == nil
 }
 
 // owned looks a sandbox up for a caller: a key sees the sandboxes it made, an

@@ -145,11 +145,21 @@ func (req *EventsRequest) matches(e *Event) bool {
 		(req.To.IsZero() || !e.Time.After(req.To))
 }
 
-// Quota returns the server's limits and what is in use of them.
+// Quota returns what an owner may use and uses; of the whole server, when owner is empty.
 func (m *Manager) Quota(_ context.Context, owner string) (Quota, error) {
 	q := Quota{MaxSandboxes: m.cfg.MaxSandboxes, MaxLifetime: m.cfg.MaxTimeout, PerSandbox: m.cfg.Defaults}
+	q.MaxPaused = m.cfg.MaxPaused
+	if owner != "" {
+		allowed := m.cfg.Allowance(owner)
+		q.MaxSandboxes, q.MaxPaused = limited(q.MaxSandboxes, allowed.Sandboxes), limited(q.MaxPaused, allowed.Paused)
+	}
 	for _, e := range m.entries() {
-		if v := e.view.Load(); v.rec.State == Running && (owner == "" || owner == v.rec.Owner) {
+		v := e.view.Load()
+		switch {
+		case owner != "" && owner != v.rec.Owner:
+		case v.rec.State == Paused:
+			q.Paused++
+		default:
 			q.Sandboxes++
 			q.CPUs += v.rec.Resources.CPUs
 			q.MemoryMB += v.rec.Resources.MemoryMB

@@ -54,6 +54,9 @@ type Config struct {
 	Spares map[string]int
 	// MaxSandboxes limits running sandboxes; 0 means 1,000.
 	MaxSandboxes int
+	// Allowance returns how many one owner may have; nil: as many as the server.
+	// It must answer from memory.
+	Allowance func(owner string) Allowance
 	// MaxTimeout is the longest time a sandbox may ask for; 0 means 24 h.
 	MaxTimeout time.Duration
 	// ParallelStarts bounds starts and restores at one time; 0 means 4 per CPU.
@@ -66,6 +69,12 @@ type Config struct {
 	// cut them. Both may be nil.
 	PolicyChanged func(ID)
 	Gone          func(ID)
+	// AccessChanged is called when who may reach a sandbox has changed: whoever
+	// speaks to it is judged anew. May be nil.
+	AccessChanged func(ID)
+	// InUse reports whether a request to a sandbox is under way, which keeps one
+	// with an idle time from ending. May be nil.
+	InUse func(ID) bool
 
 	Log *slog.Logger
 }
@@ -85,6 +94,15 @@ func (c *Config) setDefaults() {
 	if c.Gone == nil {
 		c.Gone = func(ID) {}
 	}
+	if c.AccessChanged == nil {
+		c.AccessChanged = func(ID) {}
+	}
+	if c.InUse == nil {
+		c.InUse = func(ID) bool { return false }
+	}
+	if c.Allowance == nil {
+		c.Allowance = func(string) Allowance { return Allowance{} }
+	}
 }
 
 // Manager owns every sandbox's life. Its methods are safe for concurrent use;
@@ -99,10 +117,11 @@ type Manager struct {
 	warm    *warm
 	history *history
 
-	mu        sync.Mutex // guards live, snapshots and reserved
+	mu        sync.Mutex // guards live, snapshots, reserved and pausing
 	live      map[ID]*entry
 	snapshots map[string]Snapshot // by ID
-	reserved  int                 // creations under way, counted against MaxSandboxes
+	reserved  map[string]int      // creations and resumes under way, by owner
+	pausing   map[string]int      // pauses under way, by owner
 
 	domainMu sync.RWMutex     // guards domains
 	domains  map[string]bound // custom domains of live, by name
@@ -132,6 +151,7 @@ func New(cfg Config) *Manager {
 		tasks:  make(chan func(context.Context)),
 		ended:  make(chan struct{}),
 		live:   map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
+		reserved: map[string]int{}, pausing: map[string]int{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
 	}
 	m.warm = newWarm(m.vault)
@@ -293,37 +313,15 @@ func (m *Manager) entries() []*entry {
 	return out
 }
 
-// reserve counts a sandbox about to be created against the limit.
-func (m *Manager) reserve() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	running := m.reserved
-	for _, e := range m.live {
-		if e.view.Load().rec.State != Paused {
-			running++
-		}
-	}
-	if running >= m.cfg.MaxSandboxes {
-		return errs.New(errs.Exhausted, "this server runs its limit of %d sandboxes: kill one, or raise sandboxes.max in the server's configuration", m.cfg.MaxSandboxes)
-	}
-	m.reserved++
-	return nil
-}
-
-// admit turns a reservation into a sandbox others can find.
-func (m *Manager) admit(rec Record, p *policy.Compiled) {
+// admit turns a reservation, if there was one, into a sandbox others can find.
+func (m *Manager) admit(rec Record, p *policy.Compiled, place *reservation) {
 	e := &entry{}
 	e.view.Store(&view{rec: rec, policy: p, done: make(chan struct{})})
 	m.indexDomains(&rec)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.live[rec.ID] = e
-}
-
-func (m *Manager) unreserve() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.reserved--
+	place.drop()
 }
 
 func (m *Manager) forget(id ID) {

@@ -212,11 +212,11 @@ func TestAFailedUpdateKeepsTheOldRules(t *testing.T) {
 			t.Fatal(err)
 		}
 		before := w.policyOf(rec.ID)
-		if err := m.SetNetwork(t.Context(), "", rec.ID, policy.Input{DenyOut: []string{"no"}}); !errs.Is(err, errs.Invalid) {
+		if err := m.SetNetwork(t.Context(), "", rec.ID, NetworkUpdate{Egress: policy.Input{DenyOut: []string{"no"}}}); !errs.Is(err, errs.Invalid) {
 			t.Errorf("bad rules: %v", err)
 		}
 		w.failAt("apply", true)
-		if err := m.SetNetwork(t.Context(), "", rec.ID, policy.Input{}); !errors.Is(err, errBroken) {
+		if err := m.SetNetwork(t.Context(), "", rec.ID, NetworkUpdate{}); !errors.Is(err, errBroken) {
 			t.Errorf("kernel refusal: %v", err)
 		}
 		got, err := m.Get(t.Context(), "", rec.ID)
@@ -227,7 +227,7 @@ func TestAFailedUpdateKeepsTheOldRules(t *testing.T) {
 			t.Error("stored or enforced rules changed")
 		}
 		w.failAt("apply", false)
-		if err := m.SetNetwork(t.Context(), "", rec.ID, policy.Input{}); err != nil {
+		if err := m.SetNetwork(t.Context(), "", rec.ID, NetworkUpdate{}); err != nil {
 			t.Errorf("the next update: %v", err)
 		}
 		if p, _ := m.Policy(rec.ID); p.Generation() != 2 || w.policyOf(rec.ID) != p {
@@ -402,7 +402,7 @@ func TestAKeySeesOnlyItsOwnSandboxes(t *testing.T) {
 		for name, try := range map[string]func(owner string) error{
 			"get":     func(o string) error { _, err := m.Get(t.Context(), o, rec.ID); return err },
 			"timeout": func(o string) error { return m.SetTimeout(t.Context(), o, rec.ID, time.Hour) },
-			"network": func(o string) error { return m.SetNetwork(t.Context(), o, rec.ID, policy.Input{}) },
+			"network": func(o string) error { return m.SetNetwork(t.Context(), o, rec.ID, NetworkUpdate{}) },
 			"connect": func(o string) error { _, _, err := m.Connect(t.Context(), o, rec.ID, 0); return err },
 			"pause":   func(o string) error { return m.Pause(t.Context(), o, rec.ID) },
 			"resume":  func(o string) error { _, _, err := m.Connect(t.Context(), o, rec.ID, 0); return err },

@@ -32,7 +32,12 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 	if v.rec.State != Running {
 		return errs.New(errs.Conflict, "Sandbox %q is already %s", string(id), v.rec.State)
 	}
-	if err := m.mayPause(ctx, id); err != nil {
+	place, err := m.reservePaused(v.rec.Owner)
+	if err != nil {
+		return err
+	}
+	defer place.release()
+	if err := m.room(m.footprint(ctx, id)); err != nil {
 		return err
 	}
 	size, err := m.suspend(ctx, e)
@@ -47,20 +52,6 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 	m.event(ctx, &rec, Event{Name: "pause"})
 	m.cfg.Log.Info("sandbox paused", "sandbox", id, "bytes", size, "took", time.Since(began))
 	return nil
-}
-
-// mayPause says why there is no place for one more paused sandbox.
-func (m *Manager) mayPause(ctx context.Context, id ID) error {
-	paused := 0
-	for _, e := range m.entries() {
-		if e.view.Load().rec.State == Paused {
-			paused++
-		}
-	}
-	if paused >= m.cfg.MaxPaused {
-		return errs.New(errs.Exhausted, "this server keeps its limit of %d paused sandboxes: kill one, or raise sandboxes.max_paused in the server's configuration", m.cfg.MaxPaused)
-	}
-	return m.room(m.footprint(ctx, id))
 }
 
 // suspend stops a sandbox's processes, puts a checkpoint of them on disk and

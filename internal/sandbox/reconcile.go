@@ -85,7 +85,7 @@ func (m *Manager) runningIDs(ctx context.Context) (map[ID]bool, error) {
 }
 
 func (m *Manager) adopt(rec Record, p *policy.Compiled) {
-	m.admit(rec, p)
+	m.admit(rec, p, nil)
 	if rec.State != Running {
 		e, err := m.entry(rec.ID)
 		if err == nil {

@@ -22,11 +22,13 @@ type CreateRequest struct {
 	Metadata           map[string]string
 	EnvVars            map[string]string
 	Egress             policy.Input
-	AllowPublicTraffic *bool  // nil means true
-	MaskRequestHost    string // already checked with ValidMaskHost
+	AllowPublicTraffic *bool          // nil means true
+	MaskRequestHost    string         // already checked with ValidMaskHost
+	AllowIn            []netip.Prefix // of ParseSources; nil: everybody
 	OnTimeout          OnTimeout
 	AutoResume         bool
-	Secure             bool // whether the agent demands an access token
+	IdleTimeout        time.Duration // 0: traffic does not move the end of its life
+	Secure             bool          // whether the agent demands an access token
 }
 
 // ListRequest selects sandboxes. The zero value selects all, newest start first.
@@ -57,14 +59,23 @@ type EventsRequest struct {
 // Quota is what an owner may use and what is in use. A zero limit means none.
 type Quota struct {
 	MaxSandboxes int
+	MaxPaused    int
 	MaxCPUs      int
 	MaxMemoryMB  int64
 	MaxLifetime  time.Duration
 	PerSandbox   Resources // the largest one sandbox may be
 
 	Sandboxes int
+	Paused    int
 	CPUs      int
 	MemoryMB  int64
+}
+
+// NetworkUpdate replaces a sandbox's network rules.
+type NetworkUpdate struct {
+	Egress policy.Input
+	// AllowIn is who may reach the sandbox's ports, of ParseSources; nil: unchanged.
+	AllowIn []netip.Prefix
 }
 
 // SnapshotsRequest selects snapshots, newest first.

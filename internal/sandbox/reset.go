@@ -76,10 +76,11 @@ func (m *Manager) startOver(ctx context.Context, e *entry, o *origin, to resetTo
 		return Record{}, err
 	}
 	if !wasRunning {
-		if err := m.reserve(); err != nil {
+		place, err := m.reserve(next.rec.Owner)
+		if err != nil {
 			return Record{}, err
 		}
-		defer m.unreserve()
+		defer place.release()
 	} else {
 		closeOnce(next.done)
 		if err := m.stop(ctx, &next); err != nil {

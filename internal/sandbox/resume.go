@@ -51,10 +51,11 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 	if err := m.room(0); err != nil {
 		return Record{}, err
 	}
-	if err := m.reserve(); err != nil {
+	place, err := m.reserve(next.rec.Owner)
+	if err != nil {
 		return Record{}, err
 	}
-	defer m.unreserve()
+	defer place.release()
 	if next.policy, err = policy.Compile(next.rec.Egress, m.cfg.Operator, next.rec.Generation); err != nil {
 		return Record{}, err
 	}

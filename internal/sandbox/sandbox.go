@@ -6,6 +6,7 @@ package sandbox
 import (
 	"cmp"
 	"crypto/rand"
+	"net/netip"
 	"regexp"
 	"time"
 
@@ -84,17 +85,22 @@ type Record struct {
 	Expires    time.Time         `json:"expires"`
 	OnTimeout  OnTimeout         `json:"onTimeout"`
 	AutoResume bool              `json:"autoResume"`
-	Resources  Resources         `json:"resources"`
+	// IdleTimeout is how long it lives from its last traffic on; 0: traffic changes nothing.
+	IdleTimeout time.Duration `json:"idleTimeout,omitempty"`
+	Resources   Resources     `json:"resources"`
 
-	Egress             policy.Input `json:"egress"`
-	Generation         uint64       `json:"generation"` // of Egress
-	AllowPublicTraffic *bool        `json:"allowPublicTraffic,omitempty"`
-	MaskRequestHost    string       `json:"maskRequestHost,omitempty"`
-	TrafficToken       string       `json:"trafficToken,omitempty"` // issued when public traffic is off
-	AccessToken        string       `json:"accessToken,omitempty"`  // of the agent; empty when not secured
-	ControlToken       string       `json:"controlToken"`           // host to agent
-	Lease              Lease        `json:"lease"`
-	Domains            []Domain     `json:"domains,omitempty"` // custom ones; see Manager.Bind
+	Egress             policy.Input   `json:"egress"`
+	Generation         uint64         `json:"generation"` // of Egress
+	AllowPublicTraffic *bool          `json:"allowPublicTraffic,omitempty"`
+	MaskRequestHost    string         `json:"maskRequestHost,omitempty"`
+	TrafficToken       string         `json:"trafficToken,omitempty"` // issued when public traffic is off
+	AllowIn            []netip.Prefix `json:"allowIn,omitzero"`       // who may reach its ports; nil: everybody, empty: nobody
+	LinkKey            string         `json:"linkKey,omitempty"`      // signs its URLs; made with the first
+	Links              []Link         `json:"links,omitempty"`        // signed URLs in force
+	AccessToken        string         `json:"accessToken,omitempty"`  // of the agent; empty when not secured
+	ControlToken       string         `json:"controlToken"`           // host to agent
+	Lease              Lease          `json:"lease"`
+	Domains            []Domain       `json:"domains,omitempty"` // custom ones; see Manager.Bind
 }
 
 // Agent is how the host reaches the sandbox's agent.

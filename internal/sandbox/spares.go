@@ -121,7 +121,7 @@ func (m *Manager) makeSpare(ctx context.Context, template string) error {
 func (m *Manager) waitQuiet(ctx context.Context) {
 	for range 100 {
 		m.mu.Lock()
-		busy := m.reserved > 0
+		busy := len(m.reserved) > 0
 		m.mu.Unlock()
 		if !busy {
 			return

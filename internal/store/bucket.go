@@ -319,6 +319,8 @@ func cloneRecord(r sandbox.Record) sandbox.Record {
 	r.Egress.AllowOut = slices.Clone(r.Egress.AllowOut)
 	r.Egress.DenyOut = slices.Clone(r.Egress.DenyOut)
 	r.Egress.AllowInternetAccess = clonePtr(r.Egress.AllowInternetAccess)
+	r.AllowIn = slices.Clone(r.AllowIn)
+	r.Links = slices.Clone(r.Links)
 	r.AllowPublicTraffic = clonePtr(r.AllowPublicTraffic)
 	return r
 }

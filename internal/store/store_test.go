@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -67,6 +68,8 @@ func record() sandbox.Record {
 		Created: time.Now().UTC(), Expires: time.Now().Add(time.Hour).UTC(),
 		Egress:             policy.Input{AllowOut: []string{"*.example.com"}, DenyOut: []string{"0.0.0.0/0"}, AllowInternetAccess: &no},
 		AllowPublicTraffic: &no, ControlToken: "secret",
+		AllowIn: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+		LinkKey: "key", Links: []sandbox.Link{{ID: "u1", Port: 3000, Expires: time.Now().Add(time.Hour).UTC()}},
 	}
 }
 
@@ -94,11 +97,11 @@ func TestRecordsAreReadBackAndSurviveReopen(t *testing.T) {
 	r.Revision = put(t, s, r)
 	want := []sandbox.Record{r}
 	same := cmpopts.EquateEmpty()
-	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease)); diff != "" {
+	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease, netip.Prefix{})); diff != "" {
 		t.Errorf("own write (-want +got):\n%s", diff)
 	}
 	s = reopen(t, s)
-	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease)); diff != "" {
+	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease, netip.Prefix{})); diff != "" {
 		t.Errorf("after reopening (-want +got):\n%s", diff)
 	}
 	if err := s.DeleteSandbox(t.Context(), r.ID); err != nil {
@@ -248,7 +251,7 @@ func eventually(t *testing.T, ok func() bool) {
 func TestViewCannotBeChangedFromOutside(t *testing.T) {
 	r := record()
 	c := cloneRecord(r)
-	if diff := cmp.Diff(r, c, cmpopts.EquateComparable(r.Lease)); diff != "" {
+	if diff := cmp.Diff(r, c, cmpopts.EquateComparable(r.Lease, netip.Prefix{})); diff != "" {
 		t.Fatalf("the clone differs:\n%s", diff)
 	}
 	var shared func(path string, a, b reflect.Value)
@@ -757,6 +760,21 @@ func BenchmarkOpenEmpty(b *testing.B) {
 		}
 		if err := s.Close(); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// An empty list of sources lets nobody in; none at all everybody. The difference
+// must survive the disk.
+func TestAnEmptyListOfSourcesStaysEmpty(t *testing.T) {
+	for _, list := range [][]netip.Prefix{nil, {}} {
+		text, err := encode(&sandbox.Record{AllowIn: list})
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := decode[sandbox.Record](text)
+		if err != nil || (back.AllowIn == nil) != (list == nil) || (cloneRecord(*back).AllowIn == nil) != (list == nil) {
+			t.Errorf("%#v became %#v (%v)", list, back.AllowIn, err)
 		}
 	}
 }

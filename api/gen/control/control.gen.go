@@ -372,14 +372,23 @@ type Key struct {
 	Id   string `json:"id"`
 
 	// Key The secret, in the answer to its creation only.
-	Key  string `json:"key,omitempty,omitzero"`
-	Name string `json:"name"`
+	Key string `json:"key,omitempty,omitzero"`
+
+	// MaxPaused How many paused ones it may keep; absent: the server's default.
+	MaxPaused int `json:"maxPaused,omitempty,omitzero"`
+
+	// MaxSandboxes How many sandboxes of it may run; absent: the server's default.
+	MaxSandboxes int    `json:"maxSandboxes,omitempty,omitzero"`
+	Name         string `json:"name"`
 }
 
 // Lifecycle defines model for Lifecycle.
 type Lifecycle struct {
-	AutoResume bool               `json:"autoResume"`
-	OnTimeout  LifecycleOnTimeout `json:"onTimeout"`
+	AutoResume bool `json:"autoResume"`
+
+	// IdleTimeout cordon: seconds; absent when traffic does not move the end.
+	IdleTimeout int64              `json:"idleTimeout,omitempty,omitzero"`
+	OnTimeout   LifecycleOnTimeout `json:"onTimeout"`
 }
 
 // LifecycleOnTimeout defines model for Lifecycle.OnTimeout.
@@ -443,6 +452,10 @@ type Metric struct {
 // allowed, except private, local and metadata addresses, which never are. A field that is not
 // listed here is refused.
 type Network struct {
+	// AllowIn cordon: the only addresses and CIDRs that may reach the sandbox's ports. Left out at
+	// create: every address; left out of a change: as before. An empty list is nobody.
+	AllowIn []string `json:"allowIn,omitempty,omitzero"`
+
 	// AllowOut IP addresses, CIDRs, domains, "*.domain" (every subdomain, not the domain itself) and "*".
 	// A domain needs 0.0.0.0/0 in denyOut. cordon: with ":port" only on that port.
 	AllowOut []string `json:"allowOut,omitempty,omitzero"`
@@ -529,10 +542,12 @@ type NetworkEventVerdict string
 
 // NetworkInfo defines model for NetworkInfo.
 type NetworkInfo struct {
-	AllowOut           []string `json:"allowOut,omitempty,omitzero"`
-	AllowPublicTraffic *bool    `json:"allowPublicTraffic,omitempty"`
-	DenyOut            []string `json:"denyOut,omitempty,omitzero"`
-	Dns                string   `json:"dns,omitempty,omitzero"`
+	// AllowIn cordon: who may reach the ports; absent: everybody.
+	AllowIn            *[]string `json:"allowIn,omitempty"`
+	AllowOut           []string  `json:"allowOut,omitempty,omitzero"`
+	AllowPublicTraffic *bool     `json:"allowPublicTraffic,omitempty"`
+	DenyOut            []string  `json:"denyOut,omitempty,omitzero"`
+	Dns                string    `json:"dns,omitempty,omitzero"`
 
 	// Generation cordon: how often the rules were replaced, from 1.
 	Generation      int64  `json:"generation,omitempty,omitzero"`
@@ -562,6 +577,10 @@ type NewSandbox struct {
 
 	// Iam Part of the dialect that this server does not have; refused unless empty.
 	Iam Unsupported `json:"iam,omitempty,omitzero"`
+
+	// IdleTimeout cordon: seconds. Every request to the sandbox, and every connection that is open, moves
+	// the end of its life to at least so long from then. Without timeout it is the first one too.
+	IdleTimeout *int64 `json:"idleTimeout,omitempty"`
 
 	// Mcp Part of the dialect that this server does not have; refused unless empty.
 	Mcp      Unsupported       `json:"mcp,omitempty,omitzero"`
@@ -596,11 +615,17 @@ type Quota struct {
 		MaxLengthHours      int   `json:"maxLengthHours"`
 		MaxRamMb            int64 `json:"maxRamMb"`
 		MaxVcpu             int   `json:"maxVcpu"`
+
+		// PausedInstances cordon: how many may be paused.
+		PausedInstances int `json:"pausedInstances,omitempty,omitzero"`
 	} `json:"limit"`
 	Usage struct {
 		ConcurrentInstances int   `json:"concurrentInstances"`
 		ConcurrentRamMb     int64 `json:"concurrentRamMb"`
 		ConcurrentVcpu      int   `json:"concurrentVcpu"`
+
+		// PausedInstances cordon.
+		PausedInstances int `json:"pausedInstances,omitempty,omitzero"`
 	} `json:"usage"`
 }
 
@@ -667,6 +692,20 @@ type SandboxDomain struct {
 // SandboxState defines model for SandboxState.
 type SandboxState string
 
+// SignedURL defines model for SignedURL.
+type SignedURL struct {
+	Created time.Time `json:"created"`
+	Expires time.Time `json:"expires"`
+	Id      string    `json:"id"`
+	Port    int       `json:"port"`
+
+	// Token What makes the URL open, in the answer to its creation only.
+	Token string `json:"token,omitempty,omitzero"`
+
+	// Url In the answer to its creation only.
+	Url string `json:"url,omitempty,omitzero"`
+}
+
 // Snapshot defines model for Snapshot.
 type Snapshot struct {
 	Names []string `json:"names"`
@@ -720,6 +759,12 @@ type SandboxID = string
 type CreateKeyJSONBody struct {
 	// Admin May manage keys and see every key's sandboxes.
 	Admin bool `json:"admin,omitempty,omitzero"`
+
+	// MaxPaused How many paused ones it may keep; 0: the server's default for keys.
+	MaxPaused int `json:"maxPaused,omitempty,omitzero"`
+
+	// MaxSandboxes How many sandboxes of it may run; 0: the server's default for keys.
+	MaxSandboxes int `json:"maxSandboxes,omitempty,omitzero"`
 
 	// Name For people; up to 100 characters.
 	Name string `json:"name"`
@@ -841,6 +886,14 @@ type SetTimeoutJSONBody struct {
 	Timeout Timeout `json:"timeout"`
 }
 
+// CreateURLJSONBody defines parameters for CreateURL.
+type CreateURLJSONBody struct {
+	Port int `json:"port"`
+
+	// Ttl Seconds; 3600 when absent, at most 604800.
+	Ttl *int64 `json:"ttl,omitempty"`
+}
+
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
 	SandboxID string `form:"sandboxID,omitempty" json:"sandboxID,omitempty,omitzero"`
@@ -930,6 +983,9 @@ type CreateSnapshotJSONRequestBody CreateSnapshotJSONBody
 // SetTimeoutJSONRequestBody defines body for SetTimeout for application/json ContentType.
 type SetTimeoutJSONRequestBody SetTimeoutJSONBody
 
+// CreateURLJSONRequestBody defines body for CreateURL for application/json ContentType.
+type CreateURLJSONRequestBody CreateURLJSONBody
+
 // CreateSandboxV2JSONRequestBody defines body for CreateSandboxV2 for application/json ContentType.
 type CreateSandboxV2JSONRequestBody = NewSandbox
 
@@ -959,6 +1015,14 @@ func (a *Network) UnmarshalJSON(b []byte) error {
 	err := json.Unmarshal(b, &object)
 	if err != nil {
 		return err
+	}
+
+	if raw, found := object["allowIn"]; found {
+		err = json.Unmarshal(raw, &a.AllowIn)
+		if err != nil {
+			return fmt.Errorf("error reading 'allowIn': %w", err)
+		}
+		delete(object, "allowIn")
 	}
 
 	if raw, found := object["allowOut"]; found {
@@ -1075,6 +1139,13 @@ func (a *Network) UnmarshalJSON(b []byte) error {
 func (a Network) MarshalJSON() ([]byte, error) {
 	var err error
 	object := make(map[string]json.RawMessage)
+
+	if a.AllowIn != nil {
+		object["allowIn"], err = json.Marshal(a.AllowIn)
+		if err != nil {
+			return nil, fmt.Errorf("error marshaling 'allowIn': %w", err)
+		}
+	}
 
 	if a.AllowOut != nil {
 		object["allowOut"], err = json.Marshal(a.AllowOut)
@@ -1209,7 +1280,7 @@ type ServerInterface interface {
 	// GetMetrics Samples of the sandbox's resource use, oldest first.
 	// (GET /sandboxes/{sandboxID}/metrics)
 	GetMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetMetricsParams)
-	// UpdateNetwork Replace all egress rules. A field that is left out is cleared.
+	// UpdateNetwork Replace all egress rules. A field that is left out is cleared, but allowIn is kept.
 	// (PUT /sandboxes/{sandboxID}/network)
 	UpdateNetwork(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// ListNetworkEvents cordon: every verdict about the sandbox's flows and DNS queries, oldest first.
@@ -1233,6 +1304,18 @@ type ServerInterface interface {
 	// SetTimeout Let a sandbox live for a time from now, longer or shorter than before.
 	// (POST /sandboxes/{sandboxID}/timeout)
 	SetTimeout(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// DeleteURLs cordon: revoke all signed URLs of a sandbox at once.
+	// (DELETE /sandboxes/{sandboxID}/urls)
+	DeleteURLs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// ListURLs cordon: the signed URLs of a sandbox that are in force, without their signatures.
+	// (GET /sandboxes/{sandboxID}/urls)
+	ListURLs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// CreateURL cordon: make a signed URL, which opens one port of a private sandbox for a time.
+	// (POST /sandboxes/{sandboxID}/urls)
+	CreateURL(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// DeleteURL cordon: revoke one signed URL at once.
+	// (DELETE /sandboxes/{sandboxID}/urls/{urlID})
+	DeleteURL(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, urlID string)
 	// ListSnapshots A page of snapshots, newest first.
 	// (GET /snapshots)
 	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
@@ -2113,6 +2196,119 @@ func (siw *ServerInterfaceWrapper) SetTimeout(w http.ResponseWriter, r *http.Req
 	handler.ServeHTTP(w, r)
 }
 
+// DeleteURLs operation middleware
+func (siw *ServerInterfaceWrapper) DeleteURLs(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteURLs(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListURLs operation middleware
+func (siw *ServerInterfaceWrapper) ListURLs(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListURLs(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateURL operation middleware
+func (siw *ServerInterfaceWrapper) CreateURL(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateURL(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteURL operation middleware
+func (siw *ServerInterfaceWrapper) DeleteURL(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "urlID" -------------
+	var urlID string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "urlID", r.PathValue("urlID"), &urlID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "urlID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteURL(w, r, sandboxID, urlID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListSnapshots operation middleware
 func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 
@@ -2585,6 +2781,10 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/sandboxes/{sandboxID}/pause", wrapper.PauseSandbox)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/metrics", wrapper.GetMetrics)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/sandboxes/{sandboxID}/network", wrapper.UpdateNetwork)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls", wrapper.DeleteURLs)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls", wrapper.ListURLs)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls", wrapper.CreateURL)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls/{urlID}", wrapper.DeleteURL)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/network/events", wrapper.ListNetworkEvents)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains", wrapper.ListDomains)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains/{domain}", wrapper.UnbindDomain)
@@ -3653,6 +3853,152 @@ func (response SetTimeoutdefaultJSONResponse) VisitSetTimeoutResponse(w http.Res
 	return err
 }
 
+type DeleteURLsRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+}
+
+type DeleteURLsResponseObject interface {
+	VisitDeleteURLsResponse(w http.ResponseWriter) error
+}
+
+type DeleteURLs204Response struct {
+}
+
+func (response DeleteURLs204Response) VisitDeleteURLsResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteURLsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteURLsdefaultJSONResponse) VisitDeleteURLsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListURLsRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+}
+
+type ListURLsResponseObject interface {
+	VisitListURLsResponse(w http.ResponseWriter) error
+}
+
+type ListURLs200JSONResponse []SignedURL
+
+func (response ListURLs200JSONResponse) VisitListURLsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListURLsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListURLsdefaultJSONResponse) VisitListURLsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateURLRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	Body      *CreateURLJSONRequestBody
+}
+
+type CreateURLResponseObject interface {
+	VisitCreateURLResponse(w http.ResponseWriter) error
+}
+
+type CreateURL201JSONResponse SignedURL
+
+func (response CreateURL201JSONResponse) VisitCreateURLResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateURLdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CreateURLdefaultJSONResponse) VisitCreateURLResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type DeleteURLRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	UrlID     string    `json:"urlID"`
+}
+
+type DeleteURLResponseObject interface {
+	VisitDeleteURLResponse(w http.ResponseWriter) error
+}
+
+type DeleteURL204Response struct {
+}
+
+func (response DeleteURL204Response) VisitDeleteURLResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteURLdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteURLdefaultJSONResponse) VisitDeleteURLResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListSnapshotsRequestObject struct {
 	Params ListSnapshotsParams
 }
@@ -4054,7 +4400,7 @@ type StrictServerInterface interface {
 	// GetMetrics Samples of the sandbox's resource use, oldest first.
 	// (GET /sandboxes/{sandboxID}/metrics)
 	GetMetrics(ctx context.Context, request GetMetricsRequestObject) (GetMetricsResponseObject, error)
-	// UpdateNetwork Replace all egress rules. A field that is left out is cleared.
+	// UpdateNetwork Replace all egress rules. A field that is left out is cleared, but allowIn is kept.
 	// (PUT /sandboxes/{sandboxID}/network)
 	UpdateNetwork(ctx context.Context, request UpdateNetworkRequestObject) (UpdateNetworkResponseObject, error)
 	// ListNetworkEvents cordon: every verdict about the sandbox's flows and DNS queries, oldest first.
@@ -4078,6 +4424,18 @@ type StrictServerInterface interface {
 	// SetTimeout Let a sandbox live for a time from now, longer or shorter than before.
 	// (POST /sandboxes/{sandboxID}/timeout)
 	SetTimeout(ctx context.Context, request SetTimeoutRequestObject) (SetTimeoutResponseObject, error)
+	// DeleteURLs cordon: revoke all signed URLs of a sandbox at once.
+	// (DELETE /sandboxes/{sandboxID}/urls)
+	DeleteURLs(ctx context.Context, request DeleteURLsRequestObject) (DeleteURLsResponseObject, error)
+	// ListURLs cordon: the signed URLs of a sandbox that are in force, without their signatures.
+	// (GET /sandboxes/{sandboxID}/urls)
+	ListURLs(ctx context.Context, request ListURLsRequestObject) (ListURLsResponseObject, error)
+	// CreateURL cordon: make a signed URL, which opens one port of a private sandbox for a time.
+	// (POST /sandboxes/{sandboxID}/urls)
+	CreateURL(ctx context.Context, request CreateURLRequestObject) (CreateURLResponseObject, error)
+	// DeleteURL cordon: revoke one signed URL at once.
+	// (DELETE /sandboxes/{sandboxID}/urls/{urlID})
+	DeleteURL(ctx context.Context, request DeleteURLRequestObject) (DeleteURLResponseObject, error)
 	// ListSnapshots A page of snapshots, newest first.
 	// (GET /snapshots)
 	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
@@ -4926,6 +5284,118 @@ func (sh *strictHandler) SetTimeout(w http.ResponseWriter, r *http.Request, sand
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(SetTimeoutResponseObject); ok {
 		if err := validResponse.VisitSetTimeoutResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteURLs operation middleware
+func (sh *strictHandler) DeleteURLs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	var request DeleteURLsRequestObject
+
+	request.SandboxID = sandboxID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteURLs(ctx, request.(DeleteURLsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteURLs")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteURLsResponseObject); ok {
+		if err := validResponse.VisitDeleteURLsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListURLs operation middleware
+func (sh *strictHandler) ListURLs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	var request ListURLsRequestObject
+
+	request.SandboxID = sandboxID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListURLs(ctx, request.(ListURLsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListURLs")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListURLsResponseObject); ok {
+		if err := validResponse.VisitListURLsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CreateURL operation middleware
+func (sh *strictHandler) CreateURL(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	var request CreateURLRequestObject
+
+	request.SandboxID = sandboxID
+
+	var body CreateURLJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CreateURL(ctx, request.(CreateURLRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CreateURL")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CreateURLResponseObject); ok {
+		if err := validResponse.VisitCreateURLResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteURL operation middleware
+func (sh *strictHandler) DeleteURL(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, urlID string) {
+	var request DeleteURLRequestObject
+
+	request.SandboxID = sandboxID
+	request.UrlID = urlID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteURL(ctx, request.(DeleteURLRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteURL")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteURLResponseObject); ok {
+		if err := validResponse.VisitDeleteURLResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

@@ -91,7 +91,7 @@ func (f *Sandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sandbo
 		State: sandbox.Running, Metadata: req.Metadata, EnvVars: req.EnvVars,
 		Created: time.Now(), Started: time.Now().Add(time.Duration(len(f.Created)) * time.Millisecond),
 		Expires:   time.Now().Add(cmp.Or(req.Timeout, sandbox.DefaultTimeout)),
-		OnTimeout: req.OnTimeout, AutoResume: req.AutoResume,
+		OnTimeout: req.OnTimeout, AutoResume: req.AutoResume, IdleTimeout: req.IdleTimeout, AllowIn: req.AllowIn,
 		Resources: sandbox.Resources{CPUs: 2, MemoryMB: 512, DiskMB: 1024},
 		Egress:    req.Egress, Generation: 1,
 		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost,
@@ -190,18 +190,21 @@ func (f *Sandboxes) SetTimeout(_ context.Context, owner string, id sandbox.ID, d
 }
 
 // SetNetwork implements the API's interface.
-func (f *Sandboxes) SetNetwork(_ context.Context, owner string, id sandbox.ID, in policy.Input) error {
+func (f *Sandboxes) SetNetwork(_ context.Context, owner string, id sandbox.ID, in sandbox.NetworkUpdate) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
 	if err != nil {
 		return err
 	}
-	p, err := policy.Compile(in, nil, rec.Generation+1)
+	p, err := policy.Compile(in.Egress, nil, rec.Generation+1)
 	if err != nil {
 		return err
 	}
-	rec.Egress = in
+	rec.Egress = in.Egress
+	if in.AllowIn != nil {
+		rec.AllowIn = in.AllowIn
+	}
 	rec.Generation++
 	f.policies[id] = p
 	return nil
@@ -238,6 +241,45 @@ func (f *Sandboxes) Unbind(_ context.Context, owner string, id sandbox.ID, name 
 	if len(rec.Domains) == n {
 		return errs.New(errs.NotFound, "domain %q is not bound", name)
 	}
+	return nil
+}
+
+// CreateLink implements the API's interface.
+func (f *Sandboxes) CreateLink(_ context.Context, owner string, id sandbox.ID, port uint16, ttl time.Duration) (sandbox.Record, sandbox.Link, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	rec, err := f.find(owner, id)
+	if err != nil {
+		return sandbox.Record{}, sandbox.Link{}, err
+	}
+	link := sandbox.Link{ID: "u" + strconv.Itoa(len(rec.Links)), Port: port, Created: time.Now(), Expires: time.Now().Add(ttl).Truncate(time.Second)}
+	rec.LinkKey, rec.Links = "key", append(slices.Clone(rec.Links), link)
+	return *rec, link, nil
+}
+
+// Links implements the API's interface.
+func (f *Sandboxes) Links(_ context.Context, owner string, id sandbox.ID) ([]sandbox.Link, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	rec, err := f.find(owner, id)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Clone(rec.Links), nil
+}
+
+// RevokeLinks implements the API's interface.
+func (f *Sandboxes) RevokeLinks(_ context.Context, owner string, id sandbox.ID, link string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	rec, err := f.find(owner, id)
+	if err != nil {
+		return err
+	}
+	if link != "" && !rec.HasLink(link) {
+		return errs.New(errs.NotFound, "Sandbox %q has no link %q", string(id), link)
+	}
+	rec.Links = slices.DeleteFunc(slices.Clone(rec.Links), func(l sandbox.Link) bool { return link == "" || l.ID == link })
 	return nil
 }
 

@@ -1,0 +1,201 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/rand"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+)
+
+// Link is a signed public URL that is in force. The URL itself is not kept: it can
+// be computed from the record's LinkKey.
+type Link struct {
+	ID      string    `json:"id"`
+	Port    uint16    `json:"port"`
+	Created time.Time `json:"created"`
+	Expires time.Time `json:"expires"` // whole seconds
+}
+
+// The limits of links. The time is what S3 and GCS give a signed URL.
+const (
+	MaxLinks    = 100 // of one sandbox at a time
+	MaxLinkLife = 7 * 24 * time.Hour
+)
+
+// maxSources bounds the list of sources of one sandbox.
+const maxSources = 1000
+
+// ParseSources reads a list of addresses and CIDRs; field is what to call it in an
+// error. Nil stays nil, which stands for everybody; an empty list is nobody.
+func ParseSources(field string, list []string) ([]netip.Prefix, error) {
+	if list == nil {
+		return nil, nil
+	}
+	if len(list) > maxSources {
+		return nil, errs.New(errs.Invalid, "%s has %d entries, it may have %d: use wider CIDRs", field, len(list), maxSources)
+	}
+	out := make([]netip.Prefix, 0, len(list))
+	for i, s := range list {
+		p, err := parseSource(s)
+		if err != nil {
+			return nil, errs.New(errs.Invalid, "%s[%d] is %q, it must be an IP address or a CIDR such as 10.0.0.0/8 or 2001:db8::/32", field, i, s[:min(len(s), 64)])
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+func parseSource(s string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		addr, addrErr := netip.ParseAddr(s)
+		if addrErr != nil || addr.Zone() != "" {
+			return netip.Prefix{}, err
+		}
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
+	}
+	if p.Addr().Is4In6() { // clients are seen with their IPv4 address
+		if p.Bits() < 96 {
+			return netip.Prefix{}, errs.New(errs.Invalid, "an IPv4-mapped CIDR is at least /96")
+		}
+		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+	}
+	return p.Masked(), nil
+}
+
+// HasLink reports whether the link of this ID is in force, its time aside.
+func (r *Record) HasLink(id string) bool {
+	return slices.ContainsFunc(r.Links, func(l Link) bool { return l.ID == id })
+}
+
+// CreateLink makes a signed URL for a port of a sandbox that is not public, in force
+// for ttl, and returns the record with the key to sign it with.
+func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, port uint16, ttl time.Duration) (Record, Link, error) {
+	if port == 0 || port == AgentPort {
+		return Record{}, Link{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not the agent's %d, which has an access token of its own", port, AgentPort)
+	}
+	if ttl < time.Second || ttl > MaxLinkLife {
+		return Record{}, Link{}, errs.New(errs.Invalid, "ttl is %d seconds, it must be 1 to %d", int64(ttl.Seconds()), int64(MaxLinkLife.Seconds()))
+	}
+	if _, err := m.owned(owner, id); err != nil {
+		return Record{}, Link{}, err
+	}
+	e, err := m.hold(id)
+	if err != nil {
+		return Record{}, Link{}, err
+	}
+	defer e.op.Unlock()
+	next := *e.view.Load()
+	if next.rec.Public() {
+		return Record{}, Link{}, errs.New(errs.Conflict, "Sandbox %q is public: its ports need no signed URL. Create it with network.allowPublicTraffic false", string(id))
+	}
+	now := time.Now()
+	kept := slices.DeleteFunc(slices.Clone(next.rec.Links), func(l Link) bool { return !now.Before(l.Expires) })
+	if len(kept) >= MaxLinks {
+		return Record{}, Link{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d signed URLs: revoke some", string(id), MaxLinks)
+	}
+	link := Link{ID: strings.ToLower(rand.Text())[:16], Port: port, Created: now.UTC(), Expires: now.Add(ttl + time.Second - 1).UTC().Truncate(time.Second)}
+	next.rec.Links = append(kept, link)
+	if next.rec.LinkKey == "" {
+		next.rec.LinkKey = newToken() + newToken()
+	}
+	if err := m.save(ctx, e, next); err != nil {
+		return Record{}, Link{}, err
+	}
+	m.cfg.Log.Info("link made", "sandbox", id, "link", link.ID, "port", port, "expires", link.Expires)
+	return e.view.Load().rec, link, nil
+}
+
+// Links returns a sandbox's links that are in force.
+func (m *Manager) Links(_ context.Context, owner string, id ID) ([]Link, error) {
+	v, err := m.owned(owner, id)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	return slices.DeleteFunc(slices.Clone(v.rec.Links), func(l Link) bool { return !now.Before(l.Expires) }), nil
+}
+
+// RevokeLinks takes one link back, or all when link is empty. When it returns nil
+// they open nothing any more, and what was open through them is ended.
+func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link string) error {
+	if _, err := m.owned(owner, id); err != nil {
+		return err
+	}
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.op.Unlock()
+	next := *e.view.Load()
+	if link != "" && !next.rec.HasLink(link) {
+		return errs.New(errs.NotFound, "Sandbox %q has no link %q", string(id), link)
+	}
+	next.rec.Links = slices.DeleteFunc(slices.Clone(next.rec.Links), func(l Link) bool { return link == "" || l.ID == link })
+	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
+		return err
+	}
+	m.cfg.AccessChanged(id)
+	m.cfg.Log.Info("links revoked", "sandbox", id, "link", link)
+	return nil
+}
+
+// Wake resumes a paused sandbox that a request arrived for, for its idle time if it
+// has one.
+func (m *Manager) Wake(ctx context.Context, id ID) error {
+	v, err := m.lookup(id)
+	if err != nil {
+		return err
+	}
+	if !v.rec.AutoResume {
+		return errs.New(errs.Conflict, "Sandbox %q is not resumed by requests", string(id))
+	}
+	_, _, err = m.Connect(ctx, "", id, min(v.rec.IdleTimeout, m.cfg.MaxTimeout))
+	return err
+}
+
+// touchPatience bounds the write that moves the end of a sandbox's life: a request
+// may be waiting for it.
+const touchPatience = 2 * time.Second
+
+// Touch tells that somebody uses a sandbox: one with an idle time lives at least
+// that long from now. The record is written when a tenth of the idle time would be
+// gained, so that traffic costs few writes. It reports whether the sandbox's end is
+// that far away now.
+func (m *Manager) Touch(ctx context.Context, id ID) bool {
+	v, err := m.lookup(id)
+	if err != nil || v.rec.IdleTimeout == 0 || v.rec.State != Running {
+		return false
+	}
+	e, err := m.entry(id)
+	if err != nil || time.Until(v.rec.Expires) > v.rec.IdleTimeout*9/10 || !e.op.TryLock() {
+		return err == nil // somebody is busy with it: pausing it, say, or doing the same
+	}
+	defer e.op.Unlock()
+	next := *e.view.Load()
+	until := time.Now().Add(next.rec.IdleTimeout).UTC()
+	if next.rec.State != Running || !until.After(next.rec.Expires) {
+		return next.rec.State == Running
+	}
+	if _, err := m.entry(id); err != nil {
+		return false
+	}
+	next.rec.Expires = until
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), touchPatience)
+	defer cancel()
+	if err := m.save(ctx, e, next); err != nil {
+		m.cfg.Log.Warn("end of life not moved", "sandbox", id, "err", err)
+		return false
+	}
+	return true
+}
+
+// stays reports whether a sandbox at the end of its time goes on, because somebody
+// is using it.
+func (m *Manager) stays(ctx context.Context, rec *Record) bool {
+	return rec.IdleTimeout > 0 && m.cfg.InUse(rec.ID) && m.Touch(ctx, rec.ID)
+}
