@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/bits"
+	"net"
 	"runtime"
 	"slices"
 	"unsafe"
@@ -307,6 +308,9 @@ func CheckShut(name string) error {
 		}
 	}
 	for _, l := range links {
+		if l.Attrs().Flags&net.FlagUp == 0 {
+			continue // being made: the filter comes before it is up
+		}
 		filters, err := n.link.FilterList(l, netlink.HANDLE_MIN_INGRESS)
 		if err != nil {
 			return fmt.Errorf("list the filters of %s: %w", l.Attrs().Name, err)
