@@ -23,16 +23,14 @@ var notYet = map[string]string{
 	"Sandbox.hotplugMemory": size, "sandbox.hotplugMemory": size,
 	"Sandbox.resize": size, "sandbox.resize": size,
 	"Sandbox.commit": commit, "sandbox.commit": commit,
-	"Sandbox.createSnapshot": snapshots, "Sandbox.listSnapshots": snapshots, "Sandbox.fork": snapshots, "Sandbox.clone": snapshots, "Sandbox.reset": snapshots, "sandbox.createSnapshot": snapshots, "sandbox.listSnapshots": snapshots, "sandbox.fork": snapshots, "sandbox.clone": snapshots, "sandbox.reset": snapshots, "Sandbox.deleteSnapshot": snapshots, "snapshotPaginator.nextItems": snapshots, "snapshotPaginator.hasNext": snapshots, "snapshotPaginator.nextToken": snapshots,
 	"sandbox.getMcpUrl": mcp, "sandbox.getMcpToken": mcp,
 }
 
 const (
-	volumes   = "no volumes"
-	snapshots = "snapshots are being built"
-	size      = "a sandbox keeps its size"
-	commit    = "the package itself refuses it outside Novita's old domains"
-	mcp       = "no MCP gateway"
+	volumes = "no volumes"
+	size    = "a sandbox keeps its size"
+	commit  = "the package itself refuses it outside Novita's old domains"
+	mcp     = "no MCP gateway"
 )
 
 // differs says how a method that works behaves otherwise than in the cloud.

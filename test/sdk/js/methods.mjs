@@ -6,7 +6,7 @@
 // "ok <name> [<methods>] <file> <ms>" or "not ok ..." with the error below it.
 import { Sandbox, sdk, tests, inventory } from './methods/lib.mjs'
 
-const areas = ['commands', 'pty', 'files', 'watch', 'git', 'lifecycle', 'network', 'refusals']
+const areas = ['commands', 'pty', 'files', 'watch', 'git', 'lifecycle', 'network', 'snapshots', 'refusals']
 const only = process.argv.slice(3)
 
 // Protected and private in the packages' declarations.

@@ -674,6 +674,84 @@ async def network(_):
         assert await answers(s) == (301, 302)
 
 
+# ---- snapshots
+
+
+@test("sandbox.createSnapshot Sandbox.createSnapshot Sandbox.deleteSnapshot sandbox.listSnapshots Sandbox.listSnapshots "
+      "snapshotPaginator.nextItems snapshotPaginator.hasNext snapshotPaginator.nextToken")
+async def snapshots(s):
+    "sandboxes are made from a snapshot, with its files and processes"
+    await go(s.files.write("/home/user/state", "one"))
+    h = await go(s.commands.run("sleep 1000", background=True, timeout=0))
+    made = [await go(s.create_snapshot()), await go(Sandbox.create_snapshot(s.sandbox_id))]
+    await go(s.files.write("/home/user/state", "two"))
+    try:
+        pages = s.list_snapshots(limit=1)
+        assert len(await go(pages.next_items())) == 1 and pages.has_next and pages.next_token
+        everything = [x.snapshot_id for x in await go(Sandbox.list_snapshots().next_items())]
+        assert all(m.snapshot_id in everything for m in made)
+        copy = await go(Sandbox.create(made[0].snapshot_id, timeout=60))
+        try:
+            assert await go(copy.files.read("/home/user/state")) == "one"
+            assert await sh(copy, f"kill -0 {h.pid} && echo alive") == "alive\n"
+            assert await go(s.files.read("/home/user/state")) == "two"
+        finally:
+            await go(copy.kill())
+    finally:
+        for m in made:
+            assert await go(Sandbox.delete_snapshot(m.snapshot_id)) is True
+    assert await go(Sandbox.delete_snapshot(made[0].snapshot_id)) is False
+
+
+async def assert_copies(original, copies):
+    """Each copy has an address and randomness of its own and shares the files."""
+    everyone = [original, *copies]
+    facts = [(await sh(x, "hostname -I; cat /proc/sys/kernel/random/uuid; cat ~/mark")).split("\n") for x in everyone]
+    for i in (0, 1):
+        assert len({f[i] for f in facts}) == len(everyone), facts
+    assert {f[2] for f in facts} == {"shared"}
+    await go(copies[0].files.write("/home/user/mark", "own"))
+    assert await go(original.files.read("/home/user/mark")) == "shared"
+
+
+@test("sandbox.fork Sandbox.fork", only="e2b")
+async def forks(_):
+    "copies of a running sandbox, each its own"
+    async with fresh() as s:
+        await go(s.files.write("/home/user/mark", "shared"))
+        outcomes = [*await go(s.fork(count=1)), *await go(Sandbox.fork(s.sandbox_id, count=1))]
+        copies = [getattr(o, "sandbox", o) for o in outcomes]
+        try:
+            await assert_copies(s, copies)
+        finally:
+            for c in copies:
+                await go(c.kill())
+
+
+@test("Sandbox.clone", only="novita")
+async def clones(_):
+    "clones of a running sandbox, each its own"
+    async with fresh() as s:
+        await go(s.files.write("/home/user/mark", "shared"))
+        copies = (await go(Sandbox.clone(s.sandbox_id, count=2))).sandboxes
+        try:
+            await assert_copies(s, copies)
+        finally:
+            for c in copies:
+                await go(c.kill())
+
+
+@test("sandbox.reset Sandbox.reset", only="novita")
+async def resetting(_):
+    "a reset sandbox starts over under its own name"
+    async with fresh(envs={"E": "kept"}) as s:
+        await go(s.files.write("/home/user/gone", "x"))
+        assert await go(s.reset(resume=True))
+        assert await go(s.files.exists("/home/user/gone")) is False
+        assert await sh(s, "echo $E") == "kept\n"
+        assert await go(Sandbox.reset(s.sandbox_id, resume=True))
+
+
 # ---- what is not there yet
 
 

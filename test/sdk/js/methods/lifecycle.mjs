@@ -152,3 +152,14 @@ test('Sandbox.getEvents', 'what happened to a sandbox is listed', async () => {
   const names = items.filter((e) => e.sandboxId === s.sandboxId || e.sandboxID === s.sandboxId).map((e) => e.eventName)
   assert.ok(names.length >= 2 && /create/.test(names[0]) && /kill/.test(names.at(-1)), names.join())
 }, { only: 'novita' })
+
+test('sandbox.reset Sandbox.reset', 'a reset sandbox starts over under its own name', async () => {
+  await fresh({ envs: { E: 'kept' } }, async (s) => {
+    await s.files.write('/home/user/gone', 'x')
+    assert.equal(await s.reset({ resume: true }), true)
+    await until(() => s.isRunning())
+    assert.equal(await s.files.exists('/home/user/gone'), false)
+    assert.equal((await s.commands.run('echo $E')).stdout, 'kept\n')
+    assert.equal(await Sandbox.reset(s.sandboxId, { resume: true }), true)
+  })
+}, { only: 'novita' })
