@@ -265,6 +265,11 @@ func (s *Slot) Ask(ctx context.Context, do string, args ...string) (string, erro
 	if err := conn.SetDeadline(deadline); err != nil {
 		return "", err
 	}
+	return exchange(conn, do, args...)
+}
+
+// exchange asks the guest over a connection.
+func exchange(conn net.Conn, do string, args ...string) (string, error) {
 	if err := json.NewEncoder(conn).Encode(map[string]any{"Do": do, "Args": args}); err != nil {
 		return "", fmt.Errorf("ask the guest: %w", err)
 	}

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -52,6 +53,9 @@ func Run(t *testing.T, open func(*testing.T) sandbox.Runtime) {
 		{"pause stops it and resume continues it", s.pause},
 		{"a checkpoint keeps memory and files and takes a new network", s.checkpoint},
 		{"a checkpoint can leave the sandbox running and be restored many times", s.clones},
+		{"a checkpoint of a paused sandbox leaves it paused, and restored it runs", s.checkpointPaused},
+		{"a checkpoint that does not fit on the disk leaves the sandbox as it was", s.checkpointFull},
+		{"connections outlast a checkpoint that leaves the sandbox running", s.checkpointConnected},
 		{"a restore without a checkpoint leaves nothing", s.restoreNothing},
 		{"a later runtime adopts what an earlier one left", s.adopt},
 		{"destroy is idempotent and interrupts", s.destroy},
@@ -370,6 +374,69 @@ func (s *suite) clones(t *testing.T) {
 	}
 	if got := ask(t, slot, "recall"); got != "after" {
 		t.Errorf("the original recalls %q", got)
+	}
+}
+
+func (s *suite) checkpointPaused(t *testing.T) {
+	r := s.open(t)
+	id, slot := s.sandbox(t, r, nil)
+	ask(t, slot, "remember", "a word")
+	must(t, r.Pause(t.Context(), id))
+	dir := filepath.Join(t.TempDir(), "image")
+	must(t, r.Checkpoint(t.Context(), id, dir, true))
+	silent(t, slot, "paused and checkpointed")
+	must(t, r.Restorable(dir))
+	next := NewSlot(t, 2)
+	spec := s.spec(next)
+	spec.Args = []string{"/another/program"} // the checkpoint's goes on
+	destroyed(t, r, spec.ID)
+	must(t, r.Restore(t.Context(), spec, dir))
+	if got := ask(t, next, "recall"); got != "a word" {
+		t.Errorf("restored, it recalls %q", got)
+	}
+	must(t, s.open(t).Resume(t.Context(), id)) // as a server does that started again
+	if got := ask(t, slot, "recall"); got != "a word" {
+		t.Errorf("the original recalls %q", got)
+	}
+}
+
+func (s *suite) checkpointFull(t *testing.T) {
+	r := s.open(t)
+	id, slot := s.sandbox(t, r, nil)
+	ask(t, slot, "fill", "/home/user/large", "24")
+	ask(t, slot, "remember", "a word")
+	small := folder(t)
+	must(t, unix.Mount("tmpfs", small, "tmpfs", 0, "size=8m"))
+	t.Cleanup(func() { must(t, unix.Unmount(small, unix.MNT_DETACH)) })
+	dir := filepath.Join(small, "image")
+	if err := r.Checkpoint(t.Context(), id, dir, true); err == nil {
+		t.Error("checkpointed 24 MiB into 8")
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	ask(t, slot, "hello")
+	must(t, r.Pause(t.Context(), id))
+	if err := r.Checkpoint(t.Context(), id, dir, true); err == nil {
+		t.Error("paused, checkpointed 24 MiB into 8")
+	}
+	must(t, r.Resume(t.Context(), id))
+	if got := ask(t, slot, "recall"); got != "a word" {
+		t.Errorf("it recalls %q", got)
+	}
+	must(t, r.Checkpoint(t.Context(), id, filepath.Join(t.TempDir(), "image"), true))
+}
+
+func (s *suite) checkpointConnected(t *testing.T) {
+	r := s.open(t)
+	id, slot := s.sandbox(t, r, nil)
+	conn, err := slot.dial(t.Context())
+	must(t, err)
+	defer conn.Close()
+	must(t, r.Checkpoint(t.Context(), id, filepath.Join(t.TempDir(), "image"), true))
+	must(t, conn.SetDeadline(time.Now().Add(guestTimeout)))
+	if out, err := exchange(conn, "hello"); err != nil || out != "hello" {
+		t.Errorf("over the connection from before: got %q, %v", out, err)
 	}
 }
 
