@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"log/slog"
 	"os"
 	"strings"
@@ -44,10 +45,8 @@ middle half; they are compared with the first column, in turns within one run. S
 				return err
 			}
 			o.Self, o.Server, o.CacheDir = []string{self, benchProcess}, []string{self}, cfg.CacheDir
-			if o.Template == "" {
-				if o.Template, err = a.builtTemplate(cmd, &cfg); err != nil {
-					return err
-				}
+			if err := a.builtTemplates(cmd, &cfg, &o); err != nil {
+				return err
 			}
 			return bench.Run(cmd.Context(), o, a.out, a.errOut)
 		},
@@ -63,24 +62,30 @@ middle half; they are compared with the first column, in turns within one run. S
 	return cmd
 }
 
-// builtTemplate is the default template if its image is there: the bench has no
-// network to build it.
-func (a *app) builtTemplate(cmd *cobra.Command, cfg *config) (string, error) {
+// builtTemplates chooses from the templates whose images are there: the bench has
+// no network to build one.
+func (a *app) builtTemplates(cmd *cobra.Command, cfg *config, o *bench.Options) error {
 	images, err := cfg.images(a.errOut, slog.New(slog.DiscardHandler))
 	if err != nil {
-		return "", err
+		return err
 	}
 	defer images.Close()
 	list, err := images.List(cmd.Context())
 	if err != nil {
-		return "", err
+		return err
 	}
+	usual := "host"
 	for _, t := range list {
-		if t.Name == cfg.Sandboxes.DefaultTemplate && t.Built {
-			return t.Name, nil
+		switch {
+		case !t.Built:
+		case t.Name == cfg.Sandboxes.DefaultTemplate:
+			usual = t.Name
+		case t.Name == "code-interpreter-v1":
+			o.Interpreter = t.Name
 		}
 	}
-	return "host", nil
+	o.Template = cmp.Or(o.Template, usual)
+	return nil
 }
 
 const benchProcess = "bench-process"

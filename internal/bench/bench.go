@@ -51,6 +51,8 @@ type Options struct {
 	Server []string
 	// CacheDir has the images, and Template is the one that sandboxes start from.
 	CacheDir, Template string
+	// Interpreter is the template with kernels, if its image is built.
+	Interpreter string
 
 	Scratch string // set by Run: a folder that is removed afterwards
 }

@@ -125,7 +125,10 @@ func (s *starts) cold(ctx context.Context, st *stand) error {
 	}
 	s.figures = append(s.figures, figure{name: "memory of an idle sandbox, all its processes", unit: "MiB", most: 16, quantile: 0.5,
 		values: []float64{float64(after-before) / float64(len(all)) / (1 << 20)}})
-	return killAll(ctx, all)
+	if err := killAll(ctx, all); err != nil {
+		return err
+	}
+	return s.code(ctx, st)
 }
 
 func (s *starts) warm(ctx context.Context, st *stand) error {
@@ -219,9 +222,9 @@ func killAll(ctx context.Context, all []*client.Sandbox) error {
 
 func (s *starts) print() {
 	fmt.Fprintf(s.out, "\nSandboxes of template %s, one at a time but where it says otherwise\n\n", s.Template)
-	most := map[string]float64{warmAnswer: 15, warmOutput: 30, coldOutput: 130, roundTrip: 6, pauseTook: 300, resumeTook: 200}
+	most := map[string]float64{warmAnswer: 15, warmOutput: 30, coldOutput: 130, roundTrip: 6, pauseTook: 300, resumeTook: 200, codeAnswer: 400}
 	var figures []figure
-	for _, what := range []string{warmAnswer, warmOutput, coldAnswer, coldOutput, roundTrip, pauseTook, resumeTook} {
+	for _, what := range []string{warmAnswer, warmOutput, coldAnswer, coldOutput, roundTrip, pauseTook, resumeTook, codeAnswer, codeAgain} {
 		figures = append(figures, figure{what, "ms", s.took[what], most[what], 0.5})
 		delete(s.took, what)
 	}

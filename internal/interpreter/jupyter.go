@@ -115,7 +115,9 @@ type (
 		StoreHistory    bool           `json:"store_history"`
 		UserExpressions map[string]any `json:"user_expressions"`
 		AllowStdin      bool           `json:"allow_stdin"`
-		StopOnError     bool           `json:"stop_on_error"`
+		// StopOnError would make the kernel refuse what comes shortly after a cell that
+		// failed. Cells are sent one by one, so it must not.
+		StopOnError bool `json:"stop_on_error"`
 	}
 	streamContent struct {
 		Name string `json:"name"`

@@ -200,7 +200,7 @@ type facts struct {
 
 func (k *python) run(ctx context.Context, c cell, emit func(line)) error {
 	x, err := k.request("execute_request",
-		executeContent{Code: c.code, StoreHistory: true, StopOnError: true, UserExpressions: map[string]any{}},
+		executeContent{Code: c.code, StoreHistory: true, UserExpressions: map[string]any{}},
 		map[string]facts{"cordon": {c.sandbox, c.env, c.reseed}})
 	if err != nil {
 		return fmt.Errorf("%w: %w", errEnded, err)

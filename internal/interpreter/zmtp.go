@@ -84,7 +84,7 @@ func dialSocket(ctx context.Context, path string, kind socketKind) (_ *socket, e
 	return s, nil
 }
 
-func (s *socket) close() error { return s.conn.Close() }
+func (s *socket) close() { s.conn.Close() }
 
 // handshake exchanges greetings and READY commands.
 func (s *socket) handshake(kind socketKind) error {
