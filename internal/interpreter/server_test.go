@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -72,10 +73,13 @@ func start(t *testing.T) *server {
 	l.Close()
 	s.url = fmt.Sprintf("http://127.0.0.1:%d", port)
 	ctx, cancel := context.WithCancel(t.Context())
-	cmd := exec.CommandContext(ctx, "unshare", "--mount", "--pid", "--fork", "--kill-child",
+	cmd := exec.CommandContext(ctx, "unshare", "--mount", "--pid", "--fork",
 		"bash", "-ec", inImage, "bash", rootfs(t), t.TempDir(), program, fmt.Sprint(port), agent.URL)
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
+	// The server is the first process of its namespace: all others end with it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 10 * time.Second
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
