@@ -157,7 +157,6 @@ func runTables(ctx context.Context, config string) error {
 	if r.files, err = raiseLimit(); err != nil {
 		return err
 	}
-	r.Flows = min(r.Flows, r.files*3/10) // a proxy has two for each, and pipes
 	if r.cert, err = newCertificate(r.Scratch); err != nil {
 		return err
 	}
@@ -210,6 +209,10 @@ func raiseLimit() (int, error) {
 	}
 	return int(min(l.Cur, want)), nil
 }
+
+// idle is how many idle connections a program can hold that has so many files
+// open for each, and some for itself.
+func (r *run) idle(filesEach int) int { return min(r.Flows, (r.files-500)/filesEach) }
 
 // folder makes a folder below the run's.
 func (r *run) folder(name string) (string, error) {

@@ -272,13 +272,13 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 		}
 		t.ways = append(t.ways, way)
 	}
-	idle := Load{Kind: loadEcho, Addr: rawAddr, Name: rawName, Conns: r.Flows}
+	idle := Load{Kind: loadEcho, Addr: rawAddr, Name: rawName, Conns: r.idle(3)} // some proxies keep pipes
 	figures := r.perConnection(ctx, t.ways[1:], idle, 12)
 	if err := t.run(ctx, r); err != nil {
 		return err
 	}
 	t.print(r.out)
-	fmt.Fprintf(r.out, "\nMemory of a proxied idle connection, both directions, %d of them; the program's own, without the kernel's sockets\n\n", r.Flows)
+	fmt.Fprintf(r.out, "\nMemory of a proxied idle connection, both directions, %d of them; the program's own, without the kernel's sockets\n\n", idle.Conns)
 	printFigures(r.out, figures)
 	return ctx.Err()
 }

@@ -69,7 +69,7 @@ func ingressTable(ctx context.Context, r *run) error {
 	t, figures, err := w.compareFronts(ctx)
 	if err == nil {
 		t.print(r.out)
-		fmt.Fprintf(r.out, "\nMemory of an idle WebSocket over TLS, %d of them; the program's own, without the kernel's sockets\n\n", r.Flows)
+		fmt.Fprintf(r.out, "\nMemory of an idle WebSocket over TLS, %d of them; the program's own, without the kernel's sockets\n\n", r.idle(2))
 		printFigures(r.out, figures)
 		err = ctx.Err()
 	}
@@ -111,7 +111,7 @@ func (w *world) compareFronts(ctx context.Context) (*table, []figure, error) {
 	if err := w.fronts(ctx, ns, t, facts, ids, add); err != nil {
 		return nil, nil, err
 	}
-	figures := w.r.perConnection(ctx, t.ways[1:], Load{Kind: holdUpgraded, Name: facts.Hosts[0], Conns: w.r.Flows}, 25)
+	figures := w.r.perConnection(ctx, t.ways[1:], Load{Kind: holdUpgraded, Name: facts.Hosts[0], Conns: w.r.idle(2)}, 25)
 	return t, figures, t.run(ctx, w.r)
 }
 
