@@ -418,7 +418,9 @@ func TestFullDisk(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a server and sandboxes")
 	}
-	small := t.TempDir()
+	small, err := os.MkdirTemp("", "TestFullDisk") // not t.TempDir, which would be the parent of all that follow
+	must(t, err)
+	t.Cleanup(func() { must(t, os.Remove(small)) })
 	must(t, unix.Mount("tmpfs", small, "tmpfs", 0, "size=400m"))
 	t.Cleanup(func() { must(t, unix.Unmount(small, unix.MNT_DETACH)) })
 	t.Setenv("TMPDIR", small)
@@ -439,7 +441,7 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("after the pause that did not fit: %q, it was %q", got, want)
 	}
 	run(t, sb, "rm /home/user/large")
-	err := sb.Pause(t.Context()) // what was written is not given back at once
+	err = sb.Pause(t.Context()) // what was written is not given back at once
 	for end := time.Now().Add(30 * time.Second); err != nil && time.Now().Before(end); err = sb.Pause(t.Context()) {
 		time.Sleep(100 * time.Millisecond)
 	}
