@@ -107,6 +107,8 @@ type sandboxConfig struct {
 	MaxPerKey       int            `yaml:"max_per_key" env:"MAX_PER_KEY"`               // running ones of one key; a quarter of max
 	MaxPaused       int            `yaml:"max_paused" env:"MAX_PAUSED"`                 // paused ones, whose memory is on the disk
 	MaxPausedPerKey int            `yaml:"max_paused_per_key" env:"MAX_PAUSED_PER_KEY"` // a quarter of max_paused
+	MaxSnapshots    int            `yaml:"max_snapshots" env:"MAX_SNAPSHOTS"`
+	MinFreeDiskMB   int64          `yaml:"min_free_disk_mb" env:"MIN_FREE_DISK_MB"` // 0: 2 GiB, or a twentieth of a small disk
 	MaxTimeout      time.Duration  `yaml:"max_timeout" env:"MAX_TIMEOUT"`
 	Spares          map[string]int `yaml:"spares" env:"SPARES"` // running spares by template
 	// ExtraCA is a PEM file whose certificates every sandbox trusts as well.
@@ -242,6 +244,7 @@ func (c *config) setDefaults() {
 	s.MaxPerKey = cmp.Or(s.MaxPerKey, max(1, s.Max/4))
 	s.MaxPaused = cmp.Or(s.MaxPaused, 400)
 	s.MaxPausedPerKey = cmp.Or(s.MaxPausedPerKey, max(1, s.MaxPaused/4))
+	s.MaxSnapshots = cmp.Or(s.MaxSnapshots, 400)
 	s.MaxTimeout = cmp.Or(s.MaxTimeout, 24*time.Hour)
 	if s.Spares == nil {
 		s.Spares = map[string]int{s.DefaultTemplate: 2}
@@ -317,6 +320,7 @@ func (c *config) validate() error {
 		{"sandboxes.cpus", int64(l.CPUs)}, {"sandboxes.memory_mb", l.MemoryMB}, {"sandboxes.disk_mb", l.DiskMB},
 		{"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)},
 		{"sandboxes.max_per_key", int64(l.MaxPerKey)}, {"sandboxes.max_paused", int64(l.MaxPaused)}, {"sandboxes.max_paused_per_key", int64(l.MaxPausedPerKey)},
+		{"sandboxes.max_snapshots", int64(l.MaxSnapshots)},
 		{"sandboxes.max_timeout", int64(l.MaxTimeout)},
 		{"network.limits.connections", int64(nl.Connections)}, {"network.limits.new_connections", int64(nl.NewConnections)},
 		{"network.limits.dns_queries", int64(nl.DNSQueries)}, {"network.limits.bytes_out", nl.BytesOut},

@@ -204,6 +204,7 @@ func (s *server) makeManager(context.Context) error {
 		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
 		Spares: s.cfg.Sandboxes.Spares, MaxSandboxes: s.cfg.Sandboxes.Max, MaxTimeout: s.cfg.Sandboxes.MaxTimeout,
+		MaxSnapshots: s.cfg.Sandboxes.MaxSnapshots, MinFree: s.cfg.Sandboxes.MinFreeDiskMB << 20,
 		MaxPaused: s.cfg.Sandboxes.MaxPaused, Allowance: s.allowance,
 		AccessChanged: func(id sandbox.ID) { s.ingress.Recheck(string(id)) },
 		InUse:         func(id sandbox.ID) bool { return s.ingress.InUse(string(id)) },

@@ -59,10 +59,10 @@ func (m *Manager) room(need int64) error {
 
 func noRoom(free, keep, need int64) error {
 	if need > 0 {
-		return errs.New(errs.Unavailable, "the server's disk is too full: %d MiB are needed, %d MiB are free and %d MiB stay so: kill sandboxes or delete snapshots, or lower sandboxes.min_free_disk",
+		return errs.New(errs.Unavailable, "the server's disk is too full: %d MiB are needed, %d MiB are free and %d MiB stay so: kill sandboxes or delete snapshots, or lower sandboxes.min_free_disk_mb",
 			need>>20, free>>20, keep>>20)
 	}
-	return errs.New(errs.Unavailable, "the server's disk is too full: %d MiB are free, and below %d MiB nothing is started or stored: kill sandboxes or delete snapshots, or lower sandboxes.min_free_disk",
+	return errs.New(errs.Unavailable, "the server's disk is too full: %d MiB are free, and below %d MiB nothing is started or stored: kill sandboxes or delete snapshots, or lower sandboxes.min_free_disk_mb",
 		free>>20, keep>>20)
 }
 

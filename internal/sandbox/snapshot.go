@@ -109,9 +109,18 @@ func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
 
 // maySnapshot says why there is no place for one more snapshot.
 func (m *Manager) maySnapshot(ctx context.Context, rec *Record) error {
+	allowed, mine := m.cfg.Allowance(rec.Owner), 0 // one that is paused takes as much
 	m.mu.Lock()
 	n := len(m.snapshots)
+	for _, s := range m.snapshots {
+		if s.Owner == rec.Owner {
+			mine++
+		}
+	}
 	m.mu.Unlock()
+	if allowed.Paused > 0 && mine >= allowed.Paused {
+		return errs.New(errs.Exhausted, "this API key keeps its limit of %d snapshots: delete one, or use a key that may have more (cordon key create --max-paused)", allowed.Paused)
+	}
 	if n >= m.cfg.MaxSnapshots {
 		return errs.New(errs.Exhausted, "this server keeps its limit of %d snapshots: delete one, or raise sandboxes.max_snapshots in the server's configuration", m.cfg.MaxSnapshots)
 	}

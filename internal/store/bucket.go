@@ -316,6 +316,7 @@ func validKey(k string) bool { return keyForm.MatchString(k) }
 func cloneRecord(r sandbox.Record) sandbox.Record {
 	r.Metadata = maps.Clone(r.Metadata)
 	r.EnvVars = maps.Clone(r.EnvVars)
+	r.Domains = slices.Clone(r.Domains)
 	r.Egress.AllowOut = slices.Clone(r.Egress.AllowOut)
 	r.Egress.DenyOut = slices.Clone(r.Egress.DenyOut)
 	r.Egress.AllowInternetAccess = clonePtr(r.Egress.AllowInternetAccess)

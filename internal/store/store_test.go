@@ -69,6 +69,7 @@ func record() sandbox.Record {
 		Egress:             policy.Input{AllowOut: []string{"*.example.com"}, DenyOut: []string{"0.0.0.0/0"}, AllowInternetAccess: &no},
 		AllowPublicTraffic: &no, ControlToken: "secret",
 		AllowIn: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+		Domains: []sandbox.Domain{{Name: "app.example.com", Port: 3000}},
 		LinkKey: "key", Links: []sandbox.Link{{ID: "u1", Port: 3000, Expires: time.Now().Add(time.Hour).UTC()}},
 	}
 }
