@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"bytes"
+	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"os"
@@ -115,6 +117,72 @@ func FuzzAcceptEncoding(f *testing.F) {
 		}
 		if gz && !strings.Contains(strings.ToLower(s), "gzip") && !strings.Contains(s, "*") {
 			t.Errorf("%q: gzip was not offered", s)
+		}
+	})
+}
+
+// FuzzFrames sends bodies as they come to a stream and to a call: whatever they
+// are, the agent answers, and with an error of the protocol.
+func FuzzFrames(f *testing.F) {
+	frame := func(flags byte, body string) []byte {
+		return append([]byte{flags, byte(len(body) >> 24), byte(len(body) >> 16), byte(len(body) >> 8), byte(len(body))}, body...)
+	}
+	f.Add("Start", "application/connect+json", frame(0, `{"process":{"cmd":"/nonexistent"}}`))
+	f.Add("Start", "application/connect+json", []byte{0, 0xff, 0xff, 0xff, 0xff, '{'})
+	f.Add("Start", "application/connect+json", frame(1, "\x1f\x8b not gzip"))
+	f.Add("StreamInput", "application/connect+json", append(frame(0, `{"data":{"input":{"stdin":"AA=="}}}`), frame(2, "{}")...))
+	f.Add("Connect", "application/connect+json", frame(0x80, `{"process":{"pid":4294967296}}`))
+	f.Add("SendSignal", "application/json", []byte(`{"process":{"pid":1},"signal":"SIGNAL_SIGKILL"}`))
+	f.Add("List", "application/json", []byte(strings.Repeat("[", 20_000)))
+	a, err := New(Config{ControlHash: [32]byte{1}, Etc: f.TempDir()})
+	if err != nil {
+		f.Fatal(err)
+	}
+	a.claim.Store(&claim{DefaultUser: "nobody-here"}) // so that nothing is ever started
+	f.Fuzz(func(t *testing.T, method, kind string, body []byte) {
+		if strings.ContainsAny(method, " ?#%/\x7f") || strings.ContainsFunc(method, func(r rune) bool { return r < ' ' || r > '~' }) {
+			return // another route
+		}
+		r := httptest.NewRequest("POST", "/process.Process/"+method, bytes.NewReader(body))
+		r.Header.Set("Content-Type", kind)
+		r.Header.Set("Connect-Protocol-Version", "1")
+		r.Header.Set("Connect-Timeout-Ms", "1000")
+		w := httptest.NewRecorder()
+		a.handler.ServeHTTP(w, r)
+		if w.Code >= 500 && w.Code != 501 {
+			t.Errorf("%s %s %q: %d %s", method, kind, body, w.Code, w.Body)
+		}
+		if len(a.procs.list()) > 0 {
+			t.Error("a process was started")
+		}
+	})
+}
+
+// FuzzForm uploads forms as they come into a directory: nothing is written outside
+// of it, and nothing half.
+func FuzzForm(f *testing.F) {
+	part := func(disposition, body string) string {
+		return "--b\r\nContent-Disposition: " + disposition + "\r\n\r\n" + body + "\r\n"
+	}
+	f.Add(part(`form-data; name="file"; filename="a/b.txt"`, "one") + part(`form-data; name="file"; filename="c"`, "two") + "--b--\r\n")
+	f.Add(part(`form-data; name="file"; filename="../../up"`, "one") + "--b--")
+	f.Add(part(`form-data; name="file"; filename="cut"`, "one"))
+	f.Add("--b\r\n" + strings.Repeat("X: y\r\n", 2000) + "\r\n\r\n--b--")
+	f.Add(part(`form-data; name="other"; filename="x"`, "") + part(`form-data; name="file"`, "") + "--b--")
+	f.Fuzz(func(t *testing.T, body string) {
+		home := t.TempDir()
+		up := upload{user: user{Name: "me", UID: uint32(os.Geteuid()), GID: uint32(os.Getegid()), Home: home}}
+		if strings.Contains(body, "..") || strings.Contains(body, `="/`) || strings.Contains(body, "=/") || strings.Contains(body, "*") || strings.Contains(body, `\`) {
+			return // absolute paths are the caller's right; not on the machine of the test
+		}
+		done, err := up.form("multipart/form-data; boundary=b", bodyReader{strings.NewReader(body)})
+		if err != nil {
+			return
+		}
+		for _, w := range done {
+			if !strings.HasPrefix(w.Path, home+"/") {
+				t.Errorf("wrote %s", w.Path)
+			}
 		}
 	})
 }

@@ -719,3 +719,17 @@ func TestAnOversizedMessageIsRefused(t *testing.T) {
 		t.Errorf("%d %s", got.StatusCode, got.body)
 	}
 }
+
+func TestTheEndSaysThatMemoryWasShort(t *testing.T) {
+	k := &kill{PID: 17, Command: "python3", Bytes: 480 << 20, Processes: 1}
+	killed := endEvent(syscall.WaitStatus(syscall.SIGKILL), k)
+	if killed.GetStatus() != "signal: killed" || killed.GetExitCode() != -1 || killed.GetError() != "signal: killed: out of memory: process 17 (python3) was the biggest, with 480 MiB, and was killed" {
+		t.Errorf("%v", killed)
+	}
+	if failed := endEvent(syscall.WaitStatus(137<<8), k); !strings.HasPrefix(failed.GetError(), "exit status 137: out of memory") {
+		t.Errorf("%v", failed)
+	}
+	if well := endEvent(0, k); well.Error != nil {
+		t.Errorf("%v", well)
+	}
+}
