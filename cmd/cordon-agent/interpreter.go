@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strconv"
 
@@ -34,14 +35,8 @@ func runInterpreter(ctx context.Context, args []string, getenv func(string) stri
 	if home == "" {
 		return errors.New("HOME is not set: kernels work in the user's home")
 	}
-	var env []string
-	for _, name := range []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "SHELL"} {
-		if value := getenv(name); value != "" {
-			env = append(env, name+"="+value)
-		}
-	}
 	i, err := interpreter.New(interpreter.Config{
-		Dir: filepath.Join(home, ".cache/cordon/interpreter"), Home: home, Env: env, Agent: *agent,
+		Dir: filepath.Join(home, ".cache/cordon/interpreter"), Home: home, Env: os.Environ(), Agent: *agent,
 		Log: slog.New(slog.NewJSONHandler(out, nil)),
 	})
 	if err != nil {

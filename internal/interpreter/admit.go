@@ -57,6 +57,7 @@ func (i *Interpreter) admit(ctx context.Context, token string) (identity, error)
 			delete(who.vars, name)
 		}
 	}
+	i.known.Store(&who)
 	return who, nil
 }
 

@@ -121,11 +121,16 @@ func (c *codeContext) ready(ctx context.Context) (kernel, error) {
 	if k != nil {
 		return k, nil
 	}
-	k, err := c.start(ctx)
+	// What a program reads only when it starts, such as PYTHONHASHSEED, is there then.
+	who := c.i.known.Load()
+	k, err := c.start(ctx, who)
 	if err != nil {
 		return nil, err
 	}
-	c.runs, c.told, c.env = 0, false, identity{}
+	c.runs, c.told, c.env = 0, who != nil, identity{}
+	if who != nil {
+		c.env = *who
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.removed {
@@ -137,12 +142,17 @@ func (c *codeContext) ready(ctx context.Context) (kernel, error) {
 }
 
 // start starts a kernel in a folder of its own.
-func (c *codeContext) start(ctx context.Context) (kernel, error) {
+func (c *codeContext) start(ctx context.Context, who *identity) (kernel, error) {
 	dir, err := os.MkdirTemp(c.i.cfg.Dir, "")
 	if err != nil {
 		return nil, fmt.Errorf("make the kernel's folder: %w", err)
 	}
-	l := launch{language: string(c.language), cwd: c.cwd, env: c.i.cfg.Env}
+	l := launch{language: string(c.language), cwd: c.cwd, env: slices.Clone(c.i.cfg.Env)}
+	if who != nil {
+		for name, value := range who.vars { // of two with one name, the last counts: os/exec
+			l.env = append(l.env, name+"="+value)
+		}
+	}
 	var k kernel
 	switch c.language {
 	case bash:

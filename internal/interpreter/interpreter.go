@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -67,6 +68,8 @@ type Interpreter struct {
 	life context.Context // of kernels being replaced
 	stop context.CancelFunc
 	wg   sync.WaitGroup // of kernels being replaced
+
+	known atomic.Pointer[identity] // whose sandbox it is, as last heard; nil before the first caller
 
 	mu       sync.Mutex // guards contexts, which are in the order of their making
 	contexts []*codeContext

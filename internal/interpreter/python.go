@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -66,7 +65,7 @@ func startPython(ctx context.Context, dir string, l launch) (_ *python, err erro
 	// Not CommandContext: the kernel outlives what asked for it.
 	cmd := exec.Command("python3", filepath.Join(dir, "kernel.py"), filepath.Join(dir, "connection.json")) //nolint:noctx // close ends it
 	cmd.Dir = l.cwd
-	cmd.Env = append(slices.Clone(l.env), "JPY_PARENT_PID="+strconv.Itoa(os.Getpid())) // it ends when we do
+	cmd.Env = append(l.env, "JPY_PARENT_PID="+strconv.Itoa(os.Getpid())) // it ends when we do
 	log, err := os.Create(filepath.Join(dir, "log"))
 	if err != nil {
 		return nil, fmt.Errorf("open the kernel's log: %w", err)

@@ -194,6 +194,31 @@ Own()`)
     assert.equal((await post('/contexts', {}, { 'X-Access-Token': 'wrong' })).status, 401)
   },
 
+  async 'a pause keeps the kernels'() {
+    const s = await Sandbox.create({ timeoutMs: 60_000, allowInternetAccess: false })
+    try {
+      await s.runCode('kept = [1]')
+      await s.runCode('let kept = [2]', { language: 'js' })
+      await (s.pause ?? s.betaPause).call(s)
+      const again = await Sandbox.connect(s.sandboxId)
+      assert.equal((await again.runCode('kept')).text, '[1]')
+      assert.equal((await again.runCode('kept', { language: 'js' })).text, '[ 2 ]')
+    } finally {
+      await s.kill()
+    }
+  },
+
+  async 'a private sandbox runs its owner\'s code'() {
+    const s = await Sandbox.create({ timeoutMs: 60_000, network: { allowPublicTraffic: false } })
+    try {
+      assert.equal((await s.runCode('1+1')).text, '2')
+      const res = await fetch(`https://${s.getHost(49999)}/contexts`)
+      assert.equal(res.status, 403)
+    } finally {
+      await s.kill()
+    }
+  },
+
   async 'two sandboxes draw different numbers'() {
     const code = 'import random, numpy; [random.random(), float(numpy.random.rand())]'
     const other = await Sandbox.create({ timeoutMs: 60_000 })
