@@ -1,0 +1,386 @@
+package sandbox
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// onDisk lists what is in a Manager's snapshot directory.
+func onDisk(t *testing.T, m *Manager) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(m.cfg.SnapshotDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+func create(t *testing.T, m *Manager, req CreateRequest) Record {
+	t.Helper()
+	rec, err := m.Create(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rec
+}
+
+func noInternet() policy.Input { return policy.Input{DenyOut: []string{"0.0.0.0/0"}} }
+
+// steps returns what happened since the call before.
+func (w *world) since() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	out := w.steps
+	w.steps = nil
+	return out
+}
+
+func TestPauseStopsBeforeItCopies(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{})
+	w.since()
+	if err := m.Pause(t.Context(), "", rec.ID); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"freeze", "checkpoint", "put", "release", "destroy"}
+	if got := w.since(); !slices.Equal(got, want) {
+		t.Errorf("steps of a pause: %v, want %v", got, want)
+	}
+}
+
+func TestFailedPauseLetsTheSandboxGoOn(t *testing.T) {
+	for _, step := range []string{"freeze", "checkpoint", "put"} {
+		t.Run(step, func(t *testing.T) {
+			w := newWorld()
+			m := newManager(t, w)
+			runManager(t, m)
+			rec := create(t, m, CreateRequest{})
+			w.failAt(step, true)
+			if err := m.Pause(t.Context(), "", rec.ID); err == nil {
+				t.Error("paused")
+			}
+			w.failAt(step, false)
+			if w.paused[rec.ID] {
+				t.Error("the processes are stopped")
+			}
+			if left := onDisk(t, m); len(left) > 0 {
+				t.Errorf("left on disk: %v", left)
+			}
+			if got, err := m.Get(t.Context(), "", rec.ID); err != nil || got.State != Running {
+				t.Errorf("state %s, %v", got.State, err)
+			}
+			if err := m.Pause(t.Context(), "", rec.ID); err != nil {
+				t.Errorf("a second try: %v", err)
+			}
+		})
+	}
+}
+
+func TestBrokenOffPauseGoesOnAfterRestart(t *testing.T) {
+	w := newWorld()
+	dir := t.TempDir()
+	first := newManager(t, w, func(c *Config) { c.SnapshotDir = dir })
+	rec := func() Record {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { _ = first.Run(ctx) }()
+		return create(t, first, CreateRequest{Egress: noInternet()})
+	}()
+	w.paused[rec.ID] = true // the server was killed in the middle
+	if err := os.MkdirAll(filepath.Join(dir, newCheckpointName()+partialSuffix), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	next := newManager(t, w, func(c *Config) { c.SnapshotDir = dir })
+	if err := next.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if w.paused[rec.ID] {
+		t.Error("the processes are still stopped")
+	}
+	if w.policyOf(rec.ID) == nil {
+		t.Error("the sandbox is without its rules")
+	}
+	if left := onDisk(t, next); len(left) > 0 {
+		t.Errorf("left on disk: %v", left)
+	}
+}
+
+func TestSnapshots(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{Owner: "me", Egress: noInternet()})
+	snap, err := m.CreateSnapshot(t.Context(), "me", rec.ID, "mine:v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Run("others neither see nor use it", func(t *testing.T) {
+		if page, _, err := m.ListSnapshots(t.Context(), SnapshotsRequest{Owner: "you"}); err != nil || len(page) != 0 {
+			t.Errorf("listed: %v, %v", page, err)
+		}
+		for _, name := range []string{snap.ID, "mine:v1"} {
+			if _, err := m.Create(t.Context(), CreateRequest{Owner: "you", Template: name}); !errs.Is(err, errs.NotFound) {
+				t.Errorf("create from %s: %v, want not found", name, err)
+			}
+			if err := m.DeleteSnapshot(t.Context(), "you", name); !errs.Is(err, errs.NotFound) {
+				t.Errorf("delete %s: %v, want not found", name, err)
+			}
+		}
+	})
+	t.Run("a sandbox of it is under its rules before it runs", func(t *testing.T) {
+		w.since()
+		made := create(t, m, CreateRequest{Owner: "me", Template: "mine:v1", Egress: noInternet()})
+		got := w.since()
+		if a, r := slices.Index(got, "apply"), slices.Index(got, "restore"); a < 0 || r < a {
+			t.Errorf("steps: %v, want apply before restore", got)
+		}
+		if made.TemplateID != snap.ID || made.Image != "base" || made.ControlToken == rec.ControlToken {
+			t.Errorf("record: template %s, image %s", made.TemplateID, made.Image)
+		}
+	})
+	t.Run("the same name moves to the new one", func(t *testing.T) {
+		again, err := m.CreateSnapshot(t.Context(), "me", rec.ID, "mine:v1")
+		if err != nil || again.ID != snap.ID {
+			t.Errorf("got %s, %v; want %s", again.ID, err, snap.ID)
+		}
+		if got := onDisk(t, m); !slices.Equal(got, []string{again.Checkpoint}) {
+			t.Errorf("on disk: %v, want only the new one", got)
+		}
+	})
+	t.Run("names that cannot be are refused", func(t *testing.T) {
+		for name, want := range map[string]errs.Kind{"../x": errs.Invalid, "a b": errs.Invalid, strings.Repeat("a", 99): errs.Invalid, "base": errs.Conflict} {
+			if _, err := m.CreateSnapshot(t.Context(), "me", rec.ID, name); errs.KindOf(err) != want {
+				t.Errorf("%q: %v, want %v", name, err, want)
+			}
+		}
+	})
+	t.Run("a paused sandbox can be copied without waking it", func(t *testing.T) {
+		if err := m.Pause(t.Context(), "", rec.ID); err != nil {
+			t.Fatal(err)
+		}
+		other, err := m.CreateSnapshot(t.Context(), "me", rec.ID, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Kill(t.Context(), "", rec.ID); err != nil {
+			t.Fatal(err)
+		}
+		create(t, m, CreateRequest{Owner: "me", Template: other.ID})
+	})
+	t.Run("pages hold all, newest first", func(t *testing.T) {
+		var ids []string
+		for req := (SnapshotsRequest{Owner: "me", Limit: 1}); ; {
+			page, next, err := m.ListSnapshots(t.Context(), req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range page {
+				ids = append(ids, s.ID)
+			}
+			if req.Cursor = next; next == "" {
+				break
+			}
+		}
+		if len(ids) != 2 || ids[1] != snap.ID && ids[0] != snap.ID {
+			t.Errorf("pages hold %v", ids)
+		}
+	})
+	t.Run("a change of one octet is found, and nothing is left running", func(t *testing.T) {
+		s, _ := m.snapshot("me", snap.ID)
+		if err := os.WriteFile(filepath.Join(m.vault.path(s.Checkpoint), "memory"), []byte(NewID()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before := len(w.leftovers())
+		if _, err := m.Create(t.Context(), CreateRequest{Owner: "me", Template: snap.ID}); !errs.Is(err, errs.Conflict) {
+			t.Errorf("got %v, want a conflict", err)
+		}
+		if after := len(w.leftovers()); after != before {
+			t.Errorf("%d things are left, there were %d", after, before)
+		}
+	})
+}
+
+func TestForkCopiesWhatIsTheUsersAndRenewsTheRest(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	no := false
+	src := create(t, m, CreateRequest{
+		Owner: "me", Egress: noInternet(), Metadata: map[string]string{"a": "b"}, EnvVars: map[string]string{"K": "V"},
+		Secure: true, AllowPublicTraffic: &no,
+	})
+	copies, err := m.Fork(t.Context(), "me", src.ID, ForkRequest{Count: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{src.AccessToken: true, src.TrafficToken: true, src.ControlToken: true, string(src.ID): true}
+	for _, c := range copies {
+		if c.Err != nil {
+			t.Fatal(c.Err)
+		}
+		r := c.Record
+		for _, value := range []string{r.AccessToken, r.TrafficToken, r.ControlToken, string(r.ID)} {
+			if value == "" || seen[value] {
+				t.Errorf("%q is empty or another's", value)
+			}
+			seen[value] = true
+		}
+		if r.Metadata["a"] != "b" || r.EnvVars["K"] != "V" || r.Owner != "me" || w.policyOf(r.ID) == nil {
+			t.Errorf("not copied: %+v", r)
+		}
+		if in := w.agents[r.Lease.Addr4.Addr()]; in.SandboxID != r.ID || in.AccessToken != r.AccessToken || in.ControlToken != r.ControlToken {
+			t.Errorf("its agent was told %+v", in)
+		}
+	}
+	if left := onDisk(t, m); len(left) > 0 {
+		t.Errorf("left on disk: %v", left)
+	}
+	w.failAt("restore", true)
+	if _, err := m.Fork(t.Context(), "me", src.ID, ForkRequest{Count: 2, Strict: true}); err == nil {
+		t.Error("a strict fork without copies")
+	}
+	w.failAt("restore", false)
+	if page, _, _ := m.List(t.Context(), ListRequest{}); len(page) != 4 {
+		t.Errorf("%d sandboxes, want 4", len(page))
+	}
+}
+
+func TestResetKeepsNameRulesAndTokens(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{Owner: "me", Egress: noInternet(), Secure: true})
+	got, err := m.Reset(t.Context(), "me", rec.ID, ResetRequest{Timeout: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.ID != rec.ID || got.AccessToken != rec.AccessToken || got.Generation != rec.Generation || w.policyOf(rec.ID) == nil {
+		t.Errorf("reset: %+v", got)
+	}
+	if left := time.Until(got.Expires); left < 59*time.Minute {
+		t.Errorf("it lives for %v", left)
+	}
+	w.failAt("start", true)
+	if _, err := m.Reset(t.Context(), "me", rec.ID, ResetRequest{}); err == nil {
+		t.Error("reset without a start")
+	}
+	w.failAt("start", false)
+	if left := w.leftovers(); len(left) > 0 {
+		t.Errorf("a reset that failed leaves %v", left)
+	}
+}
+
+func TestStartCommandRunsOnceAndIsRestoredAfterwards(t *testing.T) {
+	w := newWorld()
+	dir := t.TempDir()
+	edit := func(c *Config) { c.SnapshotDir, c.Images = dir, startImages{fakeImages{w}} }
+	m := newManager(t, w, edit)
+	runManager(t, m)
+	count := func(steps []string, step string) (n int) {
+		for _, s := range steps {
+			if s == step {
+				n++
+			}
+		}
+		return n
+	}
+	create(t, m, CreateRequest{})
+	if got := w.since(); count(got, "start command") != 1 || count(got, "checkpoint") != 1 || slices.Index(got, "checkpoint") > slices.Index(got, "init") {
+		t.Errorf("the first: %v, want the command, then a checkpoint, then an owner", got)
+	}
+	create(t, m, CreateRequest{})
+	if got := w.since(); count(got, "start command") != 0 || count(got, "restore") != 1 {
+		t.Errorf("the second: %v, want a restore", got)
+	}
+	w.failAt("restore", true)
+	create(t, m, CreateRequest{})
+	w.failAt("restore", false)
+	if got := w.since(); count(got, "start command") != 1 || count(got, "checkpoint") != 1 {
+		t.Errorf("after a refused restore: %v, want a cold start and a new checkpoint", got)
+	}
+	if left := onDisk(t, m); len(left) != 1 {
+		t.Errorf("on disk: %v, want one checkpoint", left)
+	}
+	later := newManager(t, w, edit)
+	if err := later.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	runManager(t, later)
+	w.since()
+	create(t, later, CreateRequest{})
+	if got := w.since(); count(got, "restore") != 1 {
+		t.Errorf("after a restart: %v, want a restore", got)
+	}
+	w.failAt("start command", true)
+	w.failAt("restore", true)
+	before := len(w.leftovers())
+	if _, err := later.Create(t.Context(), CreateRequest{}); err == nil {
+		t.Error("handed out without being ready")
+	}
+	if after := len(w.leftovers()); after != before {
+		t.Errorf("%d things are left, there were %d", after, before)
+	}
+}
+
+// startImages is fakeImages with a start command.
+type startImages struct{ fakeImages }
+
+func (i startImages) Resolve(ctx context.Context, template string) (Image, error) {
+	img, err := i.fakeImages.Resolve(ctx, template)
+	img.Start = []string{"/bin/server"}
+	return img, err
+}
+
+func TestNothingNewOnADiskThatIsFull(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{})
+	m.cfg.MinFree = 1 << 60
+	_, createErr := m.Create(t.Context(), CreateRequest{})
+	_, snapErr := m.CreateSnapshot(t.Context(), "", rec.ID, "")
+	_, forkErr := m.Fork(t.Context(), "", rec.ID, ForkRequest{Count: 1})
+	for what, err := range map[string]error{"create": createErr, "pause": m.Pause(t.Context(), "", rec.ID), "snapshot": snapErr, "fork": forkErr} {
+		if !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "too full") {
+			t.Errorf("%s: %v, want unavailable and the reason", what, err)
+		}
+	}
+	m.guardDisk(t.Context()) // the fake's layers are empty: nobody is to blame
+	if _, err := m.Get(t.Context(), "", rec.ID); err != nil {
+		t.Errorf("a sandbox that wrote nothing: %v", err)
+	}
+}
+
+func TestHistoryIsARing(t *testing.T) {
+	h := newHistory()
+	rec := Record{ID: NewID(), Resources: Resources{CPUs: 2, MemoryMB: 64, DiskMB: 10}}
+	start := time.Unix(1000, 0)
+	for i := range samplesKept + 10 {
+		h.add(&rec, Stats{CPUTime: time.Duration(i) * 5 * time.Second, MemoryBytes: 1 << 40, DiskBytes: 3}, start.Add(time.Duration(i)*sampleEvery))
+	}
+	got := h.of(rec.ID)
+	if len(got) != samplesKept {
+		t.Fatalf("%d samples, want %d", len(got), samplesKept)
+	}
+	for i := 1; i < len(got); i++ {
+		if got[i].Time.Sub(got[i-1].Time) != sampleEvery {
+			t.Fatalf("sample %d is %v after the one before", i, got[i].Time.Sub(got[i-1].Time))
+		}
+	}
+	if last := got[len(got)-1]; last.CPUUsedPct != 50 || last.MemUsed != 64<<20 || last.DiskUsed != 3 {
+		t.Errorf("one of two CPUs for all the time, and more memory than there is: %+v", last)
+	}
+}
