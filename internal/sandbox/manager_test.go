@@ -249,9 +249,11 @@ func TestAServerAdoptsWhatAnotherLeft(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		delete(w.running, lost.ID)
 		orphan := NewID()
+		w.mu.Lock()
+		delete(w.running, lost.ID)
 		w.running[orphan] = make(chan struct{})
+		w.mu.Unlock()
 
 		second := newManager(t, w)
 		if err := second.Reconcile(t.Context()); err != nil {
