@@ -116,6 +116,9 @@ func (v *visit) admitToken(t *Target, to route) (pass, *refusal) {
 	for _, c := range cookiesNamed(v.r.Header, tokenCookie) {
 		ticket, bad := t.signed(to.port, c, now)
 		if bad == genuine {
+			if v.planted(t.ID) {
+				return p, forbidden(t.ID, securedPrefix+"A page of another sandbox does not get to use its cookie")
+			}
 			p.ticket = ticket
 			return p, nil
 		}
