@@ -81,10 +81,7 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, port uint
 	if ttl < time.Second || ttl > MaxLinkLife {
 		return Record{}, Link{}, errs.New(errs.Invalid, "ttl is %d seconds, it must be 1 to %d", int64(ttl.Seconds()), int64(MaxLinkLife.Seconds()))
 	}
-	if _, err := m.owned(owner, id); err != nil {
-		return Record{}, Link{}, err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return Record{}, Link{}, err
 	}
@@ -123,10 +120,7 @@ func (m *Manager) Links(_ context.Context, owner string, id ID) ([]Link, error) 
 // RevokeLinks takes one link back, or all when link is empty. When it returns nil
 // they open nothing any more, and what was open through them is ended.
 func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link string) error {
-	if _, err := m.owned(owner, id); err != nil {
-		return err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return err
 	}

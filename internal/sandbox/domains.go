@@ -38,10 +38,7 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 	if d.Port == 0 || d.Port == AgentPort {
 		return Domain{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not %d, which is the agent's", d.Port, AgentPort)
 	}
-	if _, err := m.owned(owner, id); err != nil {
-		return Domain{}, err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return Domain{}, err
 	}
@@ -67,10 +64,7 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 // Unbind ends what Bind began. A name that is not the sandbox's is errs.NotFound.
 func (m *Manager) Unbind(ctx context.Context, owner string, id ID, name string) error {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
-	if _, err := m.owned(owner, id); err != nil {
-		return err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return err
 	}

@@ -20,11 +20,8 @@ func (m *Manager) Fork(ctx context.Context, owner string, id ID, req ForkRequest
 	if err != nil {
 		return nil, err
 	}
-	if _, err := m.owned(owner, id); err != nil {
-		return nil, err
-	}
 	began := time.Now()
-	src, o, err := m.photograph(ctx, id)
+	src, o, err := m.photograph(ctx, owner, id)
 	if err != nil {
 		return nil, err
 	}
@@ -46,8 +43,8 @@ func (m *Manager) Fork(ctx context.Context, owner string, id ID, req ForkRequest
 
 // photograph makes a checkpoint of a sandbox that lasts until it is finished
 // with. Nobody but this process ever reads it, so it need not reach the disk.
-func (m *Manager) photograph(ctx context.Context, id ID) (Record, *origin, error) {
-	e, err := m.hold(id)
+func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, *origin, error) {
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return Record{}, nil, err
 	}

@@ -13,17 +13,19 @@ import (
 
 // Kill ends a sandbox and frees all it held. A second kill is errs.NotFound.
 func (m *Manager) Kill(ctx context.Context, owner string, id ID) error {
-	if _, err := m.owned(owner, id); err != nil {
+	e, err := m.hold(owner, id)
+	if err != nil {
 		return err
 	}
-	return m.remove(ctx, id, Event{Name: "kill"})
+	defer e.op.Unlock()
+	return m.removeHeld(ctx, e, Event{Name: "kill"})
 }
 
 // remove takes a sandbox out of the world: first its record, so that a crash in
 // the middle leaves an orphan the next start destroys and never a record without
 // a sandbox; then its network, so that nothing more leaves it; then its processes.
 func (m *Manager) remove(ctx context.Context, id ID, why Event) error {
-	e, err := m.hold(id)
+	e, err := m.hold("", id)
 	if err != nil {
 		return err
 	}
@@ -104,10 +106,7 @@ func (m *Manager) SetTimeout(ctx context.Context, owner string, id ID, d time.Du
 	if err != nil {
 		return err
 	}
-	if _, err := m.owned(owner, id); err != nil {
-		return err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -121,10 +120,7 @@ func (m *Manager) SetTimeout(ctx context.Context, owner string, id ID, d time.Du
 // who may reach its ports. When it returns nil the new rules are stored and in
 // force, also for live flows; on an error the old ones are both.
 func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in NetworkUpdate) error {
-	if _, err := m.owned(owner, id); err != nil {
-		return err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return err
 	}

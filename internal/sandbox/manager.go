@@ -159,7 +159,8 @@ func New(cfg Config) *Manager {
 }
 
 // Run expires sandboxes, notices crashes, keeps the spares filled, samples what
-// sandboxes use and watches over the disk until ctx ends. The sandboxes themselves go on; spares are destroyed.
+// sandboxes use and watches over the disk until ctx ends. The sandboxes themselves
+// go on; spares are destroyed.
 func (m *Manager) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
@@ -287,9 +288,13 @@ func NotFound(id ID) error {
 	return errs.New(errs.NotFound, "Sandbox %q doesn't exist or you don't have access to it", string(id))
 }
 
-// hold locks a sandbox for a change; the caller unlocks the entry's op. The
-// second look-up is for a call that removed the sandbox while we waited.
-func (m *Manager) hold(id ID) (*entry, error) {
+// hold locks an owner's sandbox for a change, see owned; the caller unlocks the
+// entry's op. Nobody waits for another's. The second look-up is for a call that
+// removed the sandbox while we waited.
+func (m *Manager) hold(owner string, id ID) (*entry, error) {
+	if _, err := m.owned(owner, id); err != nil {
+		return nil, err
+	}
 	e, err := m.entry(id)
 	if err != nil {
 		return nil, err

@@ -19,10 +19,7 @@ import (
 // one lets go on, and a server that is killed after leaves processes that
 // nobody's record speaks of, which the next one destroys.
 func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
-	if _, err := m.owned(owner, id); err != nil {
-		return err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return err
 	}

@@ -20,10 +20,7 @@ func (m *Manager) Reset(ctx context.Context, owner string, id ID, req ResetReque
 	if err != nil {
 		return Record{}, err
 	}
-	if _, err := m.owned(owner, id); err != nil {
-		return Record{}, err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return Record{}, err
 	}

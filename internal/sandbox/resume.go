@@ -17,10 +17,7 @@ func (m *Manager) Connect(ctx context.Context, owner string, id ID, timeout time
 	if err != nil {
 		return Record{}, false, err
 	}
-	if _, err := m.owned(owner, id); err != nil {
-		return Record{}, false, err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return Record{}, false, err
 	}

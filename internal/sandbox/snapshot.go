@@ -54,17 +54,14 @@ var snapshotID = regexp.MustCompile(`^s[0-9a-z]{20}$`)
 // running. A name the owner already gave moves to the new snapshot, under the
 // old ID.
 func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name string) (Snapshot, error) {
-	if _, err := m.owned(owner, id); err != nil {
-		return Snapshot{}, err
-	}
-	if err := m.validSnapshotName(ctx, name); err != nil {
-		return Snapshot{}, err
-	}
-	e, err := m.hold(id)
+	e, err := m.hold(owner, id)
 	if err != nil {
 		return Snapshot{}, err
 	}
 	defer e.op.Unlock()
+	if err := m.validSnapshotName(ctx, name); err != nil {
+		return Snapshot{}, err
+	}
 	ctx = context.WithoutCancel(ctx)
 	began, rec := time.Now(), e.view.Load().rec
 	if err := m.maySnapshot(ctx, &rec); err != nil {
