@@ -190,6 +190,9 @@ func (k *driver) readAnswers(f *os.File) {
 			return
 		}
 	}
+	if lines.Err() != nil { // an answer without end: nothing after it can be understood
+		k.kill()
+	}
 }
 
 // readOutput reads a stream to its end. Whoever is slow to take a piece slows the

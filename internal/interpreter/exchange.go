@@ -45,7 +45,7 @@ type handover struct {
 
 // open makes the exchange that gets the messages from now on.
 func (h *handover) open(id string) *exchange {
-	x := &exchange{id: id, messages: make(chan message, 16), closed: make(chan struct{})}
+	x := &exchange{id: id, messages: make(chan message, 4), closed: make(chan struct{})}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.now = x

@@ -64,7 +64,7 @@ func (i *Interpreter) postContexts(w http.ResponseWriter, r *http.Request) error
 		Language string `json:"language"`
 		Cwd      string `json:"cwd"`
 	}
-	if err := readJSON(w, r, &in); err != nil {
+	if err := readJSON(w, r, &in, maxSmall); err != nil {
 		return err
 	}
 	l, err := parseLanguage(in.Language)
@@ -150,7 +150,7 @@ func (i *Interpreter) postExecute(w http.ResponseWriter, r *http.Request) {
 	who, err := i.admit(r.Context(), r.Header.Get(tokenHeader))
 	var in executeJSON
 	if err == nil {
-		err = readJSON(w, r, &in)
+		err = readJSON(w, r, &in, maxBody)
 	}
 	if err == nil {
 		err = in.check()
@@ -204,11 +204,11 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 
 // readJSON decodes a bounded JSON body; unknown fields are ignored, because newer
 // clients send them. An empty body is an empty object.
-func readJSON(w http.ResponseWriter, r *http.Request, into any) error {
+func readJSON(w http.ResponseWriter, r *http.Request, into any, most int64) error {
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil && !errors.Is(err, http.ErrNotSupported) {
 		return fmt.Errorf("bound the request: %w", err)
 	}
-	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(into)
+	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, most)).Decode(into)
 	if err == nil || errors.Is(err, io.EOF) {
 		// From here on a read waits for the client to leave, as long as that takes.
 		if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
@@ -218,7 +218,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, into any) error {
 	}
 	var large *http.MaxBytesError
 	if errors.As(err, &large) {
-		return fault{http.StatusRequestEntityTooLarge, fmt.Sprintf("the request body is over %d bytes", maxBody)}
+		return fault{http.StatusRequestEntityTooLarge, fmt.Sprintf("the request body is over %d bytes", most)}
 	}
 	return fault{http.StatusBadRequest, "the request body is not the expected JSON: " + err.Error()}
 }

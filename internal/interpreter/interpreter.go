@@ -32,6 +32,7 @@ const Port = 49999
 // Limits on what callers can make the interpreter hold.
 const (
 	maxBody     = 16 << 20 // bytes of a request: code and variables
+	maxSmall    = 64 << 10 // bytes of a request that needs no token
 	maxHeader   = 128 << 10
 	maxContexts = 32   // each is a process
 	maxWaiting  = 64   // executions that wait for one context

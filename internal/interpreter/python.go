@@ -248,7 +248,7 @@ func (k *python) drain(x *exchange, within time.Duration) bool {
 // sent already, and an update is shown as what it is now.
 func published(m message) []line {
 	if m.skipped > 0 {
-		return outputLines(lineStderr, fmt.Sprintf("[output of %d bytes dropped: over %d in one piece]\n", m.skipped, maxFrame))
+		return outputLines(lineStderr, fmt.Sprintf("[output of %d bytes dropped: over %d in one piece]\n", m.skipped, maxMessage))
 	}
 	switch m.kind {
 	case "execute_input":

@@ -230,6 +230,7 @@ func refusals(t *testing.T, s *server) {
 		"an unknown language":      {"/execute", `{"code":"1","language":"cobol"}`, 400, "use python"},
 		"a variable with =":        {"/execute", `{"code":"1","env_vars":{"a=b":"c"}}`, 400, "env_vars"},
 		"a variable with NUL":      {"/execute", `{"code":"1","env_vars":{"a":"\u0000"}}`, 400, "env_vars"},
+		"too much for a context":   {"/contexts", `{"cwd":"` + strings.Repeat("x", 65<<10) + `"}`, 413, "over"},
 		"too much":                 {"/execute", `{"code":"` + strings.Repeat("x", 17<<20) + `"}`, 413, "over"},
 		"a folder that is none":    {"/contexts", `{"cwd":"/etc/passwd"}`, 400, "not a directory"},
 		"restart of nothing":       {"/contexts/x/restart", ``, 404, "not found"},

@@ -16,11 +16,11 @@ import (
 // side of it over one connection: enough to speak to a kernel, and bounded, which
 // the kernel, that runs the user's code, may not be relied on to be.
 
-// Limits on what a kernel can make us hold. A frame over its limit is skipped.
+// Limits on what a kernel can make us hold. A frame past them is skipped.
 const (
-	maxFrame  = 32 << 20
-	maxFrames = 64 // of one message
-	greeting  = 64 // bytes
+	maxMessage = 32 << 20
+	maxFrames  = 64 // of one message
+	greeting   = 64 // bytes
 
 	handshakeTimeout = 5 * time.Second
 	sendTimeout      = 30 * time.Second
@@ -109,7 +109,7 @@ func (s *socket) handshake(kind socketKind) error {
 		return errors.New("it does not speak ZMTP 3")
 	}
 	for {
-		flags, _, _, err := readFrame(s.r)
+		flags, _, _, err := readFrame(s.r, maxMessage)
 		if err != nil {
 			return err
 		}
@@ -157,8 +157,9 @@ func appendFrame(b []byte, flags byte, body []byte) []byte {
 // mean nothing to us.
 func readMessage(r *bufio.Reader) (frames, error) {
 	var m frames
+	room := int64(maxMessage)
 	for {
-		flags, body, skipped, err := readFrame(r)
+		flags, body, skipped, err := readFrame(r, room)
 		if err != nil {
 			return frames{}, err
 		}
@@ -170,15 +171,16 @@ func readMessage(r *bufio.Reader) (frames, error) {
 		}
 		m.parts = append(m.parts, body)
 		m.skipped += skipped
+		room -= int64(len(body))
 		if flags&flagMore == 0 {
 			return m, nil
 		}
 	}
 }
 
-// readFrame reads a frame. The body of one over maxFrame is read and dropped; then
-// skipped is its size.
-func readFrame(r *bufio.Reader) (flags byte, body []byte, skipped int64, err error) {
+// readFrame reads a frame. The body of one that has no room is read and dropped;
+// then skipped is its size.
+func readFrame(r *bufio.Reader, room int64) (flags byte, body []byte, skipped int64, err error) {
 	flags, err = r.ReadByte()
 	if err != nil {
 		return 0, nil, 0, err
@@ -198,7 +200,7 @@ func readFrame(r *bufio.Reader) (flags byte, body []byte, skipped int64, err err
 	if size > 1<<62 {
 		return 0, nil, 0, fmt.Errorf("a frame of %d bytes", size)
 	}
-	if size > maxFrame {
+	if int64(size) > room {
 		n, err := io.CopyN(io.Discard, r, int64(size))
 		if err != nil {
 			return 0, nil, 0, fmt.Errorf("skip a frame: %w", err)

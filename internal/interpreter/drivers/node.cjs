@@ -97,7 +97,7 @@ async function shown(value) {
   if (value === undefined) return null
   const own = value !== null && typeof value === 'object' && value[Symbol.for('Jupyter.display')]
   if (typeof own === 'function') return own.call(value)
-  return { 'text/plain': util.inspect(value) }
+  return { 'text/plain': util.inspect(value, { maxStringLength: 1 << 22 }) }
 }
 
 function failure(err) {
