@@ -57,7 +57,7 @@ func TestPackageTemplates(t *testing.T) {
 		"/bin/bash", "/usr/bin/python3", "/usr/local/bin/python", "/usr/bin/pip3", "/usr/bin/git", "/usr/lib/git-core/git-daemon",
 		"/usr/bin/curl", "/usr/bin/sudo", "/usr/bin/tput", "/usr/bin/ps", "/usr/sbin/ip", "/usr/bin/ping", "/usr/bin/dig", "/usr/bin/openssl", "/usr/bin/nc",
 	}
-	for name, more := range map[string][]string{"base": nil, "code-interpreter-v1": {"/usr/bin/node", "/usr/bin/npm"}} {
+	for name, more := range map[string][]string{"base": nil, "code-interpreter-v1": {"/usr/bin/node", "/usr/bin/npm", "/usr/bin/esbuild", "/usr/lib/python3/dist-packages/ipykernel_launcher.py"}} {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
 			img, err := l.Resolve(t.Context(), name)
@@ -69,6 +69,9 @@ func TestPackageTemplates(t *testing.T) {
 				if _, err := os.Lstat(filepath.Join(img.Rootfs, p)); err != nil {
 					t.Error(err)
 				}
+			}
+			if starts := len(img.Start) > 0 && img.Ready.Port != 0; starts != (name == "code-interpreter-v1") {
+				t.Errorf("it starts %q, ready by %+v", img.Start, img.Ready)
 			}
 			checkRootfs(t, img.Rootfs)
 			checkCommands(t, img.Rootfs)

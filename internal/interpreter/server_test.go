@@ -209,6 +209,7 @@ func TestServer(t *testing.T) {
 		"a client that does not read slows its kernel":       slowReader,
 		"a cell cannot forge or break its protocol":          forgery,
 		"an ignored interrupt costs the kernel":              stubborn,
+		"what a cell installs is there for the next":         installed,
 		"contexts that run restart under their cell":         restartUnderway,
 		"a cell that waits for its turn can be given up":     queue,
 		"a kernel draws other numbers when its twin may too": reseeding,
@@ -363,6 +364,13 @@ func queue(t *testing.T, s *server) {
 		t.Errorf("%v", got)
 	}
 	<-first
+}
+
+func installed(t *testing.T, s *server) {
+	s.run(t, "python", `!mkdir -p "$(python3 -m site --user-site)" && echo "x = 7" >"$(python3 -m site --user-site)/fresh.py"`)
+	if got := s.run(t, "python", "import fresh; fresh.x"); got.field("result", "text") != "7" {
+		t.Errorf("%v", got)
+	}
 }
 
 func reseeding(t *testing.T, s *server) {

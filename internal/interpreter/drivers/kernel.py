@@ -8,8 +8,10 @@ import array
 import asyncio
 import codecs
 import fcntl
+import importlib
 import os
 import select
+import site
 import sys
 import termios
 import threading
@@ -96,6 +98,7 @@ class Kernel(IPythonKernel):
         if facts.get("reseed"):
             reseed()
         change(facts.get("sandbox", {}))
+        importlib.invalidate_caches()  # what the cell before installed
         before = change(facts.get("cell", {}))
         try:
             result = super().execute_request(*args, **kwargs)
@@ -130,6 +133,9 @@ class App(IPKernelApp):
 if __name__ == "__main__":
     # As in `python -m`: modules are looked for where the code runs, not here.
     sys.path[0] = ""
+    # pip installs here, as a user; a folder that is made later is not looked into.
+    os.makedirs(site.getusersitepackages(), exist_ok=True)
+    site.addusersitepackages(set())
     app = App.instance(kernel_class=Kernel, outstream_class="__main__.SteadyStream")
     app.initialize(["-f", sys.argv[1], "--InteractiveShell.colors=NoColor", "--HistoryManager.enabled=False"])
     app.start()
