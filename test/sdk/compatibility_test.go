@@ -11,6 +11,7 @@ var areas = []struct{ prefix, title string }{
 	{"files", "Files"},
 	{"watchHandle", "Watching a folder"},
 	{"git", "Git"},
+	{"code", "Code interpreter"},
 	{"sandboxPaginator", "Pages of sandboxes"},
 	{"snapshotPaginator", "Pages of snapshots"},
 }

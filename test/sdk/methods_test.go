@@ -30,6 +30,12 @@ func TestMethods(t *testing.T) {
 		t.Run("JavaScript "+sdk, func(t *testing.T) {
 			seen.add(columns[i], s.runScenarios(t, node(t), "js/methods.mjs", sdk))
 		})
+		t.Run("JavaScript "+sdk+" code", func(t *testing.T) {
+			seen.add(columns[i], s.runScenarios(t, node(t), "js/interpreter.mjs", sdk))
+		})
+		t.Run("Python "+sdk+" code", func(t *testing.T) {
+			seen.add(columns[2+i], s.runScenarios(t, python(t), "python/interpreter.py", sdk))
+		})
 		for _, flavour := range []string{"sync", "async"} {
 			t.Run("Python "+sdk+" "+flavour, func(t *testing.T) {
 				seen.add(columns[2+i], s.runScenarios(t, python(t), "python/methods.py", sdk, flavour))

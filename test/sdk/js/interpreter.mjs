@@ -2,8 +2,8 @@
 //
 //   node interpreter.mjs <novita|e2b> [part of a name...]
 //
-// Prints one line a scenario: "ok <name> <ms>" or "not ok <name> <ms>" with the
-// error below it, indented.
+// Prints "method <name>" for each method that the package adds, and for each test
+// "ok <name> [<methods>] <file> <ms>" or "not ok ..." with the error below it.
 import assert from 'node:assert/strict'
 
 const sdk = process.argv[2]
@@ -114,6 +114,11 @@ Own()`)
     await sandbox.removeCodeContext(context)
     assert.ok(!(await sandbox.listCodeContexts()).some((c) => c.id === context.id))
     await assert.rejects(run('1', { context }), /not found/)
+    if (sandbox.deleteCodeContext) {
+      const other = await sandbox.createCodeContext()
+      await sandbox.deleteCodeContext(other)
+      assert.ok(!(await sandbox.listCodeContexts()).some((c) => c.id === other.id))
+    }
     await assert.rejects(sandbox.createCodeContext({ cwd: '/nowhere' }), /400/)
   },
 
@@ -237,18 +242,29 @@ Own()`)
   },
 }
 
+// What else than runCode a scenario shows.
+const alsoShows = {
+  'state lasts from cell to cell, and not from context to context': ['createCodeContext', 'listCodeContexts', 'restartCodeContext', 'removeCodeContext', 'deleteCodeContext'],
+}
+
+// Private in the packages' declarations.
+const hidden = ['constructor', 'jupyterUrl', 'getJupyterRequestUrl', 'includeDiagnostics', 'jupyterHeaders', 'handleRequestError']
+
+for (const m of Object.getOwnPropertyNames(Sandbox.prototype)) if (!hidden.includes(m)) console.log(`method code.${m}`)
+
 let failed = 0
 try {
   for (const [name, scenario] of Object.entries(scenarios)) {
     if (only.length && !only.some((o) => name.includes(o))) continue
     const began = performance.now()
-    const took = () => `${Math.round(performance.now() - began)}`
+    const methods = (alsoShows[name] ?? ['runCode']).map((m) => `code.${m}`).join(' ')
+    const line = () => `${name} [${methods}] js/interpreter.mjs ${Math.round(performance.now() - began)}`
     try {
       await scenario()
-      console.log(`ok ${name} ${took()}`)
+      console.log(`ok ${line()}`)
     } catch (err) {
       failed++
-      console.log(`not ok ${name} ${took()}`)
+      console.log(`not ok ${line()}`)
       console.log(String(err.stack ?? err).replace(/^/gm, '    '))
     }
   }

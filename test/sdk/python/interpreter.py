@@ -3,8 +3,9 @@ a live server.
 
     python interpreter.py <novita|e2b> [part of a name...]
 
-Prints one line a scenario, "ok <name> <ms>" or "not ok <name> <ms>" with the error
-below it, indented.
+Prints "method <name>" for each method that the package adds, and for each test
+"ok <name> [<methods>] <file> <ms>" or "not ok ..." with the error below it. Methods
+have the names that they have in JavaScript.
 """
 import asyncio
 import json
@@ -89,6 +90,10 @@ def state_and_contexts(s):
     s.restart_code_context(context)
     assert s.run_code("other", context=context).error.name == "NameError"
     s.remove_code_context(context)
+    if hasattr(s, "delete_code_context"):
+        other = s.create_code_context()
+        s.delete_code_context(other)
+        assert other.id not in [c.id for c in s.list_code_contexts()]
     assert context.id not in [c.id for c in s.list_code_contexts()]
     assert {"python", "javascript"} <= {c.language for c in s.list_code_contexts()}
 
@@ -148,14 +153,26 @@ def the_asynchronous_package(s):
     asyncio.run(both())
 
 
+def camel(name):
+    return re.sub("_(.)", lambda m: m[1].upper(), name)
+
+
+# What else than run_code a scenario shows.
+ALSO = {state_and_contexts: "create_code_context list_code_contexts restart_code_context remove_code_context delete_code_context".split()}
+
+
 def main():
     failed = 0
+    for m in vars(Sandbox):
+        if not m.startswith("_") and callable(getattr(Sandbox, m)) and "code" in m:
+            print(f"method code.{camel(m)}")
     sandbox = Sandbox.create(timeout=300, envs={"WHOSE": "the sandbox"})
     try:
         for f in scenarios:
             name = f.__name__.replace("_", " ")
             if ONLY and not any(o in name for o in ONLY):
                 continue
+            name += f" [{' '.join('code.' + camel(m) for m in ALSO.get(f, ['run_code']))}] python/interpreter.py"
             began = time.monotonic()
             try:
                 f(sandbox)
