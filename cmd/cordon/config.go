@@ -62,6 +62,10 @@ type listenConfig struct {
 	TLSTCP         []string `yaml:"tls_tcp" env:"TLS_TCP"`
 	TrustedProxies []string `yaml:"trusted_proxies" env:"TRUSTED_PROXIES"` // whose X-Forwarded-* and PROXY headers count
 	ProxyProtocol  bool     `yaml:"proxy_protocol" env:"PROXY_PROTOCOL"`   // they begin connections with a PROXY header; not on plain
+	// How many connections one sandbox and one client may hold; 0: as many as the
+	// process's open files let everybody have.
+	PerSandbox int `yaml:"connections_per_sandbox" env:"CONNECTIONS_PER_SANDBOX"`
+	PerSource  int `yaml:"connections_per_source" env:"CONNECTIONS_PER_SOURCE"`
 }
 
 // tlsConfig names certificate files; without them cordon makes its own CA.
@@ -324,6 +328,7 @@ func (c *config) validate() error {
 		{"sandboxes.max_timeout", int64(l.MaxTimeout)},
 		{"network.limits.connections", int64(nl.Connections)}, {"network.limits.new_connections", int64(nl.NewConnections)},
 		{"network.limits.dns_queries", int64(nl.DNSQueries)}, {"network.limits.bytes_out", nl.BytesOut},
+		{"listen.connections_per_sandbox", int64(c.Listen.PerSandbox)}, {"listen.connections_per_source", int64(c.Listen.PerSource)},
 	} {
 		if n.value < 0 {
 			return bad(n.field, n.value, "use a positive number")

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/egress"
@@ -39,7 +41,9 @@ func egressLimits(descriptors int) egress.Limits {
 	return egress.Limits{TotalConns: total, Conns: min(4096, total/8)}
 }
 
-func ingressLimits(descriptors int) ingress.Limits {
+// ingressLimits are the configured ones, or a share of the descriptors where there
+// is none. What is configured counts also beyond that share.
+func (l *listenConfig) ingressLimits(descriptors int) ingress.Limits {
 	share := min(16_384, descriptors/32)
-	return ingress.Limits{ConnsPerSource: share, ConnsPerSandbox: share}
+	return ingress.Limits{ConnsPerSource: cmp.Or(l.PerSource, share), ConnsPerSandbox: cmp.Or(l.PerSandbox, share)}
 }

@@ -4,7 +4,7 @@ import "testing"
 
 func TestNobodyCanTakeAllDescriptors(t *testing.T) {
 	for _, have := range []int{1024, 20_000, 65_536, wantedDescriptors} {
-		out, in := egressLimits(have), ingressLimits(have)
+		out, in := egressLimits(have), new(listenConfig).ingressLimits(have)
 		if out.TotalConns < 1 || out.Conns < 1 || in.ConnsPerSource < 1 || in.ConnsPerSandbox < 1 {
 			t.Fatalf("of %d descriptors: %+v %+v: zero would mean the default", have, out, in)
 		}
@@ -18,7 +18,11 @@ func TestNobodyCanTakeAllDescriptors(t *testing.T) {
 			t.Errorf("of %d descriptors one source may take %d", have, 2*in.ConnsPerSource)
 		}
 	}
-	if out, in := egressLimits(wantedDescriptors), ingressLimits(wantedDescriptors); out.TotalConns != 100_000 || in.ConnsPerSource != 16_384 {
+	if out, in := egressLimits(wantedDescriptors), new(listenConfig).ingressLimits(wantedDescriptors); out.TotalConns != 100_000 || in.ConnsPerSource != 16_384 {
 		t.Errorf("with all that Linux allows: %+v %+v", out, in)
+	}
+	set := listenConfig{PerSandbox: 24, PerSource: 7}
+	if in := set.ingressLimits(wantedDescriptors); in.ConnsPerSandbox != 24 || in.ConnsPerSource != 7 {
+		t.Errorf("configured limits: %+v", in)
 	}
 }

@@ -356,7 +356,7 @@ func (s *server) makeIngress(ctx context.Context) (err error) {
 		Traffic:        func(id string) { s.manager.Touch(context.WithoutCancel(ctx), sandbox.ID(id)) },
 		Inside:         func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
 		TrustedProxies: proxies, ProxyProtocol: s.cfg.Listen.ProxyProtocol, LogRequests: s.cfg.Log.Requests,
-		Limits: ingressLimits(s.descriptors),
+		Limits: s.cfg.Listen.ingressLimits(s.descriptors),
 		API:    s.api(), TLS: s.tls, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
 	return err

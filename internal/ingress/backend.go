@@ -21,6 +21,9 @@ type backend struct {
 	h2c      *http.Transport
 	guests   guests // who uses them
 
+	started  atomic.Int64 // when the latest command was started, in Unix ns
+	awaiting atomic.Int64 // requests that wait for a port to open
+
 	mu       sync.Mutex          // guards loopback
 	loopback map[uint16]struct{} // ports last reached through the agent
 }
@@ -91,29 +94,44 @@ func (b *backend) gone() bool {
 	}
 }
 
-// dial reaches a port of the sandbox: at its address first, where a closed port
-// refuses within a millisecond, then on its loopback through the agent. Whichever
-// answered last is tried first.
+// dial reaches a port of the sandbox, and waits for it a moment when a command was
+// just started there; see await.
 func (b *backend) dial(ctx context.Context, port uint16) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, b.in.cfg.Limits.DialTimeout)
 	defer cancel()
-	inside := b.target.DialLoopback
-	if inside == nil || port == b.target.agentPort() {
+	if port == b.target.agentPort() {
 		return b.direct(ctx, port)
 	}
-	first, second, wasInside := b.direct, inside, b.isInside(port)
+	return b.await(ctx, port, b.reach)
+}
+
+// reach tries a port once: at the sandbox's address first, where a closed port
+// refuses within a millisecond, then on its loopback through the agent. Whichever
+// answered last is tried first. The error is that of the address.
+func (b *backend) reach(ctx context.Context, port uint16) (net.Conn, error) {
+	inside := b.target.DialLoopback
+	if inside == nil {
+		return b.direct(ctx, port)
+	}
+	wasInside := b.isInside(port)
 	if wasInside {
-		first, second = inside, b.direct
+		if c, err := inside(ctx, port); err == nil {
+			return c, nil
+		}
 	}
-	c, err := first(ctx, port)
-	if err == nil {
+	c, err := b.direct(ctx, port)
+	switch {
+	case err == nil:
+		b.setInside(port, false)
 		return c, nil
-	}
-	c, err2 := second(ctx, port)
-	if err2 != nil {
+	case wasInside:
 		return nil, err
 	}
-	b.setInside(port, !wasInside)
+	c, insideErr := inside(ctx, port)
+	if insideErr != nil {
+		return nil, err
+	}
+	b.setInside(port, true)
 	return c, nil
 }
 

@@ -22,6 +22,9 @@ type guest struct {
 	busy  bool // it counts as traffic
 	timer *time.Timer
 
+	started time.Time // when it asked the agent to start a command; zero: it did not
+	opened  uint16    // the port that is taken for this command's; guarded by guests.mu
+
 	conn   net.Conn // of a client that speaks HTTP/1
 	cancel context.CancelFunc
 	rc     *http.ResponseController // with cancel, of one that speaks HTTP/2
@@ -47,6 +50,9 @@ func (v *visit) enter(b *backend, t *Target, to route, k ticket) (*guest, bool) 
 		g.cancel, g.rc = cancel, http.NewResponseController(v.w)
 		v.r = v.r.WithContext(ctx)
 	}
+	if agent && startsCommand(v.r, path) && t.agentAdmits(v.r, to.target) {
+		g.started = time.Now()
+	}
 	return g, b.join(g, t, k.expires, v.judged)
 }
 
@@ -62,6 +68,9 @@ func (b *backend) join(g *guest, t *Target, expires time.Time, judged uint64) bo
 		g.timer = time.AfterFunc(time.Until(expires), func() { b.guests.cut(g) })
 	}
 	b.guests.mu.Unlock()
+	if !g.started.IsZero() {
+		b.started.Store(g.started.UnixNano())
+	}
 	if g.busy {
 		b.guests.busy.Add(1)
 	}
