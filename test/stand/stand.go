@@ -42,6 +42,8 @@ type Options struct {
 	IPv6 bool
 	// Network is more YAML for the network section, indented by two.
 	Network string
+	// Listen is more YAML for the listen section, indented by two.
+	Listen string
 	// LogLevel is the server's; empty means debug.
 	LogLevel string
 }
@@ -97,6 +99,7 @@ listen:
   https: ["0.0.0.0:443"]
   http: ["0.0.0.0:80"]
   plain: 127.0.0.1:3900
+%[8]s
 network:
   upstreams: [8.8.8.8, 1.1.1.1]
 %[6]s
@@ -104,7 +107,7 @@ sandboxes:
   extra_ca: %[4]s
   spares: {base: %[5]d}
 log: {level: %[7]s}
-`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"))
+`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"), o.Listen)
 }
 
 // Binary is the server's program, which make build makes; TEST_BINARY names another.
