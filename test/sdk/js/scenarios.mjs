@@ -299,6 +299,15 @@ HTTPServer(('', 3000), Echo).serve_forever()
     assert.deepEqual(await res.json(), { sandboxId: s.sandboxId, message: 'The sandbox was not found', code: 502 })
   },
 
+  async 'the end of its time is the end of it'() {
+    const s = await Sandbox.create({ timeoutMs: 2000 })
+    await until(async () => !(await s.isRunning()), 20_000)
+    const res = await fetch('https://' + s.getHost(3000))
+    assert.equal(res.status, 502)
+    assert.deepEqual(await res.json(), { sandboxId: s.sandboxId, message: 'The sandbox was not found', code: 502 })
+    assert.equal(await Sandbox.kill(s.sandboxId), false)
+  },
+
   async 'files, environment, input and exit codes'() {
     await withSandbox({ envs: { GREETING: 'moin' }, metadata: { run: sdk } }, async (s) => {
       await s.files.write('/home/user/dir/a.txt', 'text')

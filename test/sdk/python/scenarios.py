@@ -304,6 +304,15 @@ def kill_ends_it_once():
     assert json.loads(body) == {"sandboxId": s.sandbox_id, "message": "The sandbox was not found", "code": 502}
 
 
+def the_end_of_its_time_is_the_end_of_it():
+    s = Sandbox.create(timeout=2)
+    until(lambda: not s.is_running(), 20)
+    code, body = fetch("https://" + s.get_host(3000))
+    assert code == 502
+    assert json.loads(body) == {"sandboxId": s.sandbox_id, "message": "The sandbox was not found", "code": 502}
+    assert Sandbox.kill(s.sandbox_id) is False
+
+
 def files_environment_input_and_exit_codes():
     with sandbox(envs={"GREETING": "moin"}, metadata={"run": SDK + "-python"}) as s:
         s.files.write("/home/user/dir/a.txt", "text")
