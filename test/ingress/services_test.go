@@ -166,10 +166,12 @@ func (s *live) reused(t *testing.T) {
 		open = append(open, lines)
 	}
 	former.kill()
+	for _, lines := range open {
+		former.cutOff(lines)
+	}
 	next := s.after(t, address)
 	next.serve(s, "0.0.0.0:3000")
-	for i, c := range clients {
-		former.cutOff(open[i])
+	for _, c := range clients {
 		for range 3 {
 			if code, body := fetch(t, c, former.url(3000)); code != http.StatusBadGateway || !strings.Contains(body, "The sandbox was not found") {
 				t.Errorf("the former sandbox's URL: %d %s", code, body)
