@@ -156,7 +156,7 @@ func (s *live) killed(t *testing.T) {
 func (s *live) reused(t *testing.T) {
 	former := s.guest(t, client.CreateOptions{})
 	former.serve(s, "0.0.0.0:3000")
-	address := former.sh("hostname -I")
+	address := former.address()
 	clients := []*http.Client{s.web(t, false), s.web(t, true)}
 	var open []io.Reader
 	for _, c := range clients {
@@ -190,7 +190,7 @@ func (s *live) after(t *testing.T, address string) *guest {
 	t.Helper()
 	if os.Getenv("INGRESS_REUSE") == "" {
 		g := s.guest(t, client.CreateOptions{})
-		if g.sh("hostname -I") == address {
+		if g.address() == address {
 			t.Errorf("%s was used again at once", address)
 		}
 		return g
@@ -204,7 +204,7 @@ func (s *live) after(t *testing.T, address string) *guest {
 		}
 		g := &guest{Sandbox: sb, t: t}
 		t.Cleanup(g.kill)
-		if g.sh("hostname -I") == address {
+		if g.address() == address {
 			t.Logf("%s was used again after %s, by sandbox %d", address, time.Since(began).Round(time.Second), tries)
 			return g
 		}

@@ -134,6 +134,9 @@ func (g *guest) install(s *live) {
 	g.sh("chmod 755 " + servicePath)
 }
 
+// address is the sandbox's own.
+func (g *guest) address() string { return strings.TrimSpace(g.sh("hostname -I")) }
+
 // sh runs a shell command in the sandbox and returns what it prints.
 func (g *guest) sh(command string) string {
 	g.t.Helper()
