@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -45,16 +46,37 @@ func (m *Manager) space() (free, keep int64, err error) {
 	return free, max(keep, 0), nil
 }
 
-// room says why there is no place for need more bytes.
-func (m *Manager) room(need int64) error {
+// room says why there is no place for anything more.
+func (m *Manager) room() error {
 	free, keep, err := m.space()
 	if err != nil {
 		return err
 	}
-	if free-need < keep {
-		return noRoom(free, keep, need)
+	if free < keep {
+		return noRoom(free, keep, 0)
 	}
 	return nil
+}
+
+// hoard holds place for need bytes that are about to be written, until release is
+// called, or says why there is none: of many that are written at a time, each would
+// find the same place free. What is written already counts twice meanwhile.
+func (m *Manager) hoard(need int64) (release func(), err error) {
+	free, keep, err := m.space()
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if free-m.hoarded-need < keep {
+		return nil, noRoom(free, keep, m.hoarded+need)
+	}
+	m.hoarded += need
+	return sync.OnceFunc(func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.hoarded -= need
+	}), nil
 }
 
 func noRoom(free, keep, need int64) error {

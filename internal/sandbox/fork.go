@@ -54,9 +54,16 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 		o, err := m.paused(ctx, &rec)
 		return rec, o, err
 	}
-	if err := m.room(m.footprint(ctx, id)); err != nil {
+	place, err := m.reserve(rec.Owner) // else nobody would get the copy
+	if err != nil {
 		return Record{}, nil, err
 	}
+	defer place.release()
+	written, err := m.hoard(m.footprint(ctx, id))
+	if err != nil {
+		return Record{}, nil, err
+	}
+	defer written()
 	img, err := m.imageOf(ctx, rec.image(), rec.ImageRef)
 	if err != nil {
 		return Record{}, nil, cannot(err, "Sandbox %q cannot be copied", string(id))

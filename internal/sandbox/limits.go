@@ -132,6 +132,30 @@ func (m *Manager) reservePaused(owner string) (*reservation, error) {
 	return &reservation{m: m, held: m.pausing, owner: owner}, nil
 }
 
+// reserveSnapshot holds a place for one more snapshot; one that is paused takes as much.
+func (m *Manager) reserveSnapshot(owner string) (*reservation, error) {
+	allowed := m.cfg.Allowance(owner)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := census{total: len(m.snapshots), mine: m.keeping[owner]}
+	for _, s := range m.snapshots {
+		if s.Owner == owner {
+			c.mine++
+		}
+	}
+	for _, n := range m.keeping {
+		c.total += n
+	}
+	switch {
+	case allowed.Paused > 0 && c.mine >= allowed.Paused:
+		return nil, errs.New(errs.Exhausted, "this API key keeps its limit of %d snapshots: delete one, or use a key that may have more (cordon key create --max-paused)", allowed.Paused)
+	case c.total >= m.cfg.MaxSnapshots:
+		return nil, errs.New(errs.Exhausted, "this server keeps its limit of %d snapshots: delete one, or raise sandboxes.max_snapshots in the server's configuration", m.cfg.MaxSnapshots)
+	}
+	m.keeping[owner]++
+	return &reservation{m: m, held: m.keeping, owner: owner}, nil
+}
+
 // limited is the lower of two limits, of which 0 is none.
 func limited(a, b int) int {
 	if a == 0 || b != 0 && b < a {

@@ -117,11 +117,13 @@ type Manager struct {
 	warm    *warm
 	history *history
 
-	mu        sync.Mutex // guards live, snapshots, reserved and pausing
+	mu        sync.Mutex // guards live to hoarded
 	live      map[ID]*entry
 	snapshots map[string]Snapshot // by ID
 	reserved  map[string]int      // creations and resumes under way, by owner
 	pausing   map[string]int      // pauses under way, by owner
+	keeping   map[string]int      // snapshots under way, by owner
+	hoarded   int64               // bytes of the disk that are about to be written
 
 	domainMu sync.RWMutex     // guards domains
 	domains  map[string]bound // custom domains of live, by name
@@ -151,7 +153,7 @@ func New(cfg Config) *Manager {
 		tasks:  make(chan func(context.Context)),
 		ended:  make(chan struct{}),
 		live:   map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
-		reserved: map[string]int{}, pausing: map[string]int{},
+		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
 	}
 	m.warm = newWarm(m.vault)

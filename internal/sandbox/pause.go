@@ -34,9 +34,11 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 		return err
 	}
 	defer place.release()
-	if err := m.room(m.footprint(ctx, id)); err != nil {
+	written, err := m.hoard(m.footprint(ctx, id))
+	if err != nil {
 		return err
 	}
+	defer written()
 	size, err := m.suspend(ctx, e)
 	if err != nil {
 		return err

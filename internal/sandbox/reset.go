@@ -51,7 +51,7 @@ type resetTo struct {
 
 // beginning is the origin a sandbox once started from.
 func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
-	if err := m.room(0); err != nil {
+	if err := m.room(); err != nil {
 		return nil, err
 	}
 	if rec.Image == "" {

@@ -64,9 +64,11 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	}
 	ctx = context.WithoutCancel(ctx)
 	began, rec := time.Now(), e.view.Load().rec
-	if err := m.maySnapshot(ctx, &rec); err != nil {
+	place, err := m.reserveSnapshot(rec.Owner)
+	if err != nil {
 		return Snapshot{}, err
 	}
+	defer place.release()
 	checkpoint, size, err := m.copyOf(ctx, &rec)
 	if err != nil {
 		return Snapshot{}, err
@@ -104,34 +106,19 @@ func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
 	return errs.New(errs.Conflict, "name %q is a template's: choose another for the snapshot", name)
 }
 
-// maySnapshot says why there is no place for one more snapshot.
-func (m *Manager) maySnapshot(ctx context.Context, rec *Record) error {
-	allowed, mine := m.cfg.Allowance(rec.Owner), 0 // one that is paused takes as much
-	m.mu.Lock()
-	n := len(m.snapshots)
-	for _, s := range m.snapshots {
-		if s.Owner == rec.Owner {
-			mine++
-		}
-	}
-	m.mu.Unlock()
-	if allowed.Paused > 0 && mine >= allowed.Paused {
-		return errs.New(errs.Exhausted, "this API key keeps its limit of %d snapshots: delete one, or use a key that may have more (cordon key create --max-paused)", allowed.Paused)
-	}
-	if n >= m.cfg.MaxSnapshots {
-		return errs.New(errs.Exhausted, "this server keeps its limit of %d snapshots: delete one, or raise sandboxes.max_snapshots in the server's configuration", m.cfg.MaxSnapshots)
-	}
-	if rec.State != Running {
-		return m.room(0)
-	}
-	return m.room(m.footprint(ctx, rec.ID))
-}
-
 // copyOf keeps a checkpoint of a sandbox as it is now. A paused one has one
 // already, whose files the copy shares: they are never written to again.
 func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size int64, err error) {
 	if rec.State == Running {
+		written, err := m.hoard(m.footprint(ctx, rec.ID))
+		if err != nil {
+			return "", 0, err
+		}
+		defer written()
 		return m.checkpoint(ctx, rec)
+	}
+	if err := m.room(); err != nil {
+		return "", 0, err
 	}
 	read, err := m.vault.open(rec.Checkpoint)
 	if err != nil {
@@ -187,6 +174,19 @@ func (m *Manager) snapshot(owner, name string) (Snapshot, bool) {
 	return Snapshot{}, false
 }
 
+// ambiguous reports whether more than one owner has a snapshot of a name.
+func (m *Manager) ambiguous(name string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := 0
+	for _, s := range m.snapshots {
+		if slices.Contains(s.Names, name) {
+			n++
+		}
+	}
+	return n > 1
+}
+
 // fromSnapshot is the origin of sandboxes made from a snapshot.
 func (m *Manager) fromSnapshot(ctx context.Context, snap Snapshot) (*origin, error) {
 	img, err := m.imageOf(ctx, snap.Image, snap.ImageRef)
@@ -240,6 +240,9 @@ func (m *Manager) DeleteSnapshot(ctx context.Context, owner, name string) error 
 	snap, ok := m.snapshot(owner, name)
 	if !ok {
 		return errs.New(errs.NotFound, "Snapshot %q doesn't exist or you don't have access to it", name)
+	}
+	if owner == "" && m.ambiguous(name) {
+		return errs.New(errs.Conflict, "several keys have a snapshot %q: name the one to delete by its ID", name)
 	}
 	ctx = context.WithoutCancel(ctx)
 	if err := m.cfg.Store.DeleteSnapshot(ctx, snap.ID); err != nil {

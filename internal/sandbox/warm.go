@@ -193,8 +193,9 @@ func (m *Manager) warmUp(ctx context.Context, id ID, img Image, key string) (_ *
 // keepWarm makes the checkpoint. Without one, the next start takes as long as this.
 func (m *Manager) keepWarm(ctx context.Context, up *started, img Image, key string) {
 	name := newCheckpointName()
-	err := m.room(m.footprint(ctx, up.id))
+	written, err := m.hoard(m.footprint(ctx, up.id))
 	if err == nil {
+		defer written()
 		_, err = m.vault.keep(name, manifest{Token: up.controlToken, Label: key}, func(dir string) error {
 			return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), up.id, dir, true)
 		})

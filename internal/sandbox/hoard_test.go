@@ -1,0 +1,148 @@
+package sandbox
+
+import (
+	"context"
+	"slices"
+	"testing"
+
+	"github.com/cordonhq/cordon/internal/errs"
+)
+
+// slowRuntime has sandboxes of a size, and checkpoints that take until they are let.
+type slowRuntime struct {
+	fakeRuntime
+	bytes   int64
+	writing chan ID       // told when a checkpoint begins
+	finish  chan struct{} // closed to let them end
+}
+
+func (r slowRuntime) Stats(context.Context, ID) (Stats, error) {
+	return Stats{MemoryBytes: r.bytes}, nil
+}
+
+func (r slowRuntime) Checkpoint(ctx context.Context, id ID, dir string, leave bool) error {
+	r.writing <- id
+	<-r.finish
+	return r.fakeRuntime.Checkpoint(ctx, id, dir, leave)
+}
+
+// concurrently tries a second call while the first is writing its checkpoint, and
+// returns what the second was answered.
+func concurrently(t *testing.T, r slowRuntime, first, second func() error) error {
+	t.Helper()
+	done := make(chan error, 2)
+	go func() { done <- first() }()
+	<-r.writing
+	go func() { done <- second() }()
+	var refused error
+	select {
+	case <-r.writing: // it is let too: the test will say so
+	case refused = <-done:
+	}
+	close(r.finish)
+	for range cap(done) - map[bool]int{true: 1}[refused != nil] {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	return refused
+}
+
+func TestWhatIsWrittenAtATimeFitsTheDiskTogether(t *testing.T) {
+	free, _, err := freeSpace(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		call func(*Manager, ID) error
+	}{
+		{"snapshots", func(m *Manager, id ID) error {
+			_, err := m.CreateSnapshot(context.Background(), "me", id, "")
+			return err
+		}},
+		{"pauses", func(m *Manager, id ID) error { return m.Pause(context.Background(), "me", id) }},
+		{"forks", func(m *Manager, id ID) error {
+			_, err := m.Fork(context.Background(), "me", id, ForkRequest{Count: 1})
+			return err
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			r := slowRuntime{fakeRuntime{w}, free / 3, make(chan ID), make(chan struct{})}
+			m := newManager(t, w, func(c *Config) { c.Runtime, c.MinFree = r, free/2 })
+			runManager(t, m)
+			a, b := create(t, m, CreateRequest{Owner: "me"}), create(t, m, CreateRequest{Owner: "me"})
+			err := concurrently(t, r, func() error { return tt.call(m, a.ID) }, func() error { return tt.call(m, b.ID) })
+			if !errs.Is(err, errs.Unavailable) {
+				t.Errorf("a second that does not fit beside the first: %v", err)
+			}
+			if m.hoarded != 0 {
+				t.Errorf("%d bytes are held for nobody", m.hoarded)
+			}
+		})
+	}
+}
+
+func TestSnapshotsUnderWayCount(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		edit func(*Config)
+	}{
+		{"for the key's limit", func(c *Config) { c.Allowance = func(string) Allowance { return Allowance{Paused: 1} } }},
+		{"for the server's limit", func(c *Config) { c.MaxSnapshots = 1 }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			r := slowRuntime{fakeRuntime{w}, 0, make(chan ID), make(chan struct{})}
+			m := newManager(t, w, func(c *Config) { c.Runtime = r }, tt.edit)
+			runManager(t, m)
+			take := func() error {
+				_, err := m.CreateSnapshot(context.Background(), "me", create(t, m, CreateRequest{Owner: "me"}).ID, "")
+				return err
+			}
+			if err := concurrently(t, r, take, take); !errs.Is(err, errs.Exhausted) {
+				t.Errorf("a second beside the first: %v", err)
+			}
+			if page, _, _ := m.ListSnapshots(t.Context(), SnapshotsRequest{}); len(page) != 1 || len(m.keeping) != 0 {
+				t.Errorf("%d snapshots, places held: %v", len(page), m.keeping)
+			}
+		})
+	}
+}
+
+func TestAKeyAtItsLimitCausesNoCheckpoint(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w, func(c *Config) { c.Allowance = func(string) Allowance { return Allowance{Sandboxes: 1} } })
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{Owner: "me"})
+	w.since()
+	if _, err := m.Fork(t.Context(), "me", rec.ID, ForkRequest{Count: 100}); !errs.Is(err, errs.Exhausted) {
+		t.Errorf("fork: %v", err)
+	}
+	if got := w.since(); slices.Contains(got, "checkpoint") {
+		t.Errorf("steps: %v", got)
+	}
+}
+
+func TestAnAdminDoesNotDeleteOneOfManyByName(t *testing.T) {
+	m := newManager(t, newWorld())
+	runManager(t, m)
+	var ids []string
+	for _, owner := range []string{"me", "you"} {
+		snap, err := m.CreateSnapshot(t.Context(), owner, create(t, m, CreateRequest{Owner: owner}).ID, "same")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, snap.ID)
+	}
+	if err := m.DeleteSnapshot(t.Context(), "", "same"); !errs.Is(err, errs.Conflict) {
+		t.Errorf("by name: %v", err)
+	}
+	if err := m.DeleteSnapshot(t.Context(), "", ids[0]); err != nil {
+		t.Errorf("by ID: %v", err)
+	}
+	if err := m.DeleteSnapshot(t.Context(), "", "same"); err != nil {
+		t.Errorf("by a name that is one's alone: %v", err)
+	}
+}
