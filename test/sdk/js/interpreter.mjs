@@ -213,6 +213,21 @@ Own()`)
     }
   },
 
+  async 'copies of a sandbox keep its state and draw numbers of their own'() {
+    const s = await Sandbox.create({ timeoutMs: 60_000 })
+    let copies = []
+    try {
+      await s.runCode('import random; kept = [1]; random.random()')
+      const made = s.fork ? await s.fork({ count: 2 }) : await Sandbox.clone(s.sandboxId, { count: 2 })
+      copies = (made.sandboxes ?? made).map((c) => c.sandbox ?? c)
+      const texts = await Promise.all([s, ...copies].map(async (c) => (await c.runCode('kept.append(2); [kept, random.random()]')).text))
+      assert.deepEqual(texts.map((t) => JSON.parse(t)[0]), [[1, 2], [1, 2], [1, 2]])
+      assert.equal(new Set(texts.map((t) => JSON.parse(t)[1])).size, 3, texts.join())
+    } finally {
+      await Promise.all([s, ...copies].map((c) => c.kill()))
+    }
+  },
+
   async 'a private sandbox runs its owner\'s code'() {
     const s = await Sandbox.create({ timeoutMs: 60_000, network: { allowPublicTraffic: false } })
     try {
