@@ -299,3 +299,20 @@ func TestTheGuardSleepsUntilTheFirstProcess(t *testing.T) {
 		}
 	})
 }
+
+func TestFilesOnDiskAreNotMemory(t *testing.T) {
+	for _, c := range []struct {
+		name                            string
+		shmem, inMemory, onDisk, stored uint64
+	}{
+		{"nothing was checkpointed yet", 0, 0, 500, 0},
+		{"a checkpoint counted the layer", 250, 0, 250, 250},
+		{"part of it is in /dev/shm", 250, 50, 250, 200},
+		{"/dev/shm holds more than is counted", 50, 60, 250, 0},
+		{"memory that is shared is more than the layer", 300, 0, 100, 100},
+	} {
+		if got := stored(c.shmem, c.inMemory, c.onDisk); got != c.stored {
+			t.Errorf("%s: %d, want %d", c.name, got, c.stored)
+		}
+	}
+}

@@ -148,8 +148,28 @@ func readMeminfo(proc string) (map[string]uint64, error) {
 
 // available is what processes can still get without swapping.
 func available(mem map[string]uint64) uint64 {
-	if n, ok := mem["MemAvailable"]; ok {
-		return n
+	n, ok := mem["MemAvailable"]
+	if !ok {
+		n = mem["MemFree"] + mem["Cached"] + mem["Buffers"]
 	}
-	return mem["MemFree"] + mem["Cached"] + mem["Buffers"]
+	if mem["Shmem"] > 0 {
+		n = min(n+stored(mem["Shmem"], spaceUsed("/dev/shm"), spaceUsed("/")), mem["MemTotal"])
+	}
+	return n
+}
+
+// stored is how much of what counts as shared memory is files on disk. Once it
+// was checkpointed, gVisor counts the pages of the writable layer, too, which
+// are in a file of the host's; what is in file systems in memory really is.
+func stored(shmem, inMemory, onDisk uint64) uint64 {
+	return min(shmem-min(shmem, inMemory), onDisk)
+}
+
+// spaceUsed is how much is in a file system; one that is not there holds nothing.
+func spaceUsed(path string) uint64 {
+	var fs syscall.Statfs_t
+	if syscall.Statfs(path, &fs) != nil {
+		return 0
+	}
+	return (fs.Blocks - min(fs.Blocks, fs.Bfree)) * uint64(max(fs.Bsize, 0))
 }

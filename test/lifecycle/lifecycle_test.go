@@ -41,6 +41,7 @@ func TestLifecycle(t *testing.T) {
 		{"five copies at once differ in address and randomness", fiveCopies},
 		{"a snapshot outlives its sandbox, and a damaged one says so", snapshots},
 		{"a reset starts over under the same name", reset},
+		{"files do not count as memory after a pause", filesAreNotMemory},
 		{"memory comes back as fast as it should", times},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, l) })
@@ -388,6 +389,23 @@ func reset(t *testing.T, l *live) {
 	must(t, err)
 	if info.Metadata["a"] != "b" {
 		t.Errorf("metadata is %v", info.Metadata)
+	}
+}
+
+// filesAreNotMemory has more in files and in a process together than the
+// sandbox has memory: nothing may be killed for that.
+func filesAreNotMemory(t *testing.T, l *live) {
+	sb := l.create(t, client.CreateOptions{})
+	run(t, sb, "head -c 350M /dev/zero | tr '\\0' x >big; nohup python3 -c 'import time; b=b\"x\"*(150<<20); open(\"ready\",\"w\"); time.sleep(1000)' >/dev/null 2>&1 & for i in $(seq 250); do [ -e ready ] && break; sleep 0.1; done; [ -e ready ]")
+	must(t, sb.Pause(t.Context()))
+	sb = l.connect(t, sb.ID)
+	run(t, sb, "sleep 1; pgrep -f '^python3 -c'")
+	var events struct {
+		Items []struct{ EventName, ErrorMsg string }
+	}
+	l.call(t, http.MethodGet, "/sandboxes/events?sandboxID="+sb.ID+"&events=oom", nil, &events)
+	for _, e := range events.Items {
+		t.Errorf("event %s: %s", e.EventName, e.ErrorMsg)
 	}
 }
 
