@@ -27,10 +27,9 @@ type Runtime interface {
 	Pause(ctx context.Context, id ID) error
 	Resume(ctx context.Context, id ID) error
 	// Checkpoint writes memory, processes and the writable layer to dir, without
-	// waiting for the disk. When leaveRunning is true the sandbox is afterwards as
-	// it was, running or paused, also when the call failed. When it is false the
-	// sandbox is stopped and only Destroy may follow.
-	Checkpoint(ctx context.Context, id ID, dir string, leaveRunning bool) error
+	// waiting for the disk. The sandbox is afterwards as it was, running or paused,
+	// also when the call failed.
+	Checkpoint(ctx context.Context, id ID, dir string) error
 	// Restore is Create and Start from a checkpoint's dir. The agent in it goes on
 	// with the command line it had. A sandbox that was paused when it was
 	// checkpointed runs. When Restore returns, pages may still be read, from

@@ -121,7 +121,7 @@ func (r fakeRuntime) freeze(id ID, stop bool) error {
 
 func (fakeRuntime) Restorable(string) error { return nil }
 
-func (r fakeRuntime) Checkpoint(_ context.Context, id ID, dir string, _ bool) error {
+func (r fakeRuntime) Checkpoint(_ context.Context, id ID, dir string) error {
 	if err := r.step("checkpoint"); err != nil {
 		return err
 	}

@@ -69,7 +69,7 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 		return Record{}, nil, cannot(err, "Sandbox %q cannot be copied", string(id))
 	}
 	dir, remove, err := m.vault.lend(func(dir string) error {
-		return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir, true)
+		return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir)
 	})
 	if err != nil {
 		return Record{}, nil, m.diskFull(err)

@@ -84,7 +84,7 @@ func (m *Manager) suspend(ctx context.Context, e *entry) (size int64, err error)
 func (m *Manager) checkpoint(ctx context.Context, rec *Record) (name string, size int64, err error) {
 	name = newCheckpointName()
 	man, err := m.vault.keep(name, manifest{Token: rec.ControlToken}, func(dir string) error {
-		return m.cfg.Runtime.Checkpoint(ctx, rec.ID, dir, true)
+		return m.cfg.Runtime.Checkpoint(ctx, rec.ID, dir)
 	})
 	return name, man.bytes(), m.diskFull(err)
 }

@@ -197,7 +197,7 @@ func (m *Manager) keepWarm(ctx context.Context, up *started, img Image, key stri
 	if err == nil {
 		defer written()
 		_, err = m.vault.keep(name, manifest{Token: up.controlToken, Label: key}, func(dir string) error {
-			return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), up.id, dir, true)
+			return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), up.id, dir)
 		})
 	}
 	if err != nil {

@@ -76,7 +76,7 @@ func BenchmarkCheckpoint(b *testing.B) {
 				check1(b, err)
 				image := filepath.Join(dir, strconv.Itoa(n))
 				t0 := time.Now()
-				check1(b, r.Checkpoint(b.Context(), s.ID, image, false))
+				check1(b, r.Checkpoint(b.Context(), s.ID, image))
 				save = append(save, time.Since(t0))
 				check1(b, r.Destroy(b.Context(), s.ID))
 				slot.Rearm(b)

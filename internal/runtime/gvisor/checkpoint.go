@@ -45,7 +45,7 @@ const metaFile = "cordon.json"
 
 // Checkpoint implements sandbox.Runtime. dir is made if it does not exist; it
 // must not contain a checkpoint.
-func (r *Runtime) Checkpoint(ctx context.Context, id sandbox.ID, dir string, leaveRunning bool) error {
+func (r *Runtime) Checkpoint(ctx context.Context, id sandbox.ID, dir string) error {
 	return r.within(ctx, id, "checkpoint", func(c *container.Container, conf *config.Config) (err error) {
 		if c.Status != container.Running && c.Status != container.Paused {
 			return r.conflict(c, "checkpointed")
@@ -65,7 +65,7 @@ func (r *Runtime) Checkpoint(ctx context.Context, id sandbox.ID, dir string, lea
 				err = errors.Join(err, removeCheckpoint(dir))
 			}
 		}()
-		opts := gsandbox.CheckpointOpts{Compression: statefile.CompressionLevelNone, Resume: leaveRunning}
+		opts := gsandbox.CheckpointOpts{Compression: statefile.CompressionLevelNone, Resume: true}
 		if err := c.Checkpoint(conf, dir, opts); err != nil {
 			return err
 		}

@@ -551,7 +551,7 @@ func TestACheckpointThatIsNotOneLeavesNothing(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "image")
-			must(t, r.Checkpoint(t.Context(), s.ID, dir, true))
+			must(t, r.Checkpoint(t.Context(), s.ID, dir))
 			must(t, c.damage(dir))
 			next := runtimetest.NewSlot(t, 2)
 			clone := spec(s.Rootfs, next)
@@ -626,7 +626,7 @@ func TestAnUpgradeKeepsVersionsApart(t *testing.T) {
 	old := r.name
 	r.name = "gvisor/v9"
 	dir := filepath.Join(t.TempDir(), "image")
-	must(t, r.Checkpoint(t.Context(), s.ID, dir, true)) // still works, and says who wrote it
+	must(t, r.Checkpoint(t.Context(), s.ID, dir)) // still works, and says who wrote it
 	if err := r.Restore(t.Context(), spec(rootfs, nil), dir); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), old) {
 		t.Errorf("restore: %v", err)
 	}

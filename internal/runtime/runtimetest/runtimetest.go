@@ -332,8 +332,7 @@ func (s *suite) checkpoint(t *testing.T) {
 	ask(t, slot, "remember", "a word")
 	ask(t, slot, "write", "/home/user/file", "kept")
 	dir := filepath.Join(t.TempDir(), "image")
-	must(t, r.Checkpoint(t.Context(), id, dir, false))
-	must(t, r.Wait(t.Context(), id))
+	must(t, r.Checkpoint(t.Context(), id, dir))
 	must(t, r.Destroy(t.Context(), id))
 
 	next := NewSlot(t, 2)
@@ -353,7 +352,7 @@ func (s *suite) checkpoint(t *testing.T) {
 	if got, want := ask(t, next, "addresses"), next.Guest.String(); !strings.Contains(got, want) || strings.Contains(got, slot.Guest.String()) {
 		t.Errorf("addresses: got %s, want %s", got, want)
 	}
-	kind(t, "a second checkpoint in the same folder", r.Checkpoint(t.Context(), spec.ID, dir, true), errs.Conflict)
+	kind(t, "a second checkpoint in the same folder", r.Checkpoint(t.Context(), spec.ID, dir), errs.Conflict)
 }
 
 func (s *suite) clones(t *testing.T) {
@@ -361,7 +360,7 @@ func (s *suite) clones(t *testing.T) {
 	id, slot := s.sandbox(t, r, nil)
 	ask(t, slot, "remember", "before")
 	dir := filepath.Join(t.TempDir(), "image")
-	must(t, r.Checkpoint(t.Context(), id, dir, true))
+	must(t, r.Checkpoint(t.Context(), id, dir))
 	ask(t, slot, "remember", "after")
 	for n := range 2 {
 		next := NewSlot(t, n+2)
@@ -383,7 +382,7 @@ func (s *suite) checkpointPaused(t *testing.T) {
 	ask(t, slot, "remember", "a word")
 	must(t, r.Pause(t.Context(), id))
 	dir := filepath.Join(t.TempDir(), "image")
-	must(t, r.Checkpoint(t.Context(), id, dir, true))
+	must(t, r.Checkpoint(t.Context(), id, dir))
 	silent(t, slot, "paused and checkpointed")
 	must(t, r.Restorable(dir))
 	next := NewSlot(t, 2)
@@ -409,7 +408,7 @@ func (s *suite) checkpointFull(t *testing.T) {
 	must(t, unix.Mount("tmpfs", small, "tmpfs", 0, "size=8m"))
 	t.Cleanup(func() { must(t, unix.Unmount(small, unix.MNT_DETACH)) })
 	dir := filepath.Join(small, "image")
-	if err := r.Checkpoint(t.Context(), id, dir, true); err == nil {
+	if err := r.Checkpoint(t.Context(), id, dir); err == nil {
 		t.Error("checkpointed 24 MiB into 8")
 	}
 	if left, _ := os.ReadDir(dir); len(left) > 0 {
@@ -417,14 +416,14 @@ func (s *suite) checkpointFull(t *testing.T) {
 	}
 	ask(t, slot, "hello")
 	must(t, r.Pause(t.Context(), id))
-	if err := r.Checkpoint(t.Context(), id, dir, true); err == nil {
+	if err := r.Checkpoint(t.Context(), id, dir); err == nil {
 		t.Error("paused, checkpointed 24 MiB into 8")
 	}
 	must(t, r.Resume(t.Context(), id))
 	if got := ask(t, slot, "recall"); got != "a word" {
 		t.Errorf("it recalls %q", got)
 	}
-	must(t, r.Checkpoint(t.Context(), id, filepath.Join(t.TempDir(), "image"), true))
+	must(t, r.Checkpoint(t.Context(), id, filepath.Join(t.TempDir(), "image")))
 }
 
 func (s *suite) checkpointConnected(t *testing.T) {
@@ -433,7 +432,7 @@ func (s *suite) checkpointConnected(t *testing.T) {
 	conn, err := slot.dial(t.Context())
 	must(t, err)
 	defer conn.Close()
-	must(t, r.Checkpoint(t.Context(), id, filepath.Join(t.TempDir(), "image"), true))
+	must(t, r.Checkpoint(t.Context(), id, filepath.Join(t.TempDir(), "image")))
 	must(t, conn.SetDeadline(time.Now().Add(guestTimeout)))
 	if out, err := exchange(conn, "hello"); err != nil || out != "hello" {
 		t.Errorf("over the connection from before: got %q, %v", out, err)
@@ -510,7 +509,7 @@ func (s *suite) unknown(t *testing.T) {
 	_, stats := r.Stats(ctx, id)
 	for what, err := range map[string]error{
 		"start": r.Start(ctx, id), "pause": r.Pause(ctx, id), "resume": r.Resume(ctx, id), "wait": r.Wait(ctx, id),
-		"checkpoint": r.Checkpoint(ctx, id, t.TempDir(), true), "export": r.ExportUpper(ctx, id, io.Discard), "stats": stats,
+		"checkpoint": r.Checkpoint(ctx, id, t.TempDir()), "export": r.ExportUpper(ctx, id, io.Discard), "stats": stats,
 	} {
 		kind(t, what, err, errs.NotFound)
 	}
@@ -524,7 +523,7 @@ func (s *suite) wrongState(t *testing.T) {
 	destroyed(t, r, spec.ID)
 	must(t, r.Create(t.Context(), spec))
 	kind(t, "create again", r.Create(t.Context(), spec), errs.Conflict)
-	kind(t, "checkpoint before start", r.Checkpoint(t.Context(), spec.ID, t.TempDir(), true), errs.Conflict)
+	kind(t, "checkpoint before start", r.Checkpoint(t.Context(), spec.ID, t.TempDir()), errs.Conflict)
 	must(t, r.Start(t.Context(), spec.ID))
 	ask(t, slot, "hello")
 	kind(t, "start again", r.Start(t.Context(), spec.ID), errs.Conflict)
