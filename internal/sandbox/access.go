@@ -2,10 +2,8 @@ package sandbox
 
 import (
 	"context"
-	"crypto/rand"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
@@ -67,6 +65,12 @@ func parseSource(s string) (netip.Prefix, error) {
 	return p.Masked(), nil
 }
 
+// inForce returns the links whose time is not over.
+func inForce(links []Link) []Link {
+	now := time.Now()
+	return slices.DeleteFunc(slices.Clone(links), func(l Link) bool { return !now.Before(l.Expires) })
+}
+
 // HasLink reports whether the link of this ID is in force, its time aside.
 func (r *Record) HasLink(id string) bool {
 	return slices.ContainsFunc(r.Links, func(l Link) bool { return l.ID == id })
@@ -90,12 +94,12 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, port uint
 	if next.rec.Public() {
 		return Record{}, Link{}, errs.New(errs.Conflict, "Sandbox %q is public: its ports need no signed URL. Create it with network.allowPublicTraffic false", string(id))
 	}
-	now := time.Now()
-	kept := slices.DeleteFunc(slices.Clone(next.rec.Links), func(l Link) bool { return !now.Before(l.Expires) })
+	kept := inForce(next.rec.Links)
 	if len(kept) >= MaxLinks {
 		return Record{}, Link{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d signed URLs: revoke some", string(id), MaxLinks)
 	}
-	link := Link{ID: strings.ToLower(rand.Text())[:16], Port: port, Created: now.UTC(), Expires: now.Add(ttl + time.Second - 1).UTC().Truncate(time.Second)}
+	now := time.Now()
+	link := Link{ID: newToken()[:16], Port: port, Created: now.UTC(), Expires: now.Add(ttl + time.Second - 1).UTC().Truncate(time.Second)}
 	next.rec.Links = append(kept, link)
 	if next.rec.LinkKey == "" {
 		next.rec.LinkKey = newToken() + newToken()
@@ -113,8 +117,7 @@ func (m *Manager) Links(_ context.Context, owner string, id ID) ([]Link, error) 
 	if err != nil {
 		return nil, err
 	}
-	now := time.Now()
-	return slices.DeleteFunc(slices.Clone(v.rec.Links), func(l Link) bool { return !now.Before(l.Expires) }), nil
+	return inForce(v.rec.Links), nil
 }
 
 // RevokeLinks takes one link back, or all when link is empty. When it returns nil

@@ -19,21 +19,12 @@ import (
 // force and its record is on disk. Nothing is left behind by a failed one.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, err error) {
 	began := time.Now()
-	timeout, err := m.timeout(cmp.Or(req.Timeout, req.IdleTimeout))
+	timeout, err := m.valid(&req)
 	if err != nil {
 		return Record{}, err
-	}
-	if _, err := m.timeout(req.IdleTimeout); err != nil {
-		return Record{}, errs.New(errs.Invalid, "idleTimeout is %d seconds, this server allows 1 to %d", int64(req.IdleTimeout.Seconds()), int64(m.cfg.MaxTimeout.Seconds()))
 	}
 	compiled, err := policy.Compile(req.Egress, m.cfg.Operator, 1)
 	if err != nil {
-		return Record{}, err
-	}
-	if err := ValidMaskHost(req.MaskRequestHost); err != nil {
-		return Record{}, err
-	}
-	if err := ValidLabels(req.Metadata, req.EnvVars); err != nil {
 		return Record{}, err
 	}
 	place, err := m.reserve(req.Owner)
@@ -72,6 +63,21 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	m.event(ctx, &rec, Event{Name: "create"})
 	m.cfg.Log.Info("sandbox started", "sandbox", rec.ID, "template", rec.Template, "spare", up.spare, "took", time.Since(began))
 	return rec, nil
+}
+
+// valid checks everything of a request but its rules, and returns the lifetime.
+func (m *Manager) valid(req *CreateRequest) (time.Duration, error) {
+	timeout, err := m.timeout(cmp.Or(req.Timeout, req.IdleTimeout))
+	if err != nil {
+		return 0, err
+	}
+	if _, err := m.timeout(req.IdleTimeout); err != nil {
+		return 0, errs.New(errs.Invalid, "idleTimeout is %d seconds, this server allows 1 to %d", int64(req.IdleTimeout.Seconds()), int64(m.cfg.MaxTimeout.Seconds()))
+	}
+	if err := ValidMaskHost(req.MaskRequestHost); err != nil {
+		return 0, err
+	}
+	return timeout, ValidLabels(req.Metadata, req.EnvVars)
 }
 
 // timeout checks a requested lifetime; 0 asks for the default.

@@ -20,7 +20,7 @@ type Domain struct {
 // MaxDomains is how many one sandbox may have: each is a certificate to be had.
 const MaxDomains = 16
 
-// bound is where a custom domain leads.
+// bound is where a custom domain leads; the zero value is nowhere.
 type bound struct {
 	id   ID
 	port uint16
@@ -49,12 +49,12 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 		return Domain{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d domains: remove one first", string(id), MaxDomains)
 	}
 	next.rec.Domains = append(next.rec.Domains, d)
-	former, had, err := m.claimDomain(d, id)
+	former, err := m.claimDomain(d, id)
 	if err != nil {
 		return Domain{}, err
 	}
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
-		m.restoreDomain(d.Name, former, had)
+		m.restoreDomain(d.Name, former)
 		return Domain{}, err
 	}
 	m.cfg.Log.Info("domain bound", "sandbox", id, "host", d.Name, "port", d.Port)
@@ -77,7 +77,7 @@ func (m *Manager) Unbind(ctx context.Context, owner string, id ID, name string) 
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
 		return err
 	}
-	m.restoreDomain(name, bound{}, false)
+	m.restoreDomain(name, bound{})
 	m.cfg.Log.Info("domain released", "sandbox", id, "host", name)
 	return nil
 }
@@ -109,26 +109,26 @@ func (m *Manager) validDomain(given string) (string, error) {
 	return name, nil
 }
 
-// claimDomain makes a name lead to the sandbox, and returns what it led to.
-func (m *Manager) claimDomain(d Domain, id ID) (former bound, had bool, err error) {
+// claimDomain makes a name lead to the sandbox, and returns where it led before.
+func (m *Manager) claimDomain(d Domain, id ID) (former bound, err error) {
 	m.domainMu.Lock()
 	defer m.domainMu.Unlock()
-	former, had = m.domains[d.Name]
+	former, had := m.domains[d.Name]
 	if had && former.id != id {
-		return former, had, errs.New(errs.Conflict, "domain %q is bound to another sandbox", d.Name)
+		return former, errs.New(errs.Conflict, "domain %q is bound to another sandbox", d.Name)
 	}
 	m.domains[d.Name] = bound{id, d.Port}
-	return former, had, nil
+	return former, nil
 }
 
-func (m *Manager) restoreDomain(name string, former bound, had bool) {
+func (m *Manager) restoreDomain(name string, former bound) {
 	m.domainMu.Lock()
 	defer m.domainMu.Unlock()
-	if had {
-		m.domains[name] = former
-	} else {
+	if former == (bound{}) {
 		delete(m.domains, name)
+		return
 	}
+	m.domains[name] = former
 }
 
 // indexDomains makes the domains of a record found.

@@ -1,8 +1,6 @@
 package sandbox
 
-import (
-	"github.com/cordonhq/cordon/internal/errs"
-)
+import "github.com/cordonhq/cordon/internal/errs"
 
 // Allowance is how many sandboxes one owner may have. 0 is no limit but the server's.
 type Allowance struct {
@@ -80,10 +78,10 @@ func (r *reservation) drop() {
 	}
 }
 
-// count needs m.mu.
-func (m *Manager) count(owner string, paused bool, held map[string]int) (c census) {
+// count needs m.mu. held are the places for more in that state, by owner.
+func (m *Manager) count(owner string, in State, held map[string]int) (c census) {
 	for _, e := range m.live {
-		if rec := &e.view.Load().rec; (rec.State == Paused) == paused {
+		if rec := &e.view.Load().rec; rec.State == in {
 			c.total++
 			if rec.Owner == owner {
 				c.mine++
@@ -104,7 +102,7 @@ func (m *Manager) reserve(owner string) (*reservation, error) {
 	allowed := m.cfg.Allowance(owner) // before the lock: it is somebody else's
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	c := m.count(owner, false, m.reserved)
+	c := m.count(owner, Running, m.reserved)
 	switch {
 	case c.total >= m.cfg.MaxSandboxes:
 		return nil, errs.New(errs.Exhausted, "this server runs its limit of %d sandboxes: kill one, or raise sandboxes.max in the server's configuration", m.cfg.MaxSandboxes)
@@ -121,7 +119,7 @@ func (m *Manager) reservePaused(owner string) (*reservation, error) {
 	allowed := m.cfg.Allowance(owner)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	c := m.count(owner, true, m.pausing)
+	c := m.count(owner, Paused, m.pausing)
 	switch {
 	case m.cfg.MaxPaused > 0 && c.total >= m.cfg.MaxPaused:
 		return nil, errs.New(errs.Exhausted, "this server keeps its limit of %d paused sandboxes: kill one, or raise sandboxes.max_paused in the server's configuration", m.cfg.MaxPaused)

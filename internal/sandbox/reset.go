@@ -34,7 +34,7 @@ func (m *Manager) Reset(ctx context.Context, owner string, id ID, req ResetReque
 		return Record{}, err
 	}
 	defer m.finish(o)
-	rec, err := m.startOver(context.WithoutCancel(ctx), e, o, resetTo{d, req.AllowPublicTraffic})
+	rec, err := m.startOver(context.WithoutCancel(ctx), e, startOver{o, d, req.AllowPublicTraffic})
 	if err != nil {
 		return Record{}, err
 	}
@@ -43,10 +43,11 @@ func (m *Manager) Reset(ctx context.Context, owner string, id ID, req ResetReque
 	return rec, nil
 }
 
-// resetTo is what a reset changes of a record.
-type resetTo struct {
+// startOver is what a sandbox becomes by a reset.
+type startOver struct {
+	from     *origin
 	lifetime time.Duration
-	public   *bool // nil: nothing
+	public   *bool // nil: as it was
 }
 
 // beginning is the origin a sandbox once started from.
@@ -66,7 +67,7 @@ func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
 
 // startOver replaces the processes of a sandbox. A paused one is given up only
 // when the new ones run.
-func (m *Manager) startOver(ctx context.Context, e *entry, o *origin, to resetTo) (rec Record, err error) {
+func (m *Manager) startOver(ctx context.Context, e *entry, to startOver) (rec Record, err error) {
 	next := *e.view.Load()
 	id, wasRunning := next.rec.ID, next.rec.State == Running
 	if next.policy, err = policy.Compile(next.rec.Egress, m.cfg.Operator, next.rec.Generation); err != nil {
@@ -85,7 +86,7 @@ func (m *Manager) startOver(ctx context.Context, e *entry, o *origin, to resetTo
 		}
 	}
 	used := next.rec.Checkpoint
-	if err := m.rerun(ctx, e, &next, o, to); err != nil {
+	if err := m.rerun(ctx, e, &next, to); err != nil {
 		if wasRunning {
 			err = errors.Join(cannot(err, "Sandbox %q could not be started over and is gone", string(id)), m.lose(ctx, e))
 		}
@@ -99,7 +100,8 @@ func (m *Manager) startOver(ctx context.Context, e *entry, o *origin, to resetTo
 }
 
 // rerun starts a sandbox's ID anew and records that.
-func (m *Manager) rerun(ctx context.Context, e *entry, next *view, o *origin, to resetTo) (err error) {
+func (m *Manager) rerun(ctx context.Context, e *entry, next *view, to startOver) (err error) {
+	o := to.from
 	up, err := m.startFrom(ctx, next.rec.ID, o, next.policy)
 	if err != nil {
 		return err

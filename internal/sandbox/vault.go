@@ -220,8 +220,11 @@ func (v *vault) open(name string) (_ *reading, err error) {
 	if err != nil {
 		return nil, damaged(err)
 	}
-	if err := json.Unmarshal(b, &r.manifest); err != nil || r.Format != manifestFormat {
-		return nil, damaged(fmt.Errorf("manifest of format %d: %w", r.Format, err))
+	if err := json.Unmarshal(b, &r.manifest); err != nil {
+		return nil, damaged(fmt.Errorf("read the manifest: %w", err))
+	}
+	if r.Format != manifestFormat {
+		return nil, damaged(fmt.Errorf("manifest of format %d, want %d", r.Format, manifestFormat))
 	}
 	for _, p := range r.Files {
 		if p.Size > smallFile {
