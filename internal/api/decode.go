@@ -157,6 +157,14 @@ func empty(v json.RawMessage) bool {
 	return false
 }
 
+// port reads a port number.
+func port(n int) (uint16, error) {
+	if n < 1 || n > 65535 {
+		return 0, errs.New(errs.Invalid, "port is %d: use 1 to 65535", n)
+	}
+	return uint16(n), nil
+}
+
 // seconds reads a lifetime; absent is 0, which stands for the default.
 func seconds(field string, v *int64) (time.Duration, error) {
 	switch {

@@ -4,7 +4,6 @@ import (
 	"context"
 
 	"github.com/cordonhq/cordon/api/gen/control"
-	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
@@ -27,10 +26,11 @@ func (s *server) BindDomain(ctx context.Context, r control.BindDomainRequestObje
 	if err != nil {
 		return nil, err
 	}
-	if r.Body.Port < 1 || r.Body.Port > 65535 {
-		return nil, errs.New(errs.Invalid, "port is %d: use 1 to 65535", r.Body.Port)
+	p, err := port(r.Body.Port)
+	if err != nil {
+		return nil, err
 	}
-	d, err := s.Sandboxes.Bind(ctx, owner(ctx), id, sandbox.Domain{Name: r.Domain, Port: uint16(r.Body.Port)})
+	d, err := s.Sandboxes.Bind(ctx, owner(ctx), id, sandbox.Domain{Name: r.Domain, Port: p})
 	if err != nil {
 		return nil, err
 	}

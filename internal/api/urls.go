@@ -20,8 +20,9 @@ func (s *server) CreateURL(ctx context.Context, r control.CreateURLRequestObject
 	if err != nil {
 		return nil, err
 	}
-	if r.Body.Port < 1 || r.Body.Port > 65535 {
-		return nil, errs.New(errs.Invalid, "port is %d: use 1 to 65535", r.Body.Port)
+	p, err := port(r.Body.Port)
+	if err != nil {
+		return nil, err
 	}
 	ttl, err := seconds("ttl", r.Body.Ttl)
 	if err != nil {
@@ -30,7 +31,7 @@ func (s *server) CreateURL(ctx context.Context, r control.CreateURLRequestObject
 	if ttl == 0 {
 		ttl = urlLife
 	}
-	rec, link, err := s.Sandboxes.CreateLink(ctx, owner(ctx), id, uint16(r.Body.Port), ttl)
+	rec, link, err := s.Sandboxes.CreateLink(ctx, owner(ctx), id, p, ttl)
 	if err != nil {
 		return nil, err
 	}

@@ -74,7 +74,7 @@ func (f *frontListener) run() {
 		}
 		pending.Go(func() {
 			defer func() { <-free }()
-			if c, err := f.identify(c); err == nil {
+			if c := f.identify(c); c != nil {
 				f.hand(c, nil)
 			}
 		})
@@ -107,11 +107,12 @@ func (f *frontListener) Close() error {
 	return f.Listener.Close()
 }
 
-// identify reads the header of a trusted peer; it closes c when that fails.
-func (f *frontListener) identify(c net.Conn) (net.Conn, error) {
+// identify reads the header of a trusted peer. When that fails it closes c and
+// returns nil.
+func (f *frontListener) identify(c net.Conn) net.Conn {
 	tcp, ok := c.(*net.TCPConn)
 	if !ok || !f.in.sources.proxy(c) {
-		return c, nil
+		return c
 	}
 	stop := context.AfterFunc(f.closed, func() { c.Close() })
 	defer stop()
@@ -120,13 +121,13 @@ func (f *frontListener) identify(c net.Conn) (net.Conn, error) {
 	if err != nil {
 		c.Close()
 		f.in.log.Warn("proxy in front not understood", "src", c.RemoteAddr(), "err", err)
-		return nil, err
+		return nil
 	}
 	tcp.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
 	if !client.IsValid() {
-		return c, nil
+		return c
 	}
-	return &fronted{tcp, net.TCPAddrFromAddrPort(client)}, nil
+	return &fronted{tcp, net.TCPAddrFromAddrPort(client)}
 }
 
 // readFront reads a header and not one octet more. The zero address stands for the

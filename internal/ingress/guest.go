@@ -39,6 +39,16 @@ type guests struct {
 	busy atomic.Int64
 }
 
+// occupy counts one more request or tunnel, until depart. It returns false, and has
+// counted nothing, when the sandbox has its limit of them.
+func (b *backend) occupy() bool {
+	if b.inflight.Add(1) > int64(b.in.cfg.Limits.ConnsPerSandbox) {
+		b.inflight.Add(-1)
+		return false
+	}
+	return true
+}
+
 // enter makes the request a guest of the sandbox until depart. It returns false
 // when what admitted it was withdrawn meanwhile.
 func (v *visit) enter(b *backend, t *Target, to route, k ticket) (*guest, bool) {
@@ -83,7 +93,7 @@ func (b *backend) join(g *guest, t *Target, expires time.Time, judged uint64) bo
 	return true
 }
 
-// depart ends what enter and the count of requests under way began.
+// depart ends what occupy and enter began.
 func (b *backend) depart(g *guest) {
 	b.inflight.Add(-1)
 	b.guests.mu.Lock()

@@ -8,6 +8,7 @@ package ingress
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -19,8 +20,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"crypto/tls"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -307,10 +306,8 @@ func (v *visit) sandbox(to route) {
 		v.refuse(notFound(to.id))
 		return
 	}
-	limit := v.in.cfg.Limits.ConnsPerSandbox
-	if b.inflight.Add(1) > int64(limit) {
-		b.inflight.Add(-1)
-		v.refuse(tooMany(to.id, limit))
+	if !b.occupy() {
+		v.refuse(tooMany(to.id, v.in.cfg.Limits.ConnsPerSandbox))
 		return
 	}
 	g, ok := v.enter(b, t, to, pass.ticket)

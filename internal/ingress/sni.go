@@ -154,10 +154,8 @@ func (v *named) carry(ctx context.Context, conn *tls.Conn) (err error) {
 	if b == nil {
 		return errNoName
 	}
-	limit := v.in.cfg.Limits.ConnsPerSandbox
-	if b.inflight.Add(1) > int64(limit) {
-		b.inflight.Add(-1)
-		return errors.New(tooMany(t.ID, limit).Message)
+	if !b.occupy() {
+		return errors.New(tooMany(t.ID, v.in.cfg.Limits.ConnsPerSandbox).Message)
 	}
 	g := &guest{from: v.from, busy: true, conn: conn}
 	if !b.join(g, t, time.Time{}, judged) {

@@ -25,10 +25,8 @@ func (in *Ingress) Forward(w http.ResponseWriter, r *http.Request, id string, po
 	if port == t.agentPort() {
 		return errs.New(errs.Invalid, "port %d is the sandbox's agent: it is reached by the SDKs at its URL, not by a tunnel", port)
 	}
-	limit := in.cfg.Limits.ConnsPerSandbox
-	if b.inflight.Add(1) > int64(limit) {
-		b.inflight.Add(-1)
-		return errs.New(errs.Exhausted, "the sandbox has %d open connections, which is the limit: close some", limit)
+	if !b.occupy() {
+		return errs.New(errs.Exhausted, "the sandbox has %d open connections, which is the limit: close some", in.cfg.Limits.ConnsPerSandbox)
 	}
 	g := &guest{owner: true, busy: true}
 	if !b.join(g, t, time.Time{}, judged) {

@@ -129,8 +129,11 @@ func (j *join) receive(ctx context.Context) error {
 			return errors.New("read from tunnel: data after the end of data")
 		case kind == websocket.MessageText:
 			word, err := io.ReadAll(io.LimitReader(r, int64(len(end))+1))
-			if err != nil || string(word) != end {
-				return fmt.Errorf("read from tunnel: the word %q is unknown: %w", word, errors.Join(err))
+			if err != nil {
+				return fmt.Errorf("read from tunnel: %w", err)
+			}
+			if string(word) != end {
+				return fmt.Errorf("read from tunnel: the word %q is unknown", word)
 			}
 			if err := closeWrite(j.conn); err != nil {
 				return fmt.Errorf("end connection: %w", err)

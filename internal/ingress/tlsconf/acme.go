@@ -56,10 +56,10 @@ type ACME struct {
 	cfg    ACMEConfig
 	log    *slog.Logger
 	ready  chan struct{} // closed when stored certificates can be served
-	ctx    context.Context
 	orders orders
 
 	// Set by Run before ready is closed.
+	ctx     context.Context // Run's: orders end with it
 	cache   *certmagic.Cache
 	storage *certmagic.FileStorage
 	own     *certmagic.Config // of Domains
