@@ -139,7 +139,7 @@ func (i *Interpreter) Warm(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !p.settle(x, startPatience) {
+	if !p.settle(x, warmPatience) {
 		return errors.New("warm the Python kernel: it did not finish loading")
 	}
 	return nil

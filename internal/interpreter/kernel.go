@@ -14,6 +14,7 @@ const (
 	interruptPatience = 3 * time.Second
 	interruptEvery    = time.Second
 	startPatience     = 60 * time.Second
+	warmPatience      = 150 * time.Second // the first to load Matplotlib looks for all fonts
 )
 
 // kernel runs the cells of one context, one at a time.
