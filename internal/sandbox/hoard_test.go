@@ -20,10 +20,10 @@ func (r slowRuntime) Stats(context.Context, ID) (Stats, error) {
 	return Stats{MemoryBytes: r.bytes}, nil
 }
 
-func (r slowRuntime) Checkpoint(ctx context.Context, id ID, dir string, leave bool) error {
+func (r slowRuntime) Checkpoint(ctx context.Context, id ID, dir string) error {
 	r.writing <- id
 	<-r.finish
-	return r.fakeRuntime.Checkpoint(ctx, id, dir, leave)
+	return r.fakeRuntime.Checkpoint(ctx, id, dir)
 }
 
 // concurrently tries a second call while the first is writing its checkpoint, and
