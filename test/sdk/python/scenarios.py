@@ -292,6 +292,17 @@ def a_private_port_needs_its_traffic_token():
         assert fetch(url, {"e2b-traffic-access-token": s.traffic_access_token})[0] == 200
 
 
+def a_server_is_asked_in_the_same_breath_as_it_is_started():
+    with sandbox() as s:
+        codes = []
+        for port in range(3001, 3005):  # a busy machine may be too slow for it, now and then
+            s.commands.run(f"python3 -m http.server {port}", background=True, cwd="/tmp")
+            codes.append(fetch("https://" + s.get_host(port))[0])
+            if codes[-1] == 200:
+                return
+        raise AssertionError(codes)
+
+
 def kill_ends_it_once():
     s = Sandbox.create()
     url = "https://" + s.get_host(3000)
