@@ -102,7 +102,7 @@ func (a *app) forward(ctx context.Context, s *client.Sandbox, ways []forwarding)
 	listeners := make([]net.Listener, 0, len(ways))
 	defer func() {
 		for _, l := range listeners {
-			l.Close() //nolint:errcheck // Forward has closed those that it took
+			l.Close() // again, for those that Forward took
 		}
 	}()
 	for _, w := range ways {
