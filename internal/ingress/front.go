@@ -71,6 +71,8 @@ func (f *frontListener) run() {
 		select {
 		case free <- struct{}{}:
 		case <-f.closed.Done():
+			c.Close()
+			return
 		}
 		pending.Go(func() {
 			defer func() { <-free }()

@@ -168,6 +168,38 @@ func TestProxyProtocolInFront(t *testing.T) {
 	})
 }
 
+// lateListener accepts a connection at the moment when it is being closed.
+type lateListener struct {
+	net.Listener
+	closing func()
+	conn    net.Conn
+}
+
+func (l *lateListener) Accept() (net.Conn, error) {
+	l.closing()
+	return l.conn, nil
+}
+
+func TestAConnectionAcceptedAtTheEndKeepsNothingRunning(t *testing.T) {
+	l := newLab(t)
+	for range 20 { // either of two things may be seen first
+		ours, theirs := net.Pipe()
+		late := &lateListener{conn: theirs}
+		f := l.in.behindProxies(late)
+		late.closing = f.close
+		over := make(chan struct{})
+		go func() { f.run(); close(over) }()
+		select {
+		case <-over:
+		case <-time.After(10 * time.Second):
+			t.Fatal("the listener does not end")
+		}
+		if _, err := ours.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+			t.Errorf("the connection ended with %v", err)
+		}
+	}
+}
+
 func isReset(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op)
