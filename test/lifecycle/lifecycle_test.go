@@ -40,6 +40,7 @@ func TestLifecycle(t *testing.T) {
 		{"a pause survives the server's restarts and deaths", pauseSurvives},
 		{"five copies at once differ in address and randomness", fiveCopies},
 		{"a snapshot outlives its sandbox, and a damaged one says so", snapshots},
+		{"nothing escapes between a checkpoint and the rules", nothingEscapes},
 		{"a reset starts over under the same name", reset},
 		{"files do not count as memory after a pause", filesAreNotMemory},
 		{"memory comes back as fast as it should", times},
