@@ -352,6 +352,17 @@ func TestDestroyLeavesNothing(t *testing.T) {
 			must(t, unix.Kill(pid, unix.SIGSTOP))
 		},
 		"a paused sandbox": func(t *testing.T, id sandbox.ID) { must(t, r.Pause(t.Context(), id)) },
+		"a sandbox that is looked at all the time": func(t *testing.T, id sandbox.ID) {
+			for range 4 {
+				go func() {
+					for {
+						if _, err := r.sentry(id); errs.KindOf(err) == errs.NotFound {
+							return
+						}
+					}
+				}()
+			}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			slot := runtimetest.NewSlot(t, 1)

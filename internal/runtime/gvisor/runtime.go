@@ -62,7 +62,8 @@ type Runtime struct {
 	cfg     Config
 	name    string
 	groups  cgroups
-	locks   keyed
+	locks   keyed // of the steps of each sandbox, which may take seconds
+	reads   keyed // of each sandbox's state on disk, with the bundle; never held for long
 	workers workers
 }
 
@@ -314,6 +315,9 @@ func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
 		return fmt.Errorf("end the sandbox's processes: %w", err)
 	}
 	r.reapExited(id)
+	// Reading the state makes its lock file: nobody may begin to between the
+	// removal of that file and of the bundle, which says that there is a state.
+	defer r.reads.lock(id)()
 	name := filepath.Join(r.root(), string(id)+"_sandbox:"+string(id))
 	var failed []error
 	for _, path := range []string{
@@ -401,6 +405,7 @@ func (r *Runtime) load(id sandbox.ID) (*container.Container, *config.Config, err
 	if !id.Valid() {
 		return nil, nil, errs.New(errs.Invalid, "sandbox ID %q: want \"i\" and 20 characters of 0-9 and a-z", id)
 	}
+	defer r.reads.lock(id)()
 	how, err := r.created(id)
 	if err != nil {
 		return nil, nil, err
