@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/config"
@@ -245,6 +246,9 @@ func (r *Runtime) run(ctx context.Context, req request) error {
 	})
 }
 
+// pauseLimit is how long a sandbox's processes may take to stop.
+const pauseLimit = time.Minute
+
 // Pause implements sandbox.Runtime. A worker does it: stopping the processes and
 // noting that they are stopped are two steps, and a worker takes both also when
 // the server is killed between them. A sentry that is resumed more often than it
@@ -263,7 +267,11 @@ func (r *Runtime) Pause(ctx context.Context, id sandbox.ID) error {
 			return err
 		}
 		defer w.end()
-		return w.do(context.WithoutCancel(ctx), request{Step: stepFreeze, Flags: how.Flags, ID: string(id)})
+		// The caller going away does not leave it half done; a sentry that hangs
+		// does not hold up the sandbox's end for ever.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pauseLimit)
+		defer cancel()
+		return w.do(ctx, request{Step: stepFreeze, Flags: how.Flags, ID: string(id)})
 	})
 }
 
