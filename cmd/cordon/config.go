@@ -288,34 +288,46 @@ func (l *listenConfig) setDefaults(domain string) {
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]{1,4}$`)
 
+// wrong is the error for a setting.
+func wrong(field string, value any, fix string) error {
+	return errs.New(errs.Invalid, "configuration: %s is %v: %s", field, value, fix)
+}
+
 func (c *config) validate() error {
-	bad := func(field string, value any, fix string) error {
-		return errs.New(errs.Invalid, "configuration: %s is %v: %s", field, value, fix)
-	}
 	if !nameForm.MatchString(c.Name) {
-		return bad("name", c.Name, "use 1 to 4 lower-case letters and digits")
+		return wrong("name", c.Name, "use 1 to 4 lower-case letters and digits")
 	}
+	for _, check := range []func() error{c.validDomains, c.TLS.validate, c.Listen.validate, c.validNumbers, c.Network.validate} {
+		if err := check(); err != nil {
+			return err
+		}
+	}
+	for _, d := range []struct{ field, dir string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}, {"cache_dir", c.CacheDir}} {
+		if !filepath.IsAbs(d.dir) {
+			return wrong(d.field, d.dir, "use an absolute path")
+		}
+	}
+	return nil
+}
+
+func (c *config) validDomains() error {
 	for i, d := range c.allDomains() {
 		field := "domain"
 		if i > 0 {
 			field = "domains"
 		}
 		if name, ok := policy.CanonicalName(d); !ok || name != d {
-			return bad(field, d, "use a domain name such as sandbox.example.com, without port or scheme")
+			return wrong(field, d, "use a domain name such as sandbox.example.com, without port or scheme")
 		}
 		if slices.Contains(c.allDomains()[:i], d) {
-			return bad(field, d, "it is named twice")
+			return wrong(field, d, "it is named twice")
 		}
 	}
-	if err := c.TLS.validate(); err != nil {
-		return err
-	}
-	if _, err := c.Listen.proxies(); err != nil {
-		return bad("listen.trusted_proxies", err, "use addresses or CIDRs")
-	}
-	if c.Listen.ProxyProtocol && len(c.Listen.TrustedProxies) == 0 {
-		return bad("listen.proxy_protocol", true, "name the proxies in listen.trusted_proxies, from no other is it believed")
-	}
+	return nil
+}
+
+// validNumbers refuses what no number may be.
+func (c *config) validNumbers() error {
 	l, nl := c.Sandboxes, c.Network.Limits
 	for _, n := range []struct {
 		field string
@@ -331,29 +343,37 @@ func (c *config) validate() error {
 		{"listen.connections_per_sandbox", int64(c.Listen.PerSandbox)}, {"listen.connections_per_source", int64(c.Listen.PerSource)},
 	} {
 		if n.value < 0 {
-			return bad(n.field, n.value, "use a positive number")
+			return wrong(n.field, n.value, "use a positive number")
 		}
 	}
-	if !c.Network.Subnet4.Addr().Is4() || c.Network.Subnet4.Bits() > 24 {
-		return bad("network.subnet4", c.Network.Subnet4, "use an IPv4 network of /24 or larger")
+	return nil
+}
+
+func (l *listenConfig) validate() error {
+	if _, err := l.proxies(); err != nil {
+		return wrong("listen.trusted_proxies", err, "use addresses or CIDRs")
 	}
-	for _, up := range c.Network.Upstreams {
+	if l.ProxyProtocol && len(l.TrustedProxies) == 0 {
+		return wrong("listen.proxy_protocol", true, "name the proxies in listen.trusted_proxies, from no other is it believed")
+	}
+	return nil
+}
+
+func (n *networkConfig) validate() error {
+	if !n.Subnet4.Addr().Is4() || n.Subnet4.Bits() > 24 {
+		return wrong("network.subnet4", n.Subnet4, "use an IPv4 network of /24 or larger")
+	}
+	for _, up := range n.Upstreams {
 		if _, err := upstream(up); err != nil {
-			return bad("network.upstreams", up, "use an IP address, with :port if it is not 53")
+			return wrong("network.upstreams", up, "use an IP address, with :port if it is not 53")
 		}
 	}
-	n := c.Network
 	for _, l := range []struct {
 		field string
 		list  policy.Operator
 	}{{"floor_open", policy.Operator{FloorOpen: n.FloorOpen}}, {"always_allow", policy.Operator{AlwaysAllow: n.AlwaysAllow}}, {"always_deny", policy.Operator{AlwaysDeny: n.AlwaysDeny}}} {
 		if _, err := policy.Compile(policy.Input{}, &l.list, 0); err != nil {
 			return errs.Wrap(errs.Invalid, err, "configuration: network.%s", l.field)
-		}
-	}
-	for _, d := range []struct{ field, dir string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}, {"cache_dir", c.CacheDir}} {
-		if !filepath.IsAbs(d.dir) {
-			return bad(d.field, d.dir, "use an absolute path")
 		}
 	}
 	return nil

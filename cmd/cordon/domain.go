@@ -3,13 +3,11 @@ package main
 import (
 	"fmt"
 	"net/url"
-	"strconv"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cordonhq/cordon/api/gen/control"
-	"github.com/cordonhq/cordon/internal/errs"
 )
 
 func domainCommand(a *app) *cobra.Command {
@@ -30,12 +28,12 @@ func domainCommand(a *app) *cobra.Command {
 		&cobra.Command{
 			Use: "add <sandbox> <domain> <port>", Short: "Make a domain lead to a port until the sandbox ends", Args: cobra.ExactArgs(3),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				port, err := strconv.ParseUint(args[2], 10, 16)
-				if err != nil || port == 0 {
-					return errs.New(errs.Invalid, "port %q: use a number from 1 to 65535", args[2])
+				port, err := portArg(args[2])
+				if err != nil {
+					return err
 				}
 				var d control.SandboxDomain
-				if err := a.call(cmd.Context(), "PUT", at(args[0], args[1]), map[string]uint64{"port": port}, &d); err != nil {
+				if err := a.call(cmd.Context(), "PUT", at(args[0], args[1]), map[string]int{"port": port}, &d); err != nil {
 					return err
 				}
 				fmt.Fprintln(a.out, "https://"+d.Domain)

@@ -193,26 +193,15 @@ func (t *trust) update(ctx context.Context, program string) error {
 
 // quietly runs a program that has two minutes and whose output is shown when it fails.
 func quietly(ctx context.Context, program string, args ...string) error {
-	return asOwner(ctx, nil, nil, program, args...)
-}
-
-// asOwner does that as whom a file belongs to, if it is given: what a user can
-// replace by a link must not be written by root.
-func asOwner(ctx context.Context, owner fs.FileInfo, input []byte, program string, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Stdin = bytes.NewReader(input)
-	if owner != nil && os.Geteuid() == 0 {
-		st, ok := owner.Sys().(*syscall.Stat_t)
-		if !ok {
-			return fmt.Errorf("%s: owner of %s not known", program, owner.Name())
-		}
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: st.Uid, Gid: st.Gid}}
-		cmd.Dir = "/"
-	}
+	return orOutput(exec.CommandContext(ctx, program, args...))
+}
+
+// orOutput runs a program; the error has its output.
+func orOutput(cmd *exec.Cmd) error {
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w: %s", program, err, bytes.TrimSpace(out))
+		return fmt.Errorf("%s: %w: %s", cmd.Args[0], err, bytes.TrimSpace(out))
 	}
 	return nil
 }
@@ -260,11 +249,12 @@ func (t *trust) browsers(ctx context.Context) error {
 // database adds the certificate to one database as a CA for web servers, or takes
 // it out.
 func (t *trust) database(ctx context.Context, certutil, db string) error {
-	owner, err := os.Stat(db)
+	info, err := os.Stat(db)
 	if err != nil {
 		return err
 	}
-	has := asOwner(ctx, owner, nil, certutil, "-L", "-d", "sql:"+db, "-n", t.name) == nil
+	n := nss{certutil: certutil, db: db, owner: info}
+	has := n.run(ctx, nil, "-L", "-n", t.name) == nil
 	switch {
 	case has != t.uninstall: // there and wanted, or gone and unwanted
 		t.say("%s is as it should be", db)
@@ -278,9 +268,33 @@ func (t *trust) database(ctx context.Context, certutil, db string) error {
 	case t.dryRun:
 		return nil
 	case t.uninstall:
-		return asOwner(ctx, owner, nil, certutil, "-D", "-d", "sql:"+db, "-n", t.name)
+		return n.run(ctx, nil, "-D", "-n", t.name)
 	}
-	return asOwner(ctx, owner, t.cert, certutil, "-A", "-a", "-d", "sql:"+db, "-n", t.name, "-t", "C,,")
+	return n.run(ctx, t.cert, "-A", "-a", "-n", t.name, "-t", "C,,")
+}
+
+// nss is one user's database.
+type nss struct {
+	certutil, db string
+	owner        fs.FileInfo // of db
+}
+
+// run runs certutil on the database as its owner: what a user can replace by a link
+// must not be written by root.
+func (n nss) run(ctx context.Context, input []byte, args ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, n.certutil, append(args, "-d", "sql:"+n.db)...)
+	cmd.Stdin = bytes.NewReader(input)
+	if os.Geteuid() == 0 {
+		st, ok := n.owner.Sys().(*syscall.Stat_t)
+		if !ok {
+			return fmt.Errorf("%s: owner of %s not known", n.certutil, n.db)
+		}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: st.Uid, Gid: st.Gid}}
+		cmd.Dir = "/"
+	}
+	return orOutput(cmd)
 }
 
 // hints are for programs that read neither.

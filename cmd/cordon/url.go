@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"text/tabwriter"
@@ -26,9 +27,9 @@ private sandbox for whoever has it, until its time is over or it is revoked.`,
   cordon url revoke isd2… --all`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			port, err := strconv.ParseUint(args[1], 10, 16)
-			if err != nil || port == 0 {
-				return errs.New(errs.Invalid, "port %q: use a number from 1 to 65535", args[1])
+			port, err := portArg(args[1])
+			if err != nil {
+				return err
 			}
 			if !signed {
 				if cmd.Flags().Changed("ttl") {
@@ -38,14 +39,14 @@ private sandbox for whoever has it, until its time is over or it is revoked.`,
 				if err != nil {
 					return err
 				}
-				fmt.Fprintln(a.out, "https://"+s.Host(int(port)))
+				fmt.Fprintln(a.out, "https://"+s.Host(port))
 				return nil
 			}
 			c, err := a.client()
 			if err != nil {
 				return err
 			}
-			u, err := c.SignURL(cmd.Context(), args[0], int(port), ttl)
+			u, err := c.SignURL(cmd.Context(), args[0], port, ttl)
 			if err != nil {
 				return err
 			}
@@ -57,6 +58,15 @@ private sandbox for whoever has it, until its time is over or it is revoked.`,
 	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long a signed URL opens, at most 168h")
 	cmd.AddCommand(urlListCommand(a), urlRevokeCommand(a))
 	return cmd
+}
+
+// portArg reads the port of a command line.
+func portArg(s string) (int, error) {
+	port, err := strconv.ParseUint(s, 10, 16)
+	if err != nil || port == 0 {
+		return 0, errs.New(errs.Invalid, "port %q: use a number from 1 to 65535", s)
+	}
+	return int(port), nil
 }
 
 func urlListCommand(a *app) *cobra.Command {
@@ -98,16 +108,16 @@ func urlRevokeCommand(a *app) *cobra.Command {
 			if all {
 				return c.RevokeURLs(cmd.Context(), args[0])
 			}
-			return revokeEach(cmd, c, args[0], args[1:])
+			return revokeEach(cmd.Context(), c, args[0], args[1:])
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "all of the sandbox's")
 	return cmd
 }
 
-func revokeEach(cmd *cobra.Command, c *client.Client, sandbox string, ids []string) error {
+func revokeEach(ctx context.Context, c *client.Client, sandbox string, ids []string) error {
 	for _, id := range ids {
-		if err := c.RevokeURL(cmd.Context(), sandbox, id); err != nil {
+		if err := c.RevokeURL(ctx, sandbox, id); err != nil {
 			return err
 		}
 	}

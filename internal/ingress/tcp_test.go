@@ -30,14 +30,14 @@ type tcpLab struct {
 }
 
 func newTCPLab(t *testing.T) *tcpLab {
-	boxes, keys := apitest.NewSandboxes(), &apitest.Keys{}
+	sandboxes, keys := apitest.NewSandboxes(), &apitest.Keys{}
 	owner, secret := auth.NewKey("owner", false, time.Now())
 	if err := keys.PutKey(t.Context(), owner); err != nil {
 		t.Fatal(err)
 	}
 	l := &tcpLab{keys: keys, owner: owner, key: secret}
 	handler := api.New(api.Config{
-		Sandboxes: boxes, Keys: keys, Domain: domain,
+		Sandboxes: sandboxes, Keys: keys, Domain: domain,
 		Forward: func(w http.ResponseWriter, r *http.Request, id string, port uint16) error {
 			return l.in.Forward(w, r, id, port)
 		},
