@@ -188,8 +188,9 @@ func plain(s *stand.Stand, lines []string) []string {
 	slot := regexp.MustCompile(`\bcd` + s.Name + `-\d+`)
 	var out []string
 	for _, l := range lines {
-		theirs := strings.Contains(l, " dev uplink ")                                                                                                            // the lab's, whose IPv6 address takes a while
-		if strings.HasPrefix(l, "state "+filepath.Join(s.Dir, "state/store")) || limiter.MatchString(l) || theirs || strings.HasPrefix(l, "mount /run/netns/") { // ip netns makes those, cordon's are in its run folder
+		theirs := strings.Contains(l, " dev uplink ") || // the lab's, whose IPv6 address takes a while
+			strings.HasPrefix(l, "mount /run/netns/") // ip netns makes those; cordon's are in its run folder
+		if strings.HasPrefix(l, "state "+filepath.Join(s.Dir, "state/store")) || limiter.MatchString(l) || theirs {
 			continue
 		}
 		l = strings.NewReplacer("elements = { ", "", " }", "").Replace(l)
