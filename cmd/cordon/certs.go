@@ -59,8 +59,8 @@ func (d *dnsConfig) settings() tlsconf.DNS { return tlsconf.DNS(*d) }
 
 // serverTLS is where the ingress's certificates come from: the operator's files, an
 // ACME server, files with an ACME server for custom domains, or a local CA. bound
-// says which custom domains there are.
-func (c *config) serverTLS(bound func(name string) bool, log *slog.Logger) (*tls.Config, *tlsconf.ACME, error) {
+// says which custom domains there are, and whose.
+func (c *config) serverTLS(bound func(name string) (owner string, ok bool), log *slog.Logger) (*tls.Config, *tlsconf.ACME, error) {
 	var own *tls.Config
 	var err error
 	switch {
@@ -79,7 +79,9 @@ func (c *config) serverTLS(bound func(name string) bool, log *slog.Logger) (*tls
 	a := c.TLS.ACME
 	cfg := tlsconf.ACMEConfig{
 		Dir: filepath.Join(c.StateDir, "acme"), Email: a.Email, CA: a.CA, Profile: a.Profile, Interval: a.RenewInterval,
-		Domains: c.allDomains(), DNS: a.DNS.settings(), Allow: bound, Log: log,
+		Domains: c.allDomains(), DNS: a.DNS.settings(), Log: log,
+		Allow: func(name string) bool { _, ok := bound(name); return ok },
+		Owner: func(name string) string { owner, _ := bound(name); return owner },
 	}
 	if own != nil {
 		cfg.Own = own.GetCertificate

@@ -324,8 +324,18 @@ func (s *server) makeEgress(context.Context) (err error) {
 }
 
 func (s *server) makeCertificates(context.Context) (err error) {
-	s.tls, s.acme, err = s.cfg.serverTLS(func(name string) bool { _, _, ok := s.manager.ByDomain(name); return ok }, s.log)
+	s.tls, s.acme, err = s.cfg.serverTLS(s.domainOwner, s.log)
 	return err
+}
+
+// domainOwner returns whose a custom domain is.
+func (s *server) domainOwner(name string) (owner string, ok bool) {
+	id, _, ok := s.manager.ByDomain(name)
+	if !ok {
+		return "", false
+	}
+	ep, ok := s.manager.Endpoint(id)
+	return ep.Record.Owner, ok
 }
 
 // custom shows a custom domain to the ingress.

@@ -40,6 +40,9 @@ type ACMEConfig struct {
 	// is ordered at the first handshake, by TLS-ALPN-01 (RFC 8737) or HTTP-01, and
 	// it must answer from memory. Nil: none is.
 	Allow func(name string) bool
+	// Owner tells the owners of such names apart, who share the orders fairly; it
+	// must answer from memory. Nil: there is one.
+	Owner func(name string) string
 	// HTTPS and HTTP are where this process listens, as host:port; the CA reaches
 	// them at 443 and 80. HTTP empty: no HTTP-01.
 	HTTPS, HTTP string
@@ -82,6 +85,9 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 	}
 	if cfg.Allow == nil {
 		cfg.Allow = func(string) bool { return false }
+	}
+	if cfg.Owner == nil {
+		cfg.Owner = func(string) string { return "" }
 	}
 	cfg.CA = cmp.Or(cfg.CA, certmagic.LetsEncryptProductionCA)
 	cfg.Interval = cmp.Or(cfg.Interval, certmagic.DefaultRenewCheckInterval)

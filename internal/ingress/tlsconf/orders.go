@@ -18,6 +18,8 @@ import (
 const (
 	orderBurst    = 10
 	orderEvery    = time.Minute
+	ownerPart     = 2                // an owner gets at most one in so many of these
+	noPlaceWait   = 15 * time.Second // after an order that was not made for want of one
 	firstBackoff  = time.Minute
 	lastBackoff   = 6 * time.Hour
 	orderTime     = 2 * time.Minute
@@ -29,8 +31,9 @@ type orders struct {
 	limit *rate.Limiter
 	wg    sync.WaitGroup
 
-	mu     sync.Mutex // guards byName
-	byName map[string]*order
+	mu      sync.Mutex // guards the others
+	byName  map[string]*order
+	byOwner map[string]*rate.Limiter
 }
 
 // order is one name's.
@@ -44,7 +47,20 @@ type order struct {
 }
 
 func newOrders() orders {
-	return orders{limit: rate.NewLimiter(rate.Every(orderEvery), orderBurst), byName: map[string]*order{}}
+	return orders{limit: rate.NewLimiter(rate.Every(orderEvery), orderBurst), byName: map[string]*order{}, byOwner: map[string]*rate.Limiter{}}
+}
+
+// place reports whether one more may be ordered for an owner: the names of one,
+// however many, leave places for those of others.
+func (o *orders) place(owner string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	mine := o.byOwner[owner]
+	if mine == nil {
+		mine = rate.NewLimiter(rate.Every(ownerPart*orderEvery), orderBurst/ownerPart)
+		o.byOwner[owner] = mine
+	}
+	return mine.Allow() && o.limit.Allow()
 }
 
 func (o *orders) wait() { o.wg.Wait() }
@@ -59,7 +75,8 @@ func (o *orders) failed(name string, err error) {
 	}
 }
 
-// forget drops the names that are not allowed any more and returns them.
+// forget drops the names that are not allowed any more and returns them, and the
+// owners who have all their places back.
 func (o *orders) forget(allow func(string) bool) (gone []string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -67,6 +84,11 @@ func (o *orders) forget(allow func(string) bool) (gone []string) {
 		if !allow(name) && !ord.busy() {
 			delete(o.byName, name)
 			gone = append(gone, name)
+		}
+	}
+	for owner, l := range o.byOwner {
+		if l.Tokens() >= float64(l.Burst()) {
+			delete(o.byOwner, owner)
 		}
 	}
 	return gone
@@ -150,6 +172,10 @@ func (a *ACME) attempt(ctx context.Context, name string, ord *order) {
 		ord.err = err
 		a.log.Warn("certificate not ordered", "host", name, "err", err)
 	}
+	if errors.Is(err, errTooMany) { // the CA was not asked, and has not refused
+		ord.next = time.Now().Add(noPlaceWait)
+		return
+	}
 	ord.backoff = min(max(2*ord.backoff, firstBackoff), lastBackoff)
 	ord.next = time.Now().Add(ord.backoff)
 }
@@ -160,7 +186,7 @@ func (a *ACME) obtain(ctx context.Context, name string) error {
 	case err == nil && !cert.Expired():
 		return nil // due for renewal or not: the cache's watch sees to that
 	case err == nil:
-		if !a.orders.limit.Allow() {
+		if !a.orders.place(a.cfg.Owner(name)) {
 			return errTooMany
 		}
 		if err := a.custom.RenewCertAsync(ctx, name, false); err != nil {
@@ -168,7 +194,7 @@ func (a *ACME) obtain(ctx context.Context, name string) error {
 		}
 		a.cache.Remove([]string{cert.Hash()})
 	case errors.Is(err, fs.ErrNotExist):
-		if !a.orders.limit.Allow() {
+		if !a.orders.place(a.cfg.Owner(name)) {
 			return errTooMany
 		}
 		if err := a.custom.ObtainCertAsync(ctx, name); err != nil {
@@ -181,4 +207,4 @@ func (a *ACME) obtain(ctx context.Context, name string) error {
 	return err
 }
 
-var errTooMany = fmt.Errorf("more than %d certificates at once, or one in %s, are ordered for custom domains", orderBurst, orderEvery)
+var errTooMany = fmt.Errorf("more than %d certificates at once, or one in %s, are ordered for custom domains, or more than one in %d of these for one owner's", orderBurst, orderEvery, ownerPart)
