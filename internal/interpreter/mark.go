@@ -1,6 +1,41 @@
 package interpreter
 
-import "unicode/utf8"
+import (
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// splitter finds marks in a stream: NUL, 32 hex digits, NUL. What may be the
+// beginning of one, or of a character, is kept until more is read.
+type splitter struct{ kept []byte }
+
+const markSize = 32
+
+// split returns the pieces of what was kept and b.
+func (s *splitter) split(b []byte) []piece {
+	var out []piece
+	rest := slices.Concat(s.kept, b)
+	s.kept = nil
+	text := func(b []byte) {
+		if len(b) > 0 {
+			out = append(out, piece{text: strings.ToValidUTF8(string(b), "\uFFFD")})
+		}
+	}
+	for {
+		at := findMark(rest)
+		if at < 0 {
+			break
+		}
+		text(rest[:at])
+		out = append(out, piece{mark: string(rest[at+1 : at+1+markSize])})
+		rest = rest[at+markSize+2:]
+	}
+	keep := len(rest) - unfinished(rest)
+	text(rest[:keep])
+	s.kept = slices.Clone(rest[keep:])
+	return out
+}
 
 // findMark returns where a whole mark begins, or -1.
 func findMark(b []byte) int {
