@@ -287,13 +287,7 @@ func TestAgentPort(t *testing.T) {
 
 func TestTokens(t *testing.T) {
 	l := newLab(t)
-	private := func(tok string) func(*Target) {
-		return func(t *Target) {
-			t.Public, t.TrafficToken, t.LinkKey = false, tok, "key of "+tok
-			t.Link = func(id string) bool { return id == "u1" }
-		}
-	}
-	a, b := l.sandbox(idA, private("tokA")), l.sandbox(idB, private("tokB"))
+	a, b := l.sandbox(idA, secured("tokA")), l.sandbox(idB, secured("tokB"))
 	pa, pb := a.serve(echo), b.serve(echo)
 	pa2 := a.serve(echo)
 	soon, past := time.Now().Add(time.Minute), time.Now().Add(-time.Minute)
@@ -338,6 +332,20 @@ func TestTokens(t *testing.T) {
 			}
 		})
 	}
+}
+
+// secured is a sandbox that wants tok to be shown, with a signed URL "u1" in force.
+func secured(tok string) func(*Target) {
+	return func(t *Target) {
+		t.Public, t.TrafficToken, t.LinkKey = false, tok, "key of "+tok
+		t.Link = func(id string) bool { return id == "u1" }
+	}
+}
+
+func TestTokenBecomesACookie(t *testing.T) {
+	l := newLab(t)
+	a := l.sandbox(idA, secured("tokA"))
+	pa, c := a.serve(echo), l.client(true)
 	t.Run("a browser gets a cookie that works, until the key changes", func(t *testing.T) {
 		resp, _ := get(t, c, "https://"+a.host(pa)+"//x/?a=%2F&cordon%5Ftoken=tokA&b", "Sec-Fetch-Mode", "navigate")
 		if got, want := resp.Header.Get("Location"), "https://"+a.host(pa)+"//x/?a=%2F&b"; resp.StatusCode != 302 || got != want {

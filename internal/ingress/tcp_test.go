@@ -143,6 +143,10 @@ func TestForward(t *testing.T) {
 			t.Errorf("the service heard %q", got)
 		}
 	})
+}
+
+func TestForwardCarriesMuch(t *testing.T) {
+	l := newTCPLab(t)
 	t.Run("megabytes go both ways at once, over many connections", func(t *testing.T) {
 		port := l.sbx.rawTCP(func(c *net.TCPConn) { io.Copy(c, c); c.CloseWrite() })
 		addr, _ := l.forward(t, l.key, port)
@@ -173,6 +177,10 @@ func TestForward(t *testing.T) {
 			t.Errorf("the service could send %d MiB", n>>20)
 		}
 	})
+}
+
+func TestForwardSaysWhatFailed(t *testing.T) {
+	l := newTCPLab(t)
 	t.Run("a closed port is said and reset, and the next connection tries anew", func(t *testing.T) {
 		free := listen(t, net.JoinHostPort(l.sbx.t.Addr.String(), "0"))
 		port := free.Addr().(*net.TCPAddr).Port

@@ -173,25 +173,7 @@ func TestCertificatesOfALiveServer(t *testing.T) {
 		t.Error("the server was started again")
 	}
 
-	if out, err := s.curl("https://app.acme.test/"); err == nil {
-		t.Errorf("a domain that is bound to nothing answers: %s", out)
-	}
-	if got := s.cordon("domain", "add", id, "app.acme.test", "8000"); got != "https://app.acme.test" {
-		t.Errorf("domain add printed %q", got)
-	}
-	s.leaf("app.acme.test", any)
-	if out, err := s.curl("https://app.acme.test/"); err != nil || !strings.Contains(out, "hello") {
-		t.Errorf("curl app.acme.test: %v\n%s", err, out)
-	}
-	if out, err := s.curl("https://other.acme.test/"); err == nil {
-		t.Errorf("a domain that is bound to nothing answers: %s", out)
-	}
-	if strings.Contains(s.ca.Log(), "other.acme.test") {
-		t.Error("the CA was asked for a domain that is bound to nothing")
-	}
-	if got := s.cordon("domain", "list", id); !strings.Contains(got, "app.acme.test  8000") {
-		t.Errorf("domain list printed %q", got)
-	}
+	s.bindsADomain(id)
 
 	s.ca.Stop()
 	s.Stop(t, syscall.SIGTERM)
@@ -215,4 +197,29 @@ func TestCertificatesOfALiveServer(t *testing.T) {
 		}
 	}
 	s.cordon("kill", id)
+}
+
+// bindsADomain shows that only bound names get a certificate, when they are asked for.
+func (s *site) bindsADomain(id string) {
+	t := s.t
+	t.Helper()
+	if out, err := s.curl("https://app.acme.test/"); err == nil {
+		t.Errorf("a domain that is bound to nothing answers: %s", out)
+	}
+	if got := s.cordon("domain", "add", id, "app.acme.test", "8000"); got != "https://app.acme.test" {
+		t.Errorf("domain add printed %q", got)
+	}
+	s.leaf("app.acme.test", func(*x509.Certificate) bool { return true })
+	if out, err := s.curl("https://app.acme.test/"); err != nil || !strings.Contains(out, "hello") {
+		t.Errorf("curl app.acme.test: %v\n%s", err, out)
+	}
+	if out, err := s.curl("https://other.acme.test/"); err == nil {
+		t.Errorf("a domain that is bound to nothing answers: %s", out)
+	}
+	if strings.Contains(s.ca.Log(), "other.acme.test") {
+		t.Error("the CA was asked for a domain that is bound to nothing")
+	}
+	if got := s.cordon("domain", "list", id); !strings.Contains(got, "app.acme.test  8000") {
+		t.Errorf("domain list printed %q", got)
+	}
 }
