@@ -30,6 +30,8 @@ func (e *engine) openEvents(ctx context.Context, cfg Config) (jetstream.Stream, 
 		MaxMsgs:   cfg.MaxEvents,
 		MaxBytes:  cfg.MaxEventBytes,
 		MaxAge:    cfg.MaxEventAge,
+
+		MaxMsgsPerSubject: cfg.MaxSandboxEvents,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open events: %w", err)

@@ -40,6 +40,9 @@ type Config struct {
 	MaxEvents     int64
 	MaxEventBytes int64
 	MaxEventAge   time.Duration
+	// MaxSandboxEvents is how many of these may be one sandbox's, 1,000 by default:
+	// whoever changes one's rules over and over loses his own history, not others'.
+	MaxSandboxEvents int64
 
 	patience time.Duration // longest silence while loading; tests shorten it
 }
@@ -56,6 +59,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxEventAge <= 0 {
 		c.MaxEventAge = 7 * 24 * time.Hour
+	}
+	if c.MaxSandboxEvents <= 0 {
+		c.MaxSandboxEvents = 1000
 	}
 	if c.patience <= 0 {
 		c.patience = 20 * time.Second

@@ -3,6 +3,7 @@ package store
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -369,6 +370,32 @@ func TestRefusals(t *testing.T) {
 	}
 	if got := list(t, s); len(got) != 0 {
 		t.Errorf("a refused record was stored: %d", len(got))
+	}
+}
+
+func TestOneSandboxDoesNotCrowdOutTheEventsOfOthers(t *testing.T) {
+	dir := t.TempDir()
+	first, err := Open(t.Context(), Config{Dir: dir, MaxEvents: 50}) // as servers of before kept them
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, noisy := sandbox.NewID(), sandbox.NewID()
+	if err := errors.Join(first.AppendEvent(t.Context(), sandbox.Event{ID: "other", Sandbox: other, Name: "create"}), first.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Open(t.Context(), Config{Dir: dir, MaxEvents: 50, MaxSandboxEvents: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for i := range 120 {
+		if err := s.AppendEvent(t.Context(), sandbox.Event{ID: fmt.Sprint(i), Sandbox: noisy, Name: "network"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := s.Events(t.Context())
+	if err != nil || len(got) != 11 || got[0].ID != "other" || got[1].ID != "110" {
+		t.Errorf("%d events, want the other's and the ten latest: %v, %v", len(got), got, err)
 	}
 }
 
