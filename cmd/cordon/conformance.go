@@ -26,6 +26,8 @@ an error if a case fails. docs/conformance.md says how to read it.
 
 With --against it runs against another server (API key in CORDON_API_KEY); cases
 that need the recorder are then skipped.`,
+		Example: `  sudo cordon conformance
+  sudo cordon conformance --case 1,15,60 --json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.conformanceOptions(&o); err != nil {

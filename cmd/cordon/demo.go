@@ -52,6 +52,8 @@ func demoCommand(a *app) *cobra.Command {
 documentation's scenarios with the published novita-sandbox package. Nothing
 leaves the machine and nothing is left behind; the image and the package are
 kept for the next time.`,
+		Example: `  sudo cordon demo
+  sudo cordon demo --client go`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if with != clientAuto && with != clientJS && with != clientGo {

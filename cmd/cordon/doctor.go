@@ -35,9 +35,10 @@ type finding struct {
 
 func doctorCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:   "doctor",
-		Short: "Check this machine and say how to mend what is missing",
-		Args:  cobra.NoArgs,
+		Use:     "doctor",
+		Short:   "Check this machine and say how to mend what is missing",
+		Example: `  sudo cordon doctor`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := a.config()
 			if err != nil {

@@ -27,6 +27,7 @@ func domainCommand(a *app) *cobra.Command {
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "add <sandbox> <domain> <port>", Short: "Make a domain lead to a port until the sandbox ends", Args: cobra.ExactArgs(3),
+			Example: `  cordon domain add iabc… app.example.com 3000`,
 			RunE: func(cmd *cobra.Command, args []string) error {
 				port, err := portArg(args[2])
 				if err != nil {
@@ -42,6 +43,7 @@ func domainCommand(a *app) *cobra.Command {
 		},
 		&cobra.Command{
 			Use: "list <sandbox>", Aliases: []string{"ls"}, Short: "List the domains of a sandbox", Args: cobra.ExactArgs(1),
+			Example: `  cordon domain list iabc…`,
 			RunE: func(cmd *cobra.Command, args []string) error {
 				var list []control.SandboxDomain
 				if err := a.call(cmd.Context(), "GET", at(args[0]), nil, &list); err != nil {
@@ -57,6 +59,7 @@ func domainCommand(a *app) *cobra.Command {
 		},
 		&cobra.Command{
 			Use: "remove <sandbox> <domain>", Aliases: []string{"rm"}, Short: "Make a domain free again", Args: cobra.ExactArgs(2),
+			Example: `  cordon domain remove iabc… app.example.com`,
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return a.call(cmd.Context(), "DELETE", at(args[0], args[1]), nil, nil)
 			},

@@ -11,12 +11,11 @@ import (
 
 func envCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:   "env",
-		Short: "Print the lines that point the SDKs at this server",
-		Long: `Print the lines that point the SDKs at this server. In a shell:
-
-  eval "$(sudo cordon env)"`,
-		Args: cobra.NoArgs,
+		Use:     "env",
+		Short:   "Print the lines that point the SDKs at this server",
+		Long:    `Print the lines that point the SDKs, and cordon's own command line, at this server.`,
+		Example: `  eval "$(sudo cordon env)"`,
+		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			cfg, err := a.config()
 			if err != nil {
@@ -43,6 +42,8 @@ func printEnv(w io.Writer, cfg *config) error {
 		fmt.Fprintf(w, "export %s_DOMAIN=%s\n", sdk, cfg.publicDomain())
 		fmt.Fprintf(w, "export %s_API_KEY=%s\n", sdk, key)
 	}
+	// The same key for cordon's own verbs, run by who may not read its file.
+	fmt.Fprintf(w, "export CORDON_API_URL=%s\nexport CORDON_API_KEY=%s\n", cfg.apiURL(), key)
 	if cfg.TLS.localCA() {
 		fmt.Fprintf(w, "export NODE_EXTRA_CA_CERTS=%s   # Node\n", cfg.caFile())
 		fmt.Fprintf(w, "export SSL_CERT_FILE=%s   # Python and curl\n", cfg.hostBundle())

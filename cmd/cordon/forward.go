@@ -108,7 +108,7 @@ func (a *app) forward(ctx context.Context, s *client.Sandbox, ways []forwarding)
 	for _, w := range ways {
 		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", w.listen)
 		if err != nil {
-			return errs.Wrap(errs.Invalid, err, "%v: choose another local port with -L", err)
+			return errs.New(errs.Invalid, "%v: choose another local address or port with -L", err)
 		}
 		listeners = append(listeners, l)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/image"
 )
 
@@ -16,7 +17,8 @@ func imageCommand(a *app) *cobra.Command {
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "build <template>", Short: "Build a template's image from Debian packages, unless it is built",
-			Args: cobra.ExactArgs(1),
+			Example: `  sudo cordon image build code-interpreter-v1`,
+			Args:    cobra.ExactArgs(1),
 			RunE: a.withImages("image build", func(cmd *cobra.Command, images *image.Library, args []string) error {
 				made, err := images.Build(cmd.Context(), args[0])
 				if err == nil {
@@ -27,6 +29,8 @@ func imageCommand(a *app) *cobra.Command {
 		},
 		&cobra.Command{
 			Use: "import <reference> <name>", Short: "Make a template of an OCI image in a registry or a local layout",
+			Example: `  sudo cordon image import docker.io/library/python:3.12-slim python
+  sudo cordon image import ./layout my-tools`,
 			Args: cobra.ExactArgs(2),
 			RunE: a.withImages("image import", func(cmd *cobra.Command, images *image.Library, args []string) error {
 				made, err := images.Import(cmd.Context(), args[0], args[1])
@@ -38,21 +42,24 @@ func imageCommand(a *app) *cobra.Command {
 		},
 		&cobra.Command{
 			Use: "verify <template>", Short: "Compare an image's files with what was built",
-			Args: cobra.ExactArgs(1),
+			Example: `  sudo cordon image verify base`,
+			Args:    cobra.ExactArgs(1),
 			RunE: a.withImages("image verify", func(cmd *cobra.Command, images *image.Library, args []string) error {
 				return images.Verify(cmd.Context(), args[0])
 			}),
 		},
 		&cobra.Command{
 			Use: "remove <template>", Short: "Remove a built image; sandboxes that run from it must be gone",
-			Args: cobra.ExactArgs(1),
+			Example: `  sudo cordon image remove python`,
+			Args:    cobra.ExactArgs(1),
 			RunE: a.withImages("image remove", func(cmd *cobra.Command, images *image.Library, args []string) error {
 				return images.Remove(cmd.Context(), args[0])
 			}),
 		},
 		&cobra.Command{
 			Use: "list", Short: "List the templates",
-			Args: cobra.NoArgs,
+			Example: `  sudo cordon image list`,
+			Args:    cobra.NoArgs,
 			RunE: a.withImages("image list", func(cmd *cobra.Command, images *image.Library, _ []string) error {
 				return a.printImages(cmd, images)
 			}),
@@ -76,7 +83,10 @@ func (a *app) withImages(verb string, run func(*cobra.Command, *image.Library, [
 			return err
 		}
 		defer images.Close()
-		return run(cmd, images, args)
+		if err = run(cmd, images, args); errs.Is(err, errs.NotFound) {
+			return fmt.Errorf("%w: cordon image list shows the templates, cordon image import makes one", err)
+		}
+		return err
 	}
 }
 

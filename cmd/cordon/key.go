@@ -24,7 +24,9 @@ func keyCreateCommand(a *app) *cobra.Command {
 	create := &cobra.Command{
 		Use:   "create <name>",
 		Short: "Make a key and print it; it is stored hashed and cannot be shown again",
-		Args:  cobra.ExactArgs(1),
+		Example: `  cordon key create alice
+  cordon key create ci --max-sandboxes 20 --max-paused 5`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var made control.Key
 			o.Name = args[0]
@@ -44,9 +46,10 @@ func keyCreateCommand(a *app) *cobra.Command {
 
 func keyListCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:   "list",
-		Short: "List the keys",
-		Args:  cobra.NoArgs,
+		Use:     "list",
+		Short:   "List the keys",
+		Example: `  cordon key list`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var keys []control.Key
 			if err := a.call(cmd.Context(), http.MethodGet, "/keys", nil, &keys); err != nil {
@@ -72,9 +75,10 @@ func orDefault(n int) string {
 
 func keyDeleteCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:   "delete <id>",
-		Short: "Revoke a key at once",
-		Args:  cobra.ExactArgs(1),
+		Use:     "delete <id>",
+		Short:   "Revoke a key at once",
+		Example: `  cordon key delete k0123456789abcdef     # the ID, as cordon key list shows it`,
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.call(cmd.Context(), http.MethodDelete, "/keys/"+url.PathEscape(args[0]), nil, nil)
 		},

@@ -74,5 +74,6 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 		createCommand(a), listCommand(a), killCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
 		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a), conformanceCommand(a),
 	)
+	explainUsage(root)
 	return root
 }

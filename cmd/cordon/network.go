@@ -25,6 +25,9 @@ func networkSetCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "set <sandbox>", Short: "Replace all egress rules; without flags, everything is allowed",
 		Args: cobra.ExactArgs(1),
+		Example: `  cordon network set iabc… --deny-out 0.0.0.0/0 --allow-out 'example.com,*.github.com'
+  cordon network set iabc… --deny-out 0.0.0.0/0 --allow-out db.example.com:5432,203.0.113.0/24
+  cordon network set iabc… --no-internet`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if noInternet {
 				no := false
@@ -48,6 +51,9 @@ func networkExplainCommand(a *app) *cobra.Command {
   cordon network explain --sandbox i0123456789abcdefghij 10.0.0.1:5432`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if req.SandboxID == "" {
+				return errs.New(errs.Invalid, "--sandbox is missing: name the sandbox whose rules decide (cordon list)")
+			}
 			var err error
 			if req.Destination, err = destination(args[0]); err != nil {
 				return err
@@ -64,7 +70,6 @@ func networkExplainCommand(a *app) *cobra.Command {
 	cmd.Flags().StringVar(&req.SandboxID, "sandbox", "", "whose rules decide")
 	cmd.Flags().StringVar(&req.Address, "address", "", "the IP address the name is at, if that matters")
 	cmd.Flags().StringVar(&protocol, "protocol", "tcp", "tcp, udp or icmp")
-	_ = cmd.MarkFlagRequired("sandbox")
 	return cmd
 }
 
@@ -113,8 +118,13 @@ func flowsCommand(a *app) *cobra.Command {
 	var verdict string
 	cmd := &cobra.Command{
 		Use: "flows <sandbox>", Short: "Show what a sandbox tried to reach, and every verdict with its rule",
+		Example: `  cordon flows iabc…
+  cordon flows -f --verdict deny iabc…`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("limit") && o.Limit < 1 {
+				return errs.New(errs.Invalid, "--limit is %d: use 1 or more; the server keeps 4096", o.Limit)
+			}
 			o.Verdict = control.NetworkEventVerdict(verdict)
 			s, err := a.connect(cmd.Context(), args[0])
 			if err != nil {
@@ -122,6 +132,9 @@ func flowsCommand(a *app) *cobra.Command {
 			}
 			if follow {
 				for e, err := range s.Follow(cmd.Context(), o) {
+					if cmd.Context().Err() != nil {
+						return nil // Ctrl-C is how following ends
+					}
 					if err != nil {
 						return err
 					}

@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -20,9 +23,13 @@ func createCommand(a *app) *cobra.Command {
 		Use:   "create [template]",
 		Short: "Start a sandbox and print its ID",
 		Example: `  cordon create
-  cordon create --deny-out 0.0.0.0/0 --allow-out pypi.org --allow-out '*.pythonhosted.org'`,
+  cordon create --deny-out 0.0.0.0/0 --allow-out pypi.org --allow-out '*.pythonhosted.org'
+  cordon create code-interpreter-v1 --timeout 1h --env LANG=C.UTF-8 --private`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := positive(cmd, "timeout", "idle-timeout"); err != nil {
+				return err
+			}
 			if len(args) == 1 {
 				o.Template = args[0]
 			}
@@ -82,6 +89,8 @@ func listCommand(a *app) *cobra.Command {
 	var o client.ListOptions
 	cmd := &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List sandboxes", Args: cobra.NoArgs,
+		Example: `  cordon list
+  cordon list --state paused --metadata job=42`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -94,7 +103,11 @@ func listCommand(a *app) *cobra.Command {
 			w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(w, "SANDBOX\tTEMPLATE\tSTATE\tSTARTED\tENDS IN")
 			for _, s := range list {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.ID, s.TemplateID, s.State, s.Started.Local().Format(time.DateTime), time.Until(s.Ends).Round(time.Second))
+				ends := time.Until(s.Ends).Round(time.Second).String()
+				if s.State == "paused" {
+					ends = "-" // it has no end of time
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.ID, s.TemplateID, s.State, s.Started.Local().Format(time.DateTime), ends)
 			}
 			return w.Flush()
 		},
@@ -107,13 +120,13 @@ func listCommand(a *app) *cobra.Command {
 func killCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "kill <sandbox>...", Short: "End sandboxes and free all they hold", Args: cobra.MinimumNArgs(1),
+		Example: `  cordon kill iabc… idef…`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			var failed []error // one that is gone keeps none of the others alive
 			for _, id := range args {
-				if err := a.call(cmd.Context(), "DELETE", "/sandboxes/"+id, nil, nil); err != nil {
-					return err
-				}
+				failed = append(failed, a.call(cmd.Context(), http.MethodDelete, "/sandboxes/"+url.PathEscape(id), nil, nil))
 			}
-			return nil
+			return errors.Join(failed...)
 		},
 	}
 }
@@ -126,14 +139,23 @@ func (e exitError) Error() string { return "exit status " + strconv.Itoa(int(e))
 func execCommand(a *app) *cobra.Command {
 	var o client.RunOptions
 	cmd := &cobra.Command{
-		Use: "exec <sandbox> <shell command>", Short: "Run a command in a sandbox", Args: cobra.ExactArgs(2),
+		Use:   "exec <sandbox> <command> [argument]...",
+		Short: "Run a command in a sandbox",
+		Long: `Run a command in a sandbox; its output, errors and exit code are exec's.
+
+A command alone is a line for the sandbox's shell. With arguments it is a program,
+which gets each of them as it is. Flags of exec's own come before the sandbox.`,
+		Example: `  cordon exec iabc… 'cd /tmp && ls | wc -l'
+  cordon exec iabc… ls -la /tmp
+  cordon exec --user root --dir /etc iabc… cat shadow`,
+		Args: cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := a.connect(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
 			o.Stdout, o.Stderr = a.out, a.errOut
-			res, err := s.Commands.Run(cmd.Context(), args[1], o)
+			res, err := s.Commands.Run(cmd.Context(), shellLine(args[1:]), o)
 			if err != nil {
 				return err
 			}
@@ -143,9 +165,23 @@ func execCommand(a *app) *cobra.Command {
 			return nil
 		},
 	}
+	cmd.Flags().SetInterspersed(false) // what follows is the program's
 	cmd.Flags().StringVar(&o.User, "user", "", "who runs it (default: the template's user)")
 	cmd.Flags().StringVar(&o.Dir, "dir", "", "where it runs")
 	return cmd
+}
+
+// shellLine is what the sandbox's shell reads to run a command: one word is a line
+// already, several are a program and its arguments.
+func shellLine(words []string) string {
+	if len(words) == 1 {
+		return words[0]
+	}
+	quoted := make([]string, len(words))
+	for i, w := range words {
+		quoted[i] = "'" + strings.ReplaceAll(w, "'", `'\''`) + "'"
+	}
+	return strings.Join(quoted, " ")
 }
 
 // connect finds a sandbox without changing how long it lives by more than the

@@ -30,6 +30,9 @@ func serveCommand(a *app) *cobra.Command {
 
 On its first start it makes its state folder, a local CA and an admin API key.
 Sandboxes outlive it: when it is started again it adopts them.`,
+		Example: `  sudo cordon serve
+  sudo cordon serve --config /etc/cordon/cordon.yaml
+  sudo env CORDON_DOMAIN=sandbox.example.com cordon serve`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if os.Geteuid() != 0 {

@@ -34,6 +34,7 @@ Firefox and Chromium read. It prints what to set for programs with a store of th
 own. The CA may sign for the server's domains only. Running it again changes
 nothing; --uninstall takes back what it did.`,
 		Example: `  sudo cordon trust
+  sudo cordon trust --dry-run
   sudo cordon trust --uninstall
   sudo cordon trust --ca ca.pem      the CA of a server on another machine`,
 		Args: cobra.NoArgs,
@@ -82,6 +83,9 @@ func (t *trust) run(ctx context.Context) error {
 	if err := t.read(); err != nil {
 		return err
 	}
+	if info, err := os.Stat(t.root); err != nil || !info.IsDir() {
+		return errs.New(errs.Invalid, "--root is %q, which is no folder: use the root folder of a system", t.root)
+	}
 	if !t.dryRun && t.root == "/" && os.Geteuid() != 0 {
 		return errors.New("cordon trust needs root, for the system's store: run it with sudo")
 	}
@@ -123,12 +127,16 @@ func (t *trust) read() error {
 	return nil
 }
 
+// say tells of a step that is taken, or would be.
 func (t *trust) say(format string, args ...any) {
 	if t.dryRun {
 		format = "would: " + format
 	}
-	fmt.Fprintf(t.out.out, format+"\n", args...)
+	t.note(format, args...)
 }
+
+// note tells how things are.
+func (t *trust) note(format string, args ...any) { fmt.Fprintf(t.out.out, format+"\n", args...) }
 
 // system adds the certificate to the distribution's store or takes it out.
 func (t *trust) system(ctx context.Context) error {
@@ -143,12 +151,12 @@ func (t *trust) system(ctx context.Context) error {
 			return fmt.Errorf("system store: %w", err)
 		}
 		if !changed {
-			t.say("%s is as it should be", file)
+			t.note("%s is as it should be", file)
 			return nil
 		}
 		return t.update(ctx, s.update)
 	}
-	t.say("no system store found below %s: this distribution is not known, its own tools can add %s", t.root, t.file)
+	t.note("no system store found below %s: this distribution is not known, its own tools can add %s", t.root, t.file)
 	return nil
 }
 
@@ -231,12 +239,12 @@ func (t *trust) browsers(ctx context.Context) error {
 	}
 	slices.Sort(dbs)
 	if len(dbs) == 0 {
-		t.say("no browser's certificate store found; one that is made later needs this again")
+		t.note("no browser's certificate store found; one that is made later needs this again")
 		return nil
 	}
 	certutil, err := exec.LookPath("certutil")
 	if err != nil {
-		t.say("certutil is missing, so browsers do not trust the CA yet: sudo apt-get install libnss3-tools (Fedora: nss-tools, Arch: nss), then run this again")
+		t.note("certutil is missing, so browsers do not trust the CA yet: sudo apt-get install libnss3-tools (Fedora: nss-tools, Arch: nss), then run this again")
 		return nil
 	}
 	var failed []error
@@ -257,7 +265,7 @@ func (t *trust) database(ctx context.Context, certutil, db string) error {
 	has := n.run(ctx, nil, "-L", "-n", t.name) == nil
 	switch {
 	case has != t.uninstall: // there and wanted, or gone and unwanted
-		t.say("%s is as it should be", db)
+		t.note("%s is as it should be", db)
 		return nil
 	case t.uninstall:
 		t.say("take the CA out of %s", db)

@@ -42,6 +42,9 @@ private sandbox for whoever has it, until its time is over or it is revoked.`,
 				fmt.Fprintln(a.out, "https://"+s.Host(port))
 				return nil
 			}
+			if err := positive(cmd, "ttl"); err != nil {
+				return err
+			}
 			c, err := a.client()
 			if err != nil {
 				return err
@@ -72,6 +75,7 @@ func portArg(s string) (int, error) {
 func urlListCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "list <sandbox>", Aliases: []string{"ls"}, Short: "List the signed URLs in force", Args: cobra.ExactArgs(1),
+		Example: `  cordon url list iabc…`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -96,7 +100,9 @@ func urlRevokeCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "revoke <sandbox> [<url ID>...]",
 		Short: "Revoke signed URLs at once; what is open through them is cut",
-		Args:  cobra.MinimumNArgs(1),
+		Example: `  cordon url revoke iabc… 6glbf4pwndmv6rr4
+  cordon url revoke iabc… --all`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if all == (len(args) > 1) {
 				return errs.New(errs.Invalid, "name the URLs' IDs (cordon url list %s), or give --all", args[0])
