@@ -24,8 +24,8 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 		Name string `json:"name,omitempty"`
 	}{name}
 	var out control.Snapshot
-	if _, err := s.client.do(ctx, call{method: http.MethodPost, path: "/sandboxes/" + url.PathEscape(s.ID) + "/snapshots", in: in, out: &out}); err != nil {
-		return Snapshot{}, fmt.Errorf("snapshot sandbox: %w", err)
+	if err := s.do(ctx, "snapshot sandbox", call{method: http.MethodPost, path: "/snapshots", in: in, out: &out}); err != nil {
+		return Snapshot{}, err
 	}
 	return Snapshot{ID: out.SnapshotID, Names: out.Names}, nil
 }
@@ -47,8 +47,8 @@ func (s *Sandbox) Fork(ctx context.Context, count int, timeout time.Duration) ([
 		Timeout int64 `json:"timeout,omitempty"`
 	}{count, seconds(timeout)}
 	var out []control.Forked
-	if _, err := s.client.do(ctx, call{method: http.MethodPost, path: "/sandboxes/" + url.PathEscape(s.ID) + "/fork", in: in, out: &out}); err != nil {
-		return nil, fmt.Errorf("fork sandbox: %w", err)
+	if err := s.do(ctx, "fork sandbox", call{method: http.MethodPost, path: "/fork", in: in, out: &out}); err != nil {
+		return nil, err
 	}
 	var copies []*Sandbox
 	var failed []error

@@ -2,10 +2,8 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strconv"
@@ -41,20 +39,13 @@ func (a *Agent) postStart(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, "args: name a command")
 		return
 	}
-	if err := a.runStart(&req); err != nil {
+	p, err := a.asTemplate(&req)
+	if err != nil {
 		writeError(w, http.StatusUnprocessableEntity, err.Error())
 		return
 	}
-	w.WriteHeader(http.StatusNoContent)
-}
-
-func (a *Agent) runStart(req *startRequest) error {
-	p, err := a.asTemplate(req)
-	if err != nil {
-		return err
-	}
 	a.log.Info("start command runs", "pid", p.pid)
-	return nil
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // asTemplate starts a command as it would start for an owner who asked for
@@ -98,12 +89,8 @@ type readyRequest struct {
 // while it is not.
 func (a *Agent) postReady(w http.ResponseWriter, r *http.Request) {
 	var req readyRequest
-	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxJSON))
-	if err == nil {
-		err = json.Unmarshal(raw, &req)
-	}
-	if err != nil {
-		writeError(w, http.StatusBadRequest, "the request body is not the expected JSON: "+err.Error())
+	if err := readJSON(w, r, &req); err != nil {
+		writeError(w, http.StatusBadRequest, err.Error())
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), readyLimit)
