@@ -443,5 +443,5 @@ func environMap(environ []string) map[string]string {
 
 // errNotRoot is the one sentence for commands that change the machine.
 func errNotRoot(command string) error {
-	return fmt.Errorf("cordon %s needs root, for network namespaces and nftables: run it with sudo", command)
+	return fmt.Errorf("cordon %s needs root, for namespaces, mounts and nftables: run it with sudo", command)
 }

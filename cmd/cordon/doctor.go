@@ -71,6 +71,9 @@ func doctorCommand(a *app) *cobra.Command {
 // examine checks everything cordon needs of the host, in the order a person
 // would mend it.
 func examine(ctx context.Context, cfg *config) []finding {
+	if root := checkRoot(); !root.ok { // the other checks would blame the machine for it
+		return []finding{root, checkKernel(), checkCgroups(), checkMmdebstrap(), checkNames(ctx, cfg)}
+	}
 	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3))
@@ -78,7 +81,7 @@ func examine(ctx context.Context, cfg *config) []finding {
 
 func checkRoot() finding {
 	f := finding{name: "root", ok: os.Geteuid() == 0, say: "user ID " + strconv.Itoa(os.Geteuid())}
-	f.mend = "run with sudo: namespaces, nftables and cgroups need it"
+	f.mend = "run with sudo: namespaces, nftables and cgroups need it, and so do the other checks"
 	return f
 }
 
