@@ -186,7 +186,7 @@ func newWheel(t *testing.T) []byte {
 }
 
 var (
-	linked  = regexp.MustCompile(`\]\(([^)#:]*)(?:#([^)]*))?\)`)
+	linked  = regexp.MustCompile(`\]\(([^)#: "]*)(?:#([^) "]*))?(?: "[^"]*")?\)`) // with or without a title
 	heading = regexp.MustCompile(`(?m)^#+ (.*)$`)
 )
 
