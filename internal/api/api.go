@@ -49,7 +49,7 @@ type Sandboxes interface {
 	Bind(ctx context.Context, owner string, id sandbox.ID, d sandbox.Domain) (sandbox.Domain, error)
 	Unbind(ctx context.Context, owner string, id sandbox.ID, name string) error
 	// CreateLink returns the record with the key to sign the link's URL with.
-	CreateLink(ctx context.Context, owner string, id sandbox.ID, port uint16, ttl time.Duration) (sandbox.Record, sandbox.Link, error)
+	CreateLink(ctx context.Context, owner string, id sandbox.ID, req sandbox.LinkRequest) (sandbox.Record, sandbox.Link, error)
 	Links(ctx context.Context, owner string, id sandbox.ID) ([]sandbox.Link, error)
 	// RevokeLinks takes one link back, or all when link is empty.
 	RevokeLinks(ctx context.Context, owner string, id sandbox.ID, link string) error

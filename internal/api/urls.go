@@ -31,7 +31,7 @@ func (s *server) CreateURL(ctx context.Context, r control.CreateURLRequestObject
 	if ttl == 0 {
 		ttl = urlLife
 	}
-	rec, link, err := s.Sandboxes.CreateLink(ctx, owner(ctx), id, p, ttl)
+	rec, link, err := s.Sandboxes.CreateLink(ctx, owner(ctx), id, sandbox.LinkRequest{Port: p, Life: ttl})
 	if err != nil {
 		return nil, err
 	}

@@ -76,14 +76,20 @@ func (r *Record) HasLink(id string) bool {
 	return slices.ContainsFunc(r.Links, func(l Link) bool { return l.ID == id })
 }
 
-// CreateLink makes a signed URL for a port of a sandbox that is not public, in force
-// for ttl, and returns the record with the key to sign it with.
-func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, port uint16, ttl time.Duration) (Record, Link, error) {
-	if port == 0 || port == AgentPort {
-		return Record{}, Link{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not the agent's %d, which has an access token of its own", port, AgentPort)
+// LinkRequest asks for a signed URL of one port, in force for Life.
+type LinkRequest struct {
+	Port uint16
+	Life time.Duration
+}
+
+// CreateLink makes a signed URL for a port of a sandbox that is not public, and
+// returns the record with the key to sign it with.
+func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, req LinkRequest) (Record, Link, error) {
+	if req.Port == 0 || req.Port == AgentPort {
+		return Record{}, Link{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not the agent's %d, which has an access token of its own", req.Port, AgentPort)
 	}
-	if ttl < time.Second || ttl > MaxLinkLife {
-		return Record{}, Link{}, errs.New(errs.Invalid, "ttl is %d seconds, it must be 1 to %d", int64(ttl.Seconds()), int64(MaxLinkLife.Seconds()))
+	if req.Life < time.Second || req.Life > MaxLinkLife {
+		return Record{}, Link{}, errs.New(errs.Invalid, "ttl is %d seconds, it must be 1 to %d", int64(req.Life.Seconds()), int64(MaxLinkLife.Seconds()))
 	}
 	e, err := m.hold(owner, id)
 	if err != nil {
@@ -99,7 +105,7 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, port uint
 		return Record{}, Link{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d signed URLs: revoke some", string(id), MaxLinks)
 	}
 	now := time.Now()
-	link := Link{ID: newToken()[:16], Port: port, Created: now.UTC(), Expires: now.Add(ttl + time.Second - 1).UTC().Truncate(time.Second)}
+	link := Link{ID: newToken()[:16], Port: req.Port, Created: now.UTC(), Expires: now.Add(req.Life + time.Second - 1).UTC().Truncate(time.Second)}
 	next.rec.Links = append(kept, link)
 	if next.rec.LinkKey == "" {
 		next.rec.LinkKey = newToken() + newToken()
@@ -107,7 +113,7 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, port uint
 	if err := m.save(ctx, e, next); err != nil {
 		return Record{}, Link{}, err
 	}
-	m.cfg.Log.Info("link made", "sandbox", id, "link", link.ID, "port", port, "expires", link.Expires)
+	m.cfg.Log.Info("link made", "sandbox", id, "link", link.ID, "port", req.Port, "expires", link.Expires)
 	return e.view.Load().rec, link, nil
 }
 

@@ -67,11 +67,11 @@ func TestLinksAreDurableAndRevoked(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	signed, a, err := m.CreateLink(ctx, "k1", rec.ID, 3000, time.Hour)
+	signed, a, err := m.CreateLink(ctx, "k1", rec.ID, LinkRequest{3000, time.Hour})
 	if err != nil || signed.LinkKey == "" || time.Until(a.Expires) < time.Hour-time.Second || !a.Expires.Equal(a.Expires.Truncate(time.Second)) {
 		t.Fatalf("got %+v, %v", a, err)
 	}
-	again, b, err := m.CreateLink(ctx, "k1", rec.ID, 3000, time.Hour)
+	again, b, err := m.CreateLink(ctx, "k1", rec.ID, LinkRequest{3000, time.Hour})
 	if err != nil || again.LinkKey != signed.LinkKey || a.ID == b.ID {
 		t.Fatalf("got %+v, %v", b, err)
 	}
@@ -109,28 +109,28 @@ func TestLinksAreDurableAndRevoked(t *testing.T) {
 	}
 	has(false, false)
 	for name, err := range map[string]error{
-		"port 0":           second(m.CreateLink(ctx, "k1", rec.ID, 0, time.Hour)),
-		"the agent's port": second(m.CreateLink(ctx, "k1", rec.ID, AgentPort, time.Hour)),
-		"no time":          second(m.CreateLink(ctx, "k1", rec.ID, 80, 0)),
-		"too long a time":  second(m.CreateLink(ctx, "k1", rec.ID, 80, MaxLinkLife+time.Second)),
+		"port 0":           second(m.CreateLink(ctx, "k1", rec.ID, LinkRequest{0, time.Hour})),
+		"the agent's port": second(m.CreateLink(ctx, "k1", rec.ID, LinkRequest{AgentPort, time.Hour})),
+		"no time":          second(m.CreateLink(ctx, "k1", rec.ID, LinkRequest{80, 0})),
+		"too long a time":  second(m.CreateLink(ctx, "k1", rec.ID, LinkRequest{80, MaxLinkLife + time.Second})),
 	} {
 		if !errs.Is(err, errs.Invalid) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	for range MaxLinks {
-		if _, _, err := m.CreateLink(ctx, "k1", rec.ID, 80, time.Hour); err != nil {
+		if _, _, err := m.CreateLink(ctx, "k1", rec.ID, LinkRequest{80, time.Hour}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := second(m.CreateLink(ctx, "k1", rec.ID, 80, time.Hour)); !errs.Is(err, errs.Exhausted) {
+	if err := second(m.CreateLink(ctx, "k1", rec.ID, LinkRequest{80, time.Hour})); !errs.Is(err, errs.Exhausted) {
 		t.Errorf("over the limit: %v", err)
 	}
 	public, err := m.Create(ctx, CreateRequest{Owner: "k1"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := second(m.CreateLink(ctx, "k1", public.ID, 80, time.Hour)); !errs.Is(err, errs.Conflict) {
+	if err := second(m.CreateLink(ctx, "k1", public.ID, LinkRequest{80, time.Hour})); !errs.Is(err, errs.Conflict) {
 		t.Errorf("of a public sandbox: %v", err)
 	}
 }

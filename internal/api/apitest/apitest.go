@@ -245,14 +245,14 @@ func (f *Sandboxes) Unbind(_ context.Context, owner string, id sandbox.ID, name 
 }
 
 // CreateLink implements the API's interface.
-func (f *Sandboxes) CreateLink(_ context.Context, owner string, id sandbox.ID, port uint16, ttl time.Duration) (sandbox.Record, sandbox.Link, error) {
+func (f *Sandboxes) CreateLink(_ context.Context, owner string, id sandbox.ID, req sandbox.LinkRequest) (sandbox.Record, sandbox.Link, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	rec, err := f.find(owner, id)
 	if err != nil {
 		return sandbox.Record{}, sandbox.Link{}, err
 	}
-	link := sandbox.Link{ID: "u" + strconv.Itoa(len(rec.Links)), Port: port, Created: time.Now(), Expires: time.Now().Add(ttl).Truncate(time.Second)}
+	link := sandbox.Link{ID: "u" + strconv.Itoa(len(rec.Links)), Port: req.Port, Created: time.Now(), Expires: time.Now().Add(req.Life).Truncate(time.Second)}
 	rec.LinkKey, rec.Links = "key", append(slices.Clone(rec.Links), link)
 	return *rec, link, nil
 }
