@@ -56,7 +56,7 @@ func TestSoak(t *testing.T) {
 	t.Logf("done: %v", k.done)
 	k.killAll(t)
 	after := sizeOf(t, s)
-	t.Logf("after: %v; the server %v", kinds(settled(t, s)), after)
+	t.Logf("after: %v; the server %v", kinds(look(t, s)), after)
 	if after.descriptors > size.descriptors+20 {
 		t.Errorf("the server had %d descriptors and has %d", size.descriptors, after.descriptors)
 	}
