@@ -421,6 +421,7 @@ func TestProgramsInTheHostShareMountsAndProcesses(t *testing.T) {
 	if got := sh("for i in 1 2 3 4 5 6 7 8 9; do ls /run/mine/here && break; sleep 0.1; done; ls /run/netns"); got != "/run/mine/here\nnamed" {
 		t.Errorf("a later program sees %q", got)
 	}
+	sh("for i in 1 2 3 4 5 6 7 8 9; do grep -qx setsid /proc/[0-9]*/comm || break; sleep 0.1; done") // until it is what it starts
 	if got := sh("ps -e -o comm= 2>/dev/null || cat /proc/[0-9]*/comm"); strings.Count(got, "sleep") != 1 {
 		t.Errorf("the daemon is not seen by a later program: %q", got)
 	}

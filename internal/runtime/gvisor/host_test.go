@@ -594,6 +594,7 @@ func TestTheServerLosesNothingToSandboxes(t *testing.T) {
 		must(t, r.Destroy(t.Context(), s.ID))
 	}
 	count := func() (files, goroutines int) {
+		r.workers.refill() // the one that waits may have been taken for a pause
 		fds, err := os.ReadDir("/proc/self/fd")
 		must(t, err)
 		return len(fds), runtime.NumGoroutine()
