@@ -36,6 +36,9 @@ func quick(t *testing.T, table string) string {
 		Tables: []string{table}, Rounds: 1, Each: 20 * time.Millisecond, Sandboxes: 3, CIDRs: 100, Flows: 20, Starts: 1, Burst: 2,
 		Self: []string{os.Args[0], processArg}, Server: []string{server}, Template: "host", CacheDir: t.TempDir(),
 	}
+	if os.Getenv("REQUIRE_PRIVILEGED") != "" { // make test has built it
+		o.Interpreter, o.CacheDir = "code-interpreter-v1", "/var/cache/cordon"
+	}
 	if err := Run(ctx, o, &out, os.Stderr); err != nil {
 		t.Fatalf("%v\n%s", err, &out)
 	}

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -30,7 +31,9 @@ type Case struct {
 	// Anywhere marks cases that need neither the recorder nor the lab's names, and
 	// so run against any server.
 	Anywhere bool
-	Run      func(*Trial)
+	// Secure marks cases that need TLS in front of the server.
+	Secure bool
+	Run    func(*Trial)
 	// Within bounds the case; 0 is fifteen seconds.
 	Within time.Duration
 }
@@ -203,12 +206,25 @@ func (s *suite) restart(ctx context.Context, gone func() error) error {
 // run runs one case to its end or its time, whichever is first.
 func (s *suite) run(ctx context.Context, c Case) Result {
 	t := &Trial{suite: s, result: Result{Case: c.ID, Group: c.Group, Title: c.Title, Verdict: Pass}, c: c}
-	if s.stand == nil && !c.Anywhere {
-		t.result.Verdict, t.result.Why = Skip, "needs the lab's recorder"
+	if why := s.lacks(c); why != "" {
+		t.result.Verdict, t.result.Why = Skip, why
 		return t.result
 	}
 	t.within(ctx, c.Run)
 	return t.result
+}
+
+// lacks says what a case needs and does not have here; empty: nothing.
+func (s *suite) lacks(c Case) string {
+	switch {
+	case s.stand != nil:
+		return ""
+	case !c.Anywhere:
+		return "needs the lab's recorder"
+	case c.Secure && !strings.HasPrefix(s.opts.Against, "https://"):
+		return "needs an https URL: browsers keep such cookies of nothing else"
+	}
+	return ""
 }
 
 // runLater runs the postponed halves and adds their steps to the results.
