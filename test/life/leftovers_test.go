@@ -196,8 +196,8 @@ func plain(s *stand.Stand, lines []string) []string {
 		l = strings.NewReplacer("elements = { ", "", " }", "").Replace(l)
 		l = strings.TrimRight(l, ", ")
 		l = slot.ReplaceAllString(l, "slot")
+		l = mac.ReplaceAllString(l, "mac") // first: its end may look like the beginning of an address
 		l = address.ReplaceAllString(l, "address")
-		l = mac.ReplaceAllString(l, "mac")
 		out = append(out, ifindex.ReplaceAllString(l, ""))
 	}
 	slices.Sort(out)
