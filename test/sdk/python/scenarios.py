@@ -294,9 +294,9 @@ def a_private_port_needs_its_traffic_token():
 
 def a_server_is_asked_in_the_same_breath_as_it_is_started():
     with sandbox() as s:
-        codes = []
+        codes, kept = [], []  # a handle that is dropped closes its stream: nobody waits for such a command
         for port in range(3001, 3005):  # a busy machine may be too slow for it, now and then
-            s.commands.run(f"python3 -m http.server {port}", background=True, cwd="/tmp")
+            kept.append(s.commands.run(f"python3 -m http.server {port}", background=True, cwd="/tmp"))
             codes.append(fetch("https://" + s.get_host(port))[0])
             if codes[-1] == 200:
                 return
