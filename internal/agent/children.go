@@ -7,6 +7,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // children starts processes and is the only one to wait for them. PID 1 must
@@ -27,8 +28,25 @@ func newChildren(all bool) *children {
 	return &children{all: all, waiting: map[int]chan<- syscall.WaitStatus{}}
 }
 
+const (
+	// crowded is how long a start waits for room among the processes: the guard is
+	// about to make some where there is none, and needs a few looks for it.
+	crowded = 5 * time.Second
+	// crowdedPause is how long it waits between two attempts.
+	crowdedPause = 20 * time.Millisecond
+)
+
 // start runs a program. Its exit arrives once on the channel.
 func (c *children) start(path string, argv []string, attr *syscall.ProcAttr) (int, <-chan syscall.WaitStatus, error) {
+	for deadline := time.Now().Add(crowded); ; time.Sleep(crowdedPause) {
+		pid, exit, err := c.tryStart(path, argv, attr)
+		if !errors.Is(err, syscall.EAGAIN) || time.Now().After(deadline) {
+			return pid, exit, err
+		}
+	}
+}
+
+func (c *children) tryStart(path string, argv []string, attr *syscall.ProcAttr) (int, <-chan syscall.WaitStatus, error) {
 	exit := make(chan syscall.WaitStatus, 1)
 	c.mu.Lock()
 	defer c.mu.Unlock()

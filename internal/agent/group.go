@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"sync"
+	"syscall"
 )
 
 // group is the cgroup of all commands, in a hierarchy of version 1 that counts
@@ -17,6 +19,8 @@ type group struct {
 	leave *os.File // and back
 	most  string   // file of the limit
 	limit int
+
+	mu sync.RWMutex // held for writing while the group is barren
 }
 
 // newGroup makes a group of at most limit processes and threads below the
@@ -52,7 +56,13 @@ func (g *group) set(limit int) error {
 
 // barren runs f while no process of the group can have children.
 func (g *group) barren(f func()) {
-	if g == nil || g.set(0) != nil {
+	if g == nil {
+		f()
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.set(0) != nil {
 		f()
 		return
 	}
@@ -65,11 +75,16 @@ func (g *group) barren(f func()) {
 }
 
 // within runs fork on a thread that is in the group, so that the child is from its
-// first instruction. A nil group runs it anywhere.
+// first instruction. Its error is EAGAIN while the group is full or barren. A nil
+// group runs fork anywhere.
 func (g *group) within(fork func() error) error {
 	if g == nil {
 		return fork()
 	}
+	if !g.mu.TryRLock() {
+		return syscall.EAGAIN
+	}
+	defer g.mu.RUnlock()
 	self := []byte("0") // the writing thread
 	runtime.LockOSThread()
 	if _, err := g.enter.WriteAt(self, 0); err != nil {

@@ -14,6 +14,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 )
 
 // upload is one request to write files.
@@ -52,10 +53,20 @@ func (a *Agent) postFiles(w http.ResponseWriter, r *http.Request) {
 		err = httpError{http.StatusBadRequest, fmt.Sprintf("content type %q: send multipart/form-data or application/octet-stream", kind)}
 	}
 	if err != nil {
+		drainUpload(w, r)
 		fail(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, done)
+}
+
+// drainUpload reads a while what is left of the body of a refused upload: many
+// clients look for the answer only when all is sent, and would see a reset.
+func drainUpload(w http.ResponseWriter, r *http.Request) {
+	const most, wait = 64 << 20, time.Second
+	if http.NewResponseController(w).SetReadDeadline(time.Now().Add(wait)) == nil {
+		io.CopyN(io.Discard, r.Body, most) //nolint:errcheck // the refusal is what counts
+	}
 }
 
 // plainBody undoes the body's Content-Encoding.
