@@ -30,6 +30,31 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 	return Snapshot{ID: out.SnapshotID, Names: out.Names}, nil
 }
 
+// Snapshots returns the snapshots of the caller's, newest first: those made of one
+// sandbox, or with an empty ID all.
+func (cl *Client) Snapshots(ctx context.Context, sandbox string) ([]Snapshot, error) {
+	query := url.Values{}
+	if sandbox != "" {
+		query.Set("sandboxID", sandbox)
+	}
+	var all []Snapshot
+	for {
+		var page []control.Snapshot
+		header, err := cl.do(ctx, call{method: http.MethodGet, path: "/snapshots?" + query.Encode(), out: &page})
+		if err != nil {
+			return nil, fmt.Errorf("list snapshots: %w", err)
+		}
+		for _, s := range page {
+			all = append(all, Snapshot{ID: s.SnapshotID, Names: s.Names})
+		}
+		next := header.Get("X-Next-Token")
+		if next == "" {
+			return all, nil
+		}
+		query.Set("nextToken", next)
+	}
+}
+
 // DeleteSnapshot removes a snapshot; sandboxes made from it go on.
 func (cl *Client) DeleteSnapshot(ctx context.Context, id string) error {
 	if _, err := cl.do(ctx, call{method: http.MethodDelete, path: "/templates/" + url.PathEscape(id)}); err != nil {

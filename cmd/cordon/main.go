@@ -71,7 +71,8 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 	root.AddCommand(
 		serveCommand(a), envCommand(a), doctorCommand(a), demoCommand(a), benchCommand(a), benchProcessCommand(),
 		keyCommand(a), imageCommand(a), debugCommand(a),
-		createCommand(a), listCommand(a), killCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
+		createCommand(a), listCommand(a), killCommand(a), pauseCommand(a), resumeCommand(a), forkCommand(a),
+		snapshotCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
 		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a), conformanceCommand(a),
 	)
 	explainUsage(root)

@@ -49,6 +49,9 @@ func (a *app) client() (*client.Client, error) {
 	return client.New(client.Options{APIURL: url, APIKey: key, SandboxURL: url})
 }
 
+// callTimeout has room for a call that writes the memory of a large sandbox to disk.
+const callTimeout = 5 * time.Minute
+
 // call is one request to the control API that the Go client has no method for;
 // in and out may be nil.
 func (a *app) call(ctx context.Context, method, path string, in, out any) error {
@@ -70,7 +73,7 @@ func (a *app) call(ctx context.Context, method, path string, in, out any) error 
 	}
 	req.Header.Set("X-API-KEY", key)
 	req.Header.Set("Content-Type", "application/json")
-	res, err := (&http.Client{Timeout: 30 * time.Second}).Do(req)
+	res, err := (&http.Client{Timeout: callTimeout}).Do(req)
 	if err != nil {
 		return err
 	}
