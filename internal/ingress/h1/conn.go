@@ -1,0 +1,274 @@
+package h1
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// lingerTime and lingerBytes are what a client may go on sending after an answer
+// that it did not wait for: were the connection closed under it, it would see a
+// reset and maybe no answer (RFC 9112, section 9.6).
+const (
+	lingerTime  = 500 * time.Millisecond
+	lingerBytes = 1 << 20
+)
+
+// conn is a connection being served.
+type conn struct {
+	s      *Server
+	rwc    net.Conn
+	tls    *tls.ConnectionState
+	remote string
+	ctx    context.Context
+	state  state // atomic
+
+	// While idle a connection has no buffers but small, which holds the greater
+	// part of requests whole; early is what is in it and not yet read from bufs.br.
+	bufs  *buffers
+	small [512]byte
+	early []byte
+
+	watch    watch
+	writeErr atomic.Bool // the client does not get what is written
+
+	deadline time.Time   // for reading, as the idle connection last set it
+	moved    atomic.Bool // by others since
+	posted   bool        // the last request was a POST
+}
+
+// buffers are what a connection needs while it has a request.
+type buffers struct {
+	br   *bufio.Reader
+	bw   *bufio.Writer
+	head []byte // of the answer, until its framing is known
+	body []byte // of the answer, until it is sure to be too long for a Content-Length, or a chunk's worth
+}
+
+var bufferPool = sync.Pool{New: func() any {
+	return &buffers{
+		br: bufio.NewReaderSize(nil, 4<<10), bw: bufio.NewWriterSize(nil, 4<<10),
+		head: make([]byte, 0, 1<<10), body: make([]byte, 0, 2<<10),
+	}
+}}
+
+func (c *conn) takeBuffers() {
+	if c.bufs == nil {
+		c.bufs = bufferPool.Get().(*buffers)
+		c.bufs.br.Reset(c)
+		c.bufs.bw.Reset(c)
+	}
+}
+
+func (c *conn) giveBuffers() {
+	b := c.bufs
+	if b == nil {
+		return
+	}
+	c.bufs = nil
+	b.br.Reset(nil)
+	b.bw.Reset(nil)
+	b.body = b.body[:0]
+	if b.head = b.head[:0]; cap(b.head) > 8<<10 {
+		b.head = nil
+	}
+	bufferPool.Put(b)
+}
+
+// Read is what bufs.br reads from.
+func (c *conn) Read(p []byte) (int, error) {
+	if len(c.early) > 0 {
+		n := copy(p, c.early)
+		c.early = c.early[n:]
+		return n, nil
+	}
+	return c.rwc.Read(p)
+}
+
+// Write is what bufs.bw writes to.
+func (c *conn) Write(p []byte) (int, error) {
+	n, err := c.rwc.Write(p)
+	if err != nil {
+		c.writeErr.Store(true)
+		if x := c.watch.current.Load(); x != nil {
+			x.cancel()
+		}
+	}
+	return n, err
+}
+
+// setReadDeadline is for everyone but await, which spares itself most calls.
+func (c *conn) setReadDeadline(t time.Time) {
+	c.moved.Store(true)
+	c.rwc.SetReadDeadline(t) //nolint:errcheck // a dead connection shows in the read
+}
+
+// serve serves requests one after the other.
+func (c *conn) serve() (hijacked bool) {
+	for first := true; c.await(first); first = false {
+		x := &exchange{c: c, length: -1}
+		if err := c.next(x, first); err != nil {
+			c.refuse(err)
+			break
+		}
+		keep := c.answer(x)
+		if x.hijacked.Load() {
+			return true
+		}
+		if !keep {
+			break
+		}
+	}
+	c.giveBuffers()
+	c.rwc.Close()
+	return false
+}
+
+// await waits for the first octets of a request. It reports false when none
+// will come or be served.
+func (c *conn) await(first bool) bool {
+	if c.bufs != nil && (c.bufs.br.Buffered() > 0 || len(c.early) > 0) {
+		return !c.s.closing.Load() // pipelined
+	}
+	c.giveBuffers()
+	atomic.StoreInt32(&c.state, idle)
+	if c.s.closing.Load() { // it may not have seen that this one is idle
+		return false
+	}
+	patience := c.s.idleTimeout()
+	if first {
+		patience = c.s.headerTimeout()
+	}
+	// Setting a deadline costs more than looking at the clock: it is moved only
+	// when it would come too early, and then a little too far.
+	now := time.Now()
+	if c.deadline.Before(now.Add(patience)) || first || c.moved.Load() {
+		if c.deadline = now.Add(patience); !first {
+			c.deadline = c.deadline.Add(patience / 16)
+		}
+		c.moved.Store(false)
+		c.rwc.SetReadDeadline(c.deadline) //nolint:errcheck // a dead connection shows in the read
+	}
+	n, err := c.rwc.Read(c.small[:])
+	if n == 0 {
+		if err != nil && !errors.Is(err, io.EOF) && !isTimeout(err) {
+			c.s.log().Debug("connection lost", "client", c.remote, "err", err)
+		}
+		return false
+	}
+	if !atomic.CompareAndSwapInt32(&c.state, idle, busy) {
+		return false
+	}
+	c.early = c.small[:n]
+	c.takeBuffers()
+	c.bufs.br.Peek(1) //nolint:errcheck // takes what came early
+	return true
+}
+
+// next reads a request's head.
+func (c *conn) next(x *exchange, first bool) error {
+	br := c.bufs.br
+	if c.posted { // some old clients send a line end too many
+		b, _ := br.Peek(min(4, br.Buffered())) // what is not there cannot be told from a slow client's
+		for len(b) > 0 && (b[0] == '\r' || b[0] == '\n') {
+			b = b[1:]
+			br.Discard(1) //nolint:errcheck // it is there
+		}
+	}
+	timed := first // the deadline of the first is running
+	head, err := readHead(br, c.s.headerBytes(), func(begun []byte) error {
+		if !timed {
+			timed = true
+			c.setReadDeadline(time.Now().Add(c.s.headerTimeout()))
+		}
+		return begunWell(begun)
+	})
+	if err == nil {
+		err = x.readRequest(head)
+	}
+	if err != nil {
+		return err
+	}
+	c.posted = x.req.Method == http.MethodPost
+	if x.body.x != nil {
+		c.setReadDeadline(time.Time{})
+	}
+	return nil
+}
+
+// answer has a request answered and reports whether another may follow.
+func (c *conn) answer(x *exchange) (keep bool) {
+	defer func() {
+		v := recover()
+		if v == nil {
+			return
+		}
+		keep = false
+		if v != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+			c.s.log().Error("request handler panicked", "client", c.remote, "err", v, "stack", string(debug.Stack()))
+		}
+		x.over.Store(true)
+		x.cancel()
+		if !x.hijacked.Load() {
+			c.disarm()
+			x.shut()
+		}
+	}()
+	c.watch.current.Store(x)
+	if x.body.x == nil {
+		c.arm(x)
+	}
+	c.s.Handler.ServeHTTP(x, x.req)
+	x.over.Store(true)
+	x.cancel()
+	if x.hijacked.Load() {
+		return false
+	}
+	x.finish()
+	c.disarm()
+	if x.keep() {
+		return true
+	}
+	x.shut()
+	if !x.body.done() && !c.writeErr.Load() {
+		c.linger()
+	}
+	return false
+}
+
+// refuse answers what could not be read as a request.
+func (c *conn) refuse(err error) {
+	r := refusalOf(err)
+	if r == nil {
+		return
+	}
+	c.s.log().Debug("request refused", "client", c.remote, "status", r.status, "err", err)
+	title := strconv.Itoa(r.status) + " " + http.StatusText(r.status)
+	text := title + ": " + r.why + "\n"
+	c.rwc.SetWriteDeadline(time.Now().Add(drainTime)) //nolint:errcheck // a dead connection shows in the write
+	_, werr := io.WriteString(c.rwc, "HTTP/1.1 "+title+"\r\n"+c.s.dateField()+
+		"Content-Type: text/plain; charset=utf-8\r\nContent-Length: "+strconv.Itoa(len(text))+"\r\nConnection: close\r\n\r\n"+text)
+	if werr == nil && r.status != http.StatusRequestTimeout {
+		c.linger()
+	}
+}
+
+// linger lets the client see the answer before the connection is closed.
+func (c *conn) linger() {
+	if half, ok := c.rwc.(interface{ CloseWrite() error }); ok {
+		if half.CloseWrite() != nil {
+			return
+		}
+	}
+	c.setReadDeadline(time.Now().Add(lingerTime))
+	io.CopyN(io.Discard, c.rwc, lingerBytes) //nolint:errcheck // whatever comes is not looked at
+}
