@@ -33,7 +33,7 @@ func (f *framed) read(p []byte) (n int, err error) {
 	}
 	switch {
 	case f.chunks != nil:
-		if n, err = f.chunks.Read(p); err == io.EOF {
+		if n, err = f.chunks.Read(p); errors.Is(err, io.EOF) {
 			if f.fields, err = readTrailer(f.br); err == nil {
 				err = io.EOF
 			}
@@ -42,7 +42,7 @@ func (f *framed) read(p []byte) (n int, err error) {
 		n, err = f.br.Read(p[:min(int64(len(p)), f.left)])
 		if f.left -= int64(n); f.left == 0 {
 			err = io.EOF
-		} else if err == io.EOF {
+		} else if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 	default:
@@ -126,7 +126,7 @@ func (b *body) readLocked(p []byte) (int, error) {
 	}
 	n, err := b.framed.read(p)
 	switch {
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		mergeTrailer(&b.x.req.Trailer, b.framed.fields)
 		b.eof.Store(true)
 		b.x.c.arm(b.x)
@@ -155,14 +155,13 @@ func (b *body) trailer() []Field {
 func (b *body) done() bool { return b.x == nil || b.eof.Load() }
 
 // drain reads the rest of the body if it is not much, and reports whether the
-// connection is at its end then. Nobody can read from the body any more.
+// connection is at its end then; if so, nobody can read from the body any more.
 func (b *body) drain() bool {
 	if b.x == nil {
 		return true
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.closed = true
 	if b.framed.err == nil && b.framed.left <= drainBytes {
 		if !b.x.timed.Load() {
 			b.x.c.setReadDeadline(time.Now().Add(drainTime))
@@ -172,7 +171,8 @@ func (b *body) drain() bool {
 			n, err = b.readLocked(scrap)
 		}
 	}
-	return b.framed.err == io.EOF
+	b.closed = b.closed || b.eof.Load()
+	return b.eof.Load()
 }
 
 // take ends the reading for good, because the connection is taken over. It

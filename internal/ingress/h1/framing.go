@@ -262,5 +262,5 @@ func (x *exchange) shut() {
 		return
 	}
 	x.c.setReadDeadline(time.Unix(1, 0))
-	x.body.Close() //nolint:errcheck // has none; it waits for the reader
+	x.body.Close() // waits for the reader
 }

@@ -227,5 +227,5 @@ func hasToken(values []string, token string) bool {
 
 func isTimeout(err error) bool {
 	var t interface{ Timeout() bool }
-	return err != io.EOF && errors.As(err, &t) && t.Timeout()
+	return errors.As(err, &t) && t.Timeout()
 }
