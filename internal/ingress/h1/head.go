@@ -35,7 +35,7 @@ func readHead(br *bufio.Reader, limit int, waiting func(begun []byte) error) (st
 			return string(long), err
 		}
 		if _, err := br.Peek(seen + 1); err != nil {
-			if err == io.EOF && seen > 0 {
+			if errors.Is(err, io.EOF) && seen > 0 {
 				err = io.ErrUnexpectedEOF
 			}
 			return "", err
@@ -71,9 +71,9 @@ func readLines(br *bufio.Reader, limit int) ([]byte, error) {
 		switch {
 		case len(lines) > limit:
 			return nil, errTooLong
-		case err == bufio.ErrBufferFull:
+		case errors.Is(err, bufio.ErrBufferFull):
 			continue
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return nil, io.ErrUnexpectedEOF
 		case err != nil:
 			return nil, err

@@ -25,7 +25,7 @@ const responseHead = 1 << 20
 func ReadResponse(br *bufio.Reader, r *http.Request) (*http.Response, []Field, error) {
 	head, err := readHead(br, responseHead, statusLineBegun)
 	if err != nil {
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return nil, nil, fmt.Errorf("read head: %w", err)
@@ -186,7 +186,7 @@ func (b *answerBody) Read(p []byte) (int, error) {
 		return 0, b.framed.err
 	}
 	n, err := b.framed.read(p)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		mergeTrailer(&b.resp.Trailer, b.framed.fields)
 	}
 	return n, err
