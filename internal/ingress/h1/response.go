@@ -167,7 +167,9 @@ func responseLength(h http.Header) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("malformed Content-Length %q", values[0])
 	}
-	h["Content-Length"] = values[:1]
+	if len(values) > 1 {
+		h["Content-Length"] = values[:1]
+	}
 	return n, nil
 }
 
