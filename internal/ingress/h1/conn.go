@@ -35,11 +35,12 @@ type conn struct {
 	// While idle a connection has no buffers but small, which holds the greater
 	// part of requests whole; early is what is in it and not yet read from bufs.br.
 	bufs  *buffers
-	small [512]byte
+	small [1 << 10]byte
 	early []byte
 
 	watch    watch
 	writeErr atomic.Bool // the client does not get what is written
+	hijacked atomic.Bool // taken over: not the Server's any more
 
 	deadline time.Time   // for reading, as the idle connection last set it
 	moved    atomic.Bool // by others since
@@ -114,28 +115,32 @@ func (c *conn) setReadDeadline(t time.Time) {
 
 // serve serves requests one after the other.
 func (c *conn) serve() (hijacked bool) {
-	for first := true; c.await(first); first = false {
-		x := &exchange{c: c, length: -1}
-		if err := c.next(x, first); err != nil {
-			c.refuse(err)
-			break
+	defer func() { // also when a handler ends its goroutine
+		if !c.hijacked.Load() {
+			c.giveBuffers()
+			c.rwc.Close()
 		}
-		keep := c.answer(x)
-		if x.hijacked.Load() {
-			return true
-		}
-		if !keep {
-			break
-		}
+	}()
+	for first := true; c.await(first) && c.serveOne(first); {
+		first = false
 	}
-	c.giveBuffers()
-	c.rwc.Close()
-	return false
+	return c.hijacked.Load()
+}
+
+// serveOne reads a request, has it answered and reports whether another may follow.
+func (c *conn) serveOne(first bool) bool {
+	x := &exchange{c: c, length: -1}
+	if err := c.next(x, first); err != nil {
+		c.refuse(err)
+		return false
+	}
+	return c.answer(x)
 }
 
 // await waits for the first octets of a request. It reports false when none
 // will come or be served.
 func (c *conn) await(first bool) bool {
+	c.skipLineEnd()
 	if c.bufs != nil && (c.bufs.br.Buffered() > 0 || len(c.early) > 0) {
 		return !c.s.closing.Load() // pipelined
 	}
@@ -174,18 +179,23 @@ func (c *conn) await(first bool) bool {
 	return true
 }
 
+// skipLineEnd takes the line end too many that some old clients send after a
+// POST (RFC 9112, section 2.2).
+func (c *conn) skipLineEnd() {
+	if !c.posted || c.bufs == nil {
+		return
+	}
+	br := c.bufs.br
+	for b, _ := br.Peek(min(2, br.Buffered())); len(b) > 0 && (b[0] == '\r' || b[0] == '\n'); b = b[1:] {
+		br.Discard(1) //nolint:errcheck // it is there
+	}
+}
+
 // next reads a request's head.
 func (c *conn) next(x *exchange, first bool) error {
-	br := c.bufs.br
-	if c.posted { // some old clients send a line end too many
-		b, _ := br.Peek(min(4, br.Buffered())) // what is not there cannot be told from a slow client's
-		for len(b) > 0 && (b[0] == '\r' || b[0] == '\n') {
-			b = b[1:]
-			br.Discard(1) //nolint:errcheck // it is there
-		}
-	}
+	c.skipLineEnd()
 	timed := first // the deadline of the first is running
-	head, err := readHead(br, c.s.headerBytes(), func(begun []byte) error {
+	head, err := readHead(c.bufs.br, c.s.headerBytes(), func(begun []byte) error {
 		if !timed {
 			timed = true
 			c.setReadDeadline(time.Now().Add(c.s.headerTimeout()))
@@ -207,20 +217,12 @@ func (c *conn) next(x *exchange, first bool) error {
 
 // answer has a request answered and reports whether another may follow.
 func (c *conn) answer(x *exchange) (keep bool) {
+	returned := false
 	defer func() {
-		v := recover()
-		if v == nil {
-			return
-		}
-		keep = false
-		if v != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
-			c.s.log().Error("request handler panicked", "client", c.remote, "err", v, "stack", string(debug.Stack()))
-		}
-		x.over.Store(true)
-		x.cancel()
-		if !x.hijacked.Load() {
-			c.disarm()
-			x.shut()
+		c.watch.current.Store(nil)
+		if !returned {
+			keep = false
+			c.broken(x, recover())
 		}
 	}()
 	c.watch.current.Store(x)
@@ -228,9 +230,10 @@ func (c *conn) answer(x *exchange) (keep bool) {
 		c.arm(x)
 	}
 	c.s.Handler.ServeHTTP(x, x.req)
+	returned = true
 	x.over.Store(true)
 	x.cancel()
-	if x.hijacked.Load() {
+	if c.hijacked.Load() {
 		return false
 	}
 	x.finish()
@@ -243,6 +246,20 @@ func (c *conn) answer(x *exchange) (keep bool) {
 		c.linger()
 	}
 	return false
+}
+
+// broken ends an exchange whose handler did not return: it panicked with v, or
+// ended its goroutine.
+func (c *conn) broken(x *exchange, v any) {
+	if v != nil && v != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+		c.s.log().Error("request handler panicked", "client", c.remote, "err", v, "stack", string(debug.Stack()))
+	}
+	x.over.Store(true)
+	x.cancel()
+	if !c.hijacked.Load() {
+		c.disarm()
+		x.shut()
+	}
 }
 
 // refuse answers what could not be read as a request.

@@ -187,7 +187,7 @@ func (x *exchange) appendConnection(head []byte) []byte {
 
 // WriteTrailers says what the trailer will be.
 func (x *exchange) WriteTrailers(fields []Field) {
-	if x.hijacked.Load() || x.over.Load() {
+	if x.c.hijacked.Load() || x.over.Load() {
 		return
 	}
 	x.trailer = fields

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -11,11 +12,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -50,6 +53,7 @@ func TestFieldsAsTheyCameAndWent(t *testing.T) {
 		io.Copy(io.Discard, r.Body)
 		after = Trailers(r)
 		fw := w.(FieldWriter)
+		fw.WriteTrailers([]Field{{"lost", "overwritten below"}})
 		fw.WriteFields(103, []Field{{"lINK", "</a>"}, {"Content-Length", "9"}})
 		fw.WriteFields(200, []Field{{"z-First", "1"}, {"SET-cookie", "a"}, {"date", "then"}, {"Z-first", "2"}, {"set-COOKIE", "b"}, {"transfer-encoding", "gzip"}, {"trailer", "x-end"}, {"bad name", "x"}, {"a", "b\r\nInjected: x"}})
 		fw.WriteFields(500, nil) // too late
@@ -334,6 +338,25 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	})
 }
 
+func TestIdleConnectionsHoldNoRequest(t *testing.T) {
+	var last weak.Pointer[http.Request]
+	connect := listen(t, &Server{Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		last = weak.Make(r)
+	})})
+	c := connect()
+	io.WriteString(c, "POST / HTTP/1.1\r\n"+host+"Content-Length: 1\r\n\r\na")
+	if _, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); last.Value() != nil; runtime.GC() {
+		if time.Now().After(deadline) {
+			t.Fatal("the request is held")
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 func TestHijackHandsOverWhatCameEarly(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"at once": 0, "when somebody already looks after the client": 3 * watchDelay} {
 		t.Run(name, func(t *testing.T) {
@@ -535,6 +558,69 @@ func TestPanics(t *testing.T) {
 		}
 		log.Reset()
 	}
+}
+
+// testing.T.FailNow does it.
+func TestHandlerThatEndsItsGoroutine(t *testing.T) {
+	c, _ := pipe(t, &Server{Log: quiet(t), Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "x")
+		runtime.Goexit()
+	})})
+	go io.WriteString(c, "GET / HTTP/1.1\r\n"+host+"\r\n")
+	if b, err := io.ReadAll(c); err != nil || len(b) > 0 {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// Reading a record of TLS is broken off and taken up again.
+func TestOverTLS(t *testing.T) {
+	served := make(chan bool, 1)
+	gone := make(chan error, 1)
+	s := &Server{Log: quiet(t), Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+		if r.TLS == nil || r.TLS.ServerName != "name" {
+			t.Errorf("TLS state %+v", r.TLS)
+		}
+		switch r.URL.Path {
+		case "/slow":
+			time.Sleep(3 * watchDelay)
+		case "/gone":
+			served <- true
+			<-r.Context().Done()
+			gone <- r.Context().Err()
+		}
+		b, err := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s %v", r.URL, b, err)
+	})}
+	client, server := net.Pipe()
+	over := make(chan bool, 1)
+	go func() {
+		c := tls.Server(server, &tls.Config{Certificates: []tls.Certificate{certificate(t)}})
+		if err := c.Handshake(); err != nil {
+			t.Error(err)
+		}
+		state := c.ConnectionState()
+		over <- s.ServeConn(context.Background(), c, &state)
+	}()
+	c := tls.Client(client, &tls.Config{InsecureSkipVerify: true, ServerName: "name"})
+	br := bufio.NewReader(c)
+	for _, path := range []string{"/slow", "/", "/slow", "/slow"} {
+		io.WriteString(c, "POST "+path+" HTTP/1.1\r\n"+host+"Content-Length: 3\r\n\r\nabc")
+		resp, err := http.ReadResponse(br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, _ := io.ReadAll(resp.Body); string(b) != path+" abc <nil>" || resp.Close {
+			t.Errorf("%q, close %v", b, resp.Close)
+		}
+	}
+	io.WriteString(c, "GET /gone HTTP/1.1\r\n"+host+"\r\n")
+	<-served
+	go io.Copy(io.Discard, br)
+	c.Close()
+	if err := within(t, gone); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	within(t, over)
 }
 
 func TestHeaderLimit(t *testing.T) {

@@ -14,7 +14,7 @@ const watchDelay = 5 * time.Millisecond
 // reads from the connection then, for the request's body is read; the octet
 // that a pipelining client may have sent is kept.
 type watch struct {
-	current atomic.Pointer[exchange] // the last one that was begun
+	current atomic.Pointer[exchange] // what is being answered
 
 	mu      sync.Mutex // guards the fields below
 	cond    sync.Cond  // reading became false

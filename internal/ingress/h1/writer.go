@@ -23,12 +23,11 @@ type exchange struct {
 	expected    bool // the client sent Expect: 100-continue with a body
 	keepAlive10 bool // the client speaks HTTP/1.0 and asked for the connection to be kept
 
-	interim  sync.Mutex  // held while something is sent before the answer's head
-	goAhead  atomic.Bool // the client waits for a 100 before it sends the body
-	over     atomic.Bool // the handler returned
-	hijacked atomic.Bool
-	timed    atomic.Bool // the handler set a deadline for reading
-	written  atomic.Bool // and one for writing
+	interim sync.Mutex  // held while something is sent before the answer's head
+	goAhead atomic.Bool // the client waits for a 100 before it sends the body
+	over    atomic.Bool // the handler returned
+	timed   atomic.Bool // the handler set a deadline for reading
+	written atomic.Bool // and one for writing
 
 	// The answer. Its header is laid out in c.bufs.head when the handler has
 	// given it, and completed and sent when its framing is known.
@@ -110,7 +109,7 @@ func (x *exchange) WriteFields(code int, fields []Field) {
 }
 
 func (x *exchange) mayBegin(code int) bool {
-	if x.hijacked.Load() || x.over.Load() || x.status != 0 {
+	if x.c.hijacked.Load() || x.over.Load() || x.status != 0 {
 		x.c.s.log().Debug("header given twice or too late", "status", code)
 		return false
 	}
@@ -147,7 +146,7 @@ func (x *exchange) begun() {
 	if x.status != 0 {
 		return
 	}
-	x.given = given{}
+	x.given = given{trailers: len(x.trailer) > 0}
 	x.c.bufs.bw.Write(x.c.bufs.head) //nolint:errcheck // shows in the flush
 	x.c.bufs.bw.WriteString("\r\n")  //nolint:errcheck // as above
 	x.c.bufs.bw.Flush()              //nolint:errcheck // the answer fails likewise
@@ -185,7 +184,7 @@ func (x *exchange) WriteString(s string) (int, error) {
 
 func (x *exchange) mayWrite(n int) error {
 	switch {
-	case x.hijacked.Load():
+	case x.c.hijacked.Load():
 		return http.ErrHijacked
 	case x.over.Load():
 		return errOver
@@ -315,7 +314,7 @@ func (x *exchange) EnableFullDuplex() error {
 func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	c := x.c
 	switch {
-	case x.hijacked.Load():
+	case x.c.hijacked.Load():
 		return nil, nil, http.ErrHijacked
 	case x.over.Load():
 		return nil, nil, errOver
@@ -327,7 +326,7 @@ func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		x.FlushError() //nolint:errcheck // shows in what the handler writes next
 	}
 	c.disarm()
-	x.hijacked.Store(true)
+	c.hijacked.Store(true)
 	c.rwc.SetDeadline(time.Time{})                      //nolint:errcheck // a dead connection shows in its use
 	buffered, _ := c.bufs.br.Peek(c.bufs.br.Buffered()) // never more than is there: no error
 	early := &leftover{conn: c.rwc, b: append(append([]byte(nil), buffered...), c.early...)}
