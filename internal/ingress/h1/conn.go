@@ -146,9 +146,6 @@ func (c *conn) await(first bool) bool {
 	}
 	c.giveBuffers()
 	atomic.StoreInt32(&c.state, idle)
-	if c.s.closing.Load() { // it may not have seen that this one is idle
-		return false
-	}
 	patience := c.s.idleTimeout()
 	if first {
 		patience = c.s.headerTimeout()
@@ -162,6 +159,9 @@ func (c *conn) await(first bool) bool {
 		}
 		c.moved.Store(false)
 		c.rwc.SetReadDeadline(c.deadline) //nolint:errcheck // a dead connection shows in the read
+	}
+	if c.s.closing.Load() { // Shutdown may not have seen that this one is idle, or its deadline is overwritten
+		return false
 	}
 	n, err := c.rwc.Read(c.small[:])
 	if n == 0 {

@@ -17,7 +17,7 @@ type state = int32
 const (
 	idle  state = iota // waiting for a request; may be closed by Shutdown
 	busy               // serving one
-	ended              // closed by Shutdown
+	ended              // told to close by Shutdown
 )
 
 // ServeConn serves one connection until it ends, is closed or is taken over
@@ -71,7 +71,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.closing.Store(true)
 	for c := range s.conns {
 		if atomic.CompareAndSwapInt32(&c.state, idle, ended) {
-			c.rwc.Close()
+			c.rwc.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // a dead connection shows in the read
 		}
 	}
 	var empty chan struct{}
@@ -93,19 +93,31 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 }
 
-// Close ends all connections now. It does not wait for their handlers, whose
+// Close ends all connections now, without a farewell of TLS's, which a peer that
+// does not read could hold up. It does not wait for their handlers, whose
 // requests are cancelled.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closing.Store(true)
 	for c := range s.conns {
-		c.rwc.Close()
+		innermost(c.rwc).Close()
 		if x := c.watch.current.Load(); x != nil {
 			x.cancel()
 		}
 	}
 	return nil
+}
+
+// innermost returns the connection below TLS and the like.
+func innermost(c net.Conn) net.Conn {
+	for {
+		outer, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			return c
+		}
+		c = outer.NetConn()
+	}
 }
 
 func (s *Server) headerBytes() int {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -520,6 +521,39 @@ func TestShutdown(t *testing.T) {
 	late, lateOver := pipe(t, s)
 	if _, err := late.Read(make([]byte, 1)); err == nil || within(t, lateOver) {
 		t.Error("a connection is served after Shutdown")
+	}
+}
+
+// However a connection goes from idle to busy and back while the server is shut
+// down, it ends; and no answer is cut.
+func TestShutdownBetweenRequests(t *testing.T) {
+	for range 20 {
+		s := &Server{Handler: handle(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "whole") })}
+		connect := listen(t, s)
+		var clients sync.WaitGroup
+		for range 20 {
+			c := connect()
+			clients.Go(func() {
+				br := bufio.NewReader(c)
+				for {
+					io.WriteString(c, "GET / HTTP/1.1\r\n"+host+"\r\n")
+					resp, err := http.ReadResponse(br, nil)
+					if err != nil {
+						return
+					}
+					if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "whole" {
+						t.Errorf("%q, %v", b, err)
+					}
+				}
+			})
+		}
+		time.Sleep(2 * time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		if err := s.Shutdown(ctx); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		clients.Wait()
 	}
 }
 
