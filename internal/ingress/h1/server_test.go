@@ -286,6 +286,29 @@ func TestSlowBody(t *testing.T) {
 	})
 }
 
+// The deadline of the head, or of the time between requests, is over then.
+func TestSlowHandlerKeepsItsClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, over := pipe(t, &Server{HeaderTimeout: time.Second, IdleTimeout: time.Second, Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(time.Hour)
+			fmt.Fprint(w, r.Context().Err())
+		})})
+		br := bufio.NewReader(c)
+		for range 2 {
+			io.WriteString(c, "GET / HTTP/1.1\r\n"+host+"\r\n")
+			resp, err := http.ReadResponse(br, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b, _ := io.ReadAll(resp.Body); string(b) != "<nil>" || resp.Close {
+				t.Errorf("%q, close %v", b, resp.Close)
+			}
+		}
+		c.Close()
+		<-over
+	})
+}
+
 func TestOtherProtocolsAreToldAtOnce(t *testing.T) {
 	for name, raw := range map[string]string{"TLS": "\x16\x03\x01\x02\x00\x01", "SSH": "SSH-2.0-x\r\n", "an empty line": "\r\n", "half of HTTP/2": "PRI * HTTP/2.0\r\n"} {
 		t.Run(name, func(t *testing.T) {
@@ -360,48 +383,52 @@ func TestIdleConnectionsHoldNoRequest(t *testing.T) {
 
 func TestHijackHandsOverWhatCameEarly(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"at once": 0, "when somebody already looks after the client": 3 * watchDelay} {
-		t.Run(name, func(t *testing.T) {
-			s := &Server{HeaderTimeout: time.Second, Log: quiet(t), Handler: handle(func(w http.ResponseWriter, r *http.Request) {
-				time.Sleep(wait)
-				nc, rw, err := w.(http.Hijacker).Hijack()
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				if _, _, err := w.(http.Hijacker).Hijack(); !errors.Is(err, http.ErrHijacked) {
-					t.Errorf("a second time: %v", err)
-				}
-				if _, err := w.Write([]byte("x")); !errors.Is(err, http.ErrHijacked) {
-					t.Errorf("Write: %v", err)
-				}
-				w.WriteHeader(500)
-				w.(http.Flusher).Flush()
-				go func() {
-					defer nc.Close()
-					rw.WriteString("HTTP/1.1 101 Switching Protocols\r\n\r\n")
-					rw.Flush()
-					io.Copy(nc, rw)
-				}()
-			})}
-			c, over := pipe(t, s)
-			early := strings.Repeat("early ", 100)
-			go func() {
-				io.WriteString(c, "GET / HTTP/1.1\r\n"+host+"\r\n"+early)
-				io.WriteString(c, "late")
-			}()
-			if !within(t, over) {
-				t.Error("not taken over")
-			}
-			if err := s.Shutdown(t.Context()); err != nil { // it is not the server's any more
-				t.Error(err)
-			}
-			want := "HTTP/1.1 101 Switching Protocols\r\n\r\n" + early + "late"
-			got := make([]byte, len(want))
-			if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
-				t.Errorf("%q, %v", got, err)
-			}
-		})
+		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { hijackAfter(t, wait) }) })
 	}
+}
+
+func hijackAfter(t *testing.T, wait time.Duration) {
+	s := &Server{HeaderTimeout: time.Second, Log: quiet(t), Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(wait)
+		nc, rw, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if _, _, err := w.(http.Hijacker).Hijack(); !errors.Is(err, http.ErrHijacked) {
+			t.Errorf("a second time: %v", err)
+		}
+		if _, err := w.Write([]byte("x")); !errors.Is(err, http.ErrHijacked) {
+			t.Errorf("Write: %v", err)
+		}
+		w.WriteHeader(500)
+		w.(http.Flusher).Flush()
+		go func() {
+			defer nc.Close()
+			rw.WriteString("HTTP/1.1 101 Switching Protocols\r\n\r\n")
+			rw.Flush()
+			io.Copy(nc, rw)
+		}()
+	})}
+	c, over := pipe(t, s)
+	early := strings.Repeat("early ", 100)
+	go func() {
+		io.WriteString(c, "GET / HTTP/1.1\r\n"+host+"\r\n"+early)
+		time.Sleep(time.Hour) // no deadline of the server's is left
+		io.WriteString(c, "late")
+	}()
+	if !within(t, over) {
+		t.Error("not taken over")
+	}
+	if err := s.Shutdown(t.Context()); err != nil { // it is not the server's any more
+		t.Error(err)
+	}
+	want := "HTTP/1.1 101 Switching Protocols\r\n\r\n" + early + "late"
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+		t.Errorf("%q, %v", got, err)
+	}
+	c.Close()
 }
 
 func TestClientGone(t *testing.T) {
