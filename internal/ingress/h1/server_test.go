@@ -94,8 +94,8 @@ func TestWriteFieldsFraming(t *testing.T) {
 		"a length in its place":             {"GET", "abc", 200, []Field{{"A", "1"}, {"content-length", "3"}, {"B", "2"}}, nil, "HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 3\r\nB: 2\r\n\r\nabc"},
 		"no length":                         {"GET", "abc", 200, []Field{{"a", "1"}}, nil, "HTTP/1.1 200 OK\r\na: 1\r\nContent-Length: 3\r\n\r\nabc"},
 		"two lengths":                       {"GET", "abc", 200, []Field{{"Content-Length", "3"}, {"Content-Length", "3"}}, nil, "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"},
-		"a trailer nobody announced":        {"GET", "abc", 200, nil, []Field{{"x-T", "1"}}, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nx-T: 1\r\n\r\n"},
-		"a trailer of a body with a length": {"GET", "abc", 200, []Field{{"Content-Length", "3"}}, []Field{{"x-T", "1"}}, "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"},
+		"a trailer nobody announced":        {"GET", "abc", 200, nil, []Field{{"x-T", "1"}}, "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nx-T: 1\r\n\r\n"},
+		"a trailer of a body with a length": {"GET", "abc", 200, []Field{{"Content-Length", "3"}}, []Field{{"x-T", "1"}}, "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"},
 		"a HEAD's length":                   {"HEAD", "", 200, []Field{{"Content-Length", "3"}}, nil, "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n"},
 		"not modified, as it was sent":      {"GET", "", 304, []Field{{"content-TYPE", "t"}, {"Content-Length", "3"}}, nil, "HTTP/1.1 304 Not Modified\r\ncontent-TYPE: t\r\nContent-Length: 3\r\n\r\n"},
 		"no content has no length":          {"GET", "", 204, []Field{{"Content-Length", "3"}}, nil, "HTTP/1.1 204 No Content\r\n\r\n"},
@@ -107,6 +107,7 @@ func TestWriteFieldsFraming(t *testing.T) {
 				fw := w.(FieldWriter)
 				if c.trailers != nil {
 					fw.WriteTrailers(c.trailers)
+					fw.WriteFields(103, nil) // changes nothing about the answer to come
 				}
 				fw.WriteFields(c.status, c.fields)
 				io.WriteString(w, c.body)
@@ -179,7 +180,8 @@ func TestContinueIsSaidWhenTheBodyIsRead(t *testing.T) {
 	c, _ := pipe(t, &Server{Handler: handle(func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(103)
 		if <-read {
-			io.Copy(w, r.Body)
+			b, _ := io.ReadAll(r.Body)
+			w.Write(b)
 		}
 	})})
 	br := bufio.NewReader(c)
@@ -200,7 +202,8 @@ func TestContinueIsSaidWhenTheBodyIsRead(t *testing.T) {
 	if got := line(); got != "HTTP/1.1 100 Continue\r\n" {
 		t.Errorf("got %q", got)
 	}
-	io.WriteString(c, "abc")
+	io.WriteString(c, "a") // read alone, and then no second time to continue
+	io.WriteString(c, "bc")
 	resp, err := http.ReadResponse(br, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -224,13 +227,14 @@ func TestSlowClients(t *testing.T) {
 		want  string // the first line of the last answer
 		after time.Duration
 	}{
-		"who says nothing":                    {"", "", "", 10 * time.Second},
-		"who stops in the first head":         {"GET / HTTP/1.1\r\nHo", "", "HTTP/1.1 408 Request Timeout", 10 * time.Second},
-		"who trickles it":                     {"GET / HTTP/1.1\r\nHo", "st: a", "HTTP/1.1 408 Request Timeout", 10 * time.Second},
-		"who is slow but in time":             {"GET / HTTP/1.1\r\nHo", "st: a\r\n\r\n", "HTTP/1.1 200 OK", 7*time.Second + 60*time.Second},
-		"who says nothing again":              {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "", "HTTP/1.1 200 OK", 60 * time.Second},
-		"who stops in the second head":        {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET / HT", "HTTP/1.1 408 Request Timeout", 17 * time.Second},
-		"who stops in a head that came early": {"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT", "", "HTTP/1.1 408 Request Timeout", 10 * time.Second},
+		"who says nothing":                     {"", "", "", 10 * time.Second},
+		"who stops in the first head":          {"GET / HTTP/1.1\r\nHo", "", "HTTP/1.1 408 Request Timeout", 10 * time.Second},
+		"who trickles it":                      {"GET / HTTP/1.1\r\nHo", "st: a", "HTTP/1.1 408 Request Timeout", 10 * time.Second},
+		"who is slow but in time":              {"GET / HTTP/1.1\r\nHo", "st: a\r\n\r\n", "HTTP/1.1 200 OK", 7*time.Second + 60*time.Second},
+		"who says nothing again":               {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "", "HTTP/1.1 200 OK", 60 * time.Second},
+		"who stops in the second head":         {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET / HT", "HTTP/1.1 408 Request Timeout", 17 * time.Second},
+		"who ends a POST with a line too many": {"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\na\r\n", "", "HTTP/1.1 200 OK", 60 * time.Second},
+		"who stops in a head that came early":  {"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT", "", "HTTP/1.1 408 Request Timeout", 10 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -778,6 +782,29 @@ func TestDeadlinesOfTheHandler(t *testing.T) {
 	if got := *errs.Load(); !errors.Is(got[0], os.ErrDeadlineExceeded) {
 		t.Errorf("writing: %v", got)
 	}
+}
+
+func TestWriteDeadlineIsOfOneRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, over := pipe(t, &Server{Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/1" {
+				http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Second))
+			}
+			io.WriteString(w, "x")
+		})})
+		br := bufio.NewReader(c)
+		for _, path := range []string{"/1", "/2"} {
+			io.WriteString(c, "GET "+path+" HTTP/1.1\r\n"+host+"\r\n")
+			resp, err := http.ReadResponse(br, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.Copy(io.Discard, resp.Body)
+			time.Sleep(2 * time.Second)
+		}
+		c.Close()
+		<-over
+	})
 }
 
 // A goroutine that outlives its handler gets errors, not the next client's answer.
