@@ -160,7 +160,9 @@ func (b *body) drain() bool {
 	if b.x == nil {
 		return true
 	}
-	b.mu.Lock()
+	if !b.mu.TryLock() {
+		return false // somebody reads it, who knows how long
+	}
 	defer b.mu.Unlock()
 	if b.framed.err == nil && b.framed.left <= drainBytes {
 		if !b.x.timed.Load() {

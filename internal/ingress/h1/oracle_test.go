@@ -477,12 +477,17 @@ func TestAnswersAreWrittenAsByNetHTTP(t *testing.T) {
 	}
 }
 
+const interim10 = "HTTP/1.0 has no interim answers"
+
 // deliberate says why some answers are not net/http's.
 var deliberate = map[string]string{
-	"a bad length":                  "a length that is none counts as not given; net/http writes it or goes by its place in the header",
-	"a control character":           "no control character gets into a header",
-	"chunked, length/HTTP/1.0 keep": "a body that ends with the connection does not promise to keep it",
-	"full duplex/POST bad chunks":   "what follows a malformed chunk is not taken for a request",
+	"a bad length":                   "a length that is none counts as not given; net/http writes it or goes by its place in the header",
+	"a control character":            "no control character gets into a header",
+	"chunked, length/HTTP/1.0 keep":  "a body that ends with the connection does not promise to keep it",
+	"early hints/HTTP/1.0":           interim10,
+	"early hints/HTTP/1.0 keep":      interim10,
+	"early hints/HEAD HTTP/1.0 keep": interim10,
+	"full duplex/POST bad chunks":    "what follows a malformed chunk is not taken for a request",
 }
 
 func pieces(w io.Writer, n, size int) {

@@ -834,6 +834,32 @@ func TestWriterAfterTheHandler(t *testing.T) {
 	}
 }
 
+func TestReaderThatOutlivesItsHandler(t *testing.T) {
+	reading, ended := make(chan bool), make(chan error, 1)
+	c, over := pipe(t, &Server{Log: quiet(t), Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+		go func() {
+			reading <- true
+			_, err := io.ReadAll(r.Body)
+			ended <- err
+		}()
+		<-reading
+		time.Sleep(5 * time.Millisecond) // it is in Read by now, or else this tests less
+		io.WriteString(w, "answered")
+	})})
+	io.WriteString(c, "POST / HTTP/1.1\r\n"+host+"Content-Length: 9\r\n\r\na")
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil || !resp.Close {
+		t.Fatalf("%+v, %v", resp, err)
+	}
+	if b, err := io.ReadAll(resp.Body); string(b) != "answered" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if err := within(t, ended); err == nil {
+		t.Error("it read to an end that did not come")
+	}
+	within(t, over)
+}
+
 func TestRequestKnowsItsConnection(t *testing.T) {
 	type key struct{}
 	client, server := net.Pipe()

@@ -55,7 +55,7 @@ func (x *exchange) mayBegin(code int) bool {
 	if code < 100 || code > 999 {
 		panic("h1: invalid status " + strconv.Itoa(code))
 	}
-	return true
+	return !isInterim(code) || x.req.ProtoMinor > 0 // RFC 9110, section 15.2
 }
 
 func isInterim(code int) bool { return code < 200 && code != http.StatusSwitchingProtocols }
