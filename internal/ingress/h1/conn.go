@@ -1,7 +1,6 @@
 package h1
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -9,18 +8,8 @@ import (
 	"net"
 	"net/http"
 	"runtime/debug"
-	"strconv"
-	"sync"
 	"sync/atomic"
 	"time"
-)
-
-// lingerTime and lingerBytes are what a client may go on sending after an answer
-// that it did not wait for: were the connection closed under it, it would see a
-// reset and maybe no answer (RFC 9112, section 9.6).
-const (
-	lingerTime  = 500 * time.Millisecond
-	lingerBytes = 1 << 20
 )
 
 // conn is a connection being served.
@@ -45,44 +34,6 @@ type conn struct {
 	deadline time.Time   // for reading, as the idle connection last set it
 	moved    atomic.Bool // by others since
 	posted   bool        // the last request was a POST
-}
-
-// buffers are what a connection needs while it has a request.
-type buffers struct {
-	br   *bufio.Reader
-	bw   *bufio.Writer
-	head []byte // of the answer, until its framing is known
-	body []byte // of the answer, until it is sure to be too long for a Content-Length, or a chunk's worth
-}
-
-var bufferPool = sync.Pool{New: func() any {
-	return &buffers{
-		br: bufio.NewReaderSize(nil, 4<<10), bw: bufio.NewWriterSize(nil, 4<<10),
-		head: make([]byte, 0, 1<<10), body: make([]byte, 0, 2<<10),
-	}
-}}
-
-func (c *conn) takeBuffers() {
-	if c.bufs == nil {
-		c.bufs = bufferPool.Get().(*buffers)
-		c.bufs.br.Reset(c)
-		c.bufs.bw.Reset(c)
-	}
-}
-
-func (c *conn) giveBuffers() {
-	b := c.bufs
-	if b == nil {
-		return
-	}
-	c.bufs = nil
-	b.br.Reset(nil)
-	b.bw.Reset(nil)
-	b.body = b.body[:0]
-	if b.head = b.head[:0]; cap(b.head) > 8<<10 {
-		b.head = nil
-	}
-	bufferPool.Put(b)
 }
 
 // Read is what bufs.br reads from.
@@ -260,32 +211,4 @@ func (c *conn) broken(x *exchange, v any) {
 		c.disarm()
 		x.shut()
 	}
-}
-
-// refuse answers what could not be read as a request.
-func (c *conn) refuse(err error) {
-	r := refusalOf(err)
-	if r == nil {
-		return
-	}
-	c.s.log().Debug("request refused", "client", c.remote, "status", r.status, "err", err)
-	title := strconv.Itoa(r.status) + " " + http.StatusText(r.status)
-	text := title + ": " + r.why + "\n"
-	c.rwc.SetWriteDeadline(time.Now().Add(drainTime)) //nolint:errcheck // a dead connection shows in the write
-	_, werr := io.WriteString(c.rwc, "HTTP/1.1 "+title+"\r\n"+c.s.dateField()+
-		"Content-Type: text/plain; charset=utf-8\r\nContent-Length: "+strconv.Itoa(len(text))+"\r\nConnection: close\r\n\r\n"+text)
-	if werr == nil && r.status != http.StatusRequestTimeout {
-		c.linger()
-	}
-}
-
-// linger lets the client see the answer before the connection is closed.
-func (c *conn) linger() {
-	if half, ok := c.rwc.(interface{ CloseWrite() error }); ok {
-		if half.CloseWrite() != nil {
-			return
-		}
-	}
-	c.setReadDeadline(time.Now().Add(lingerTime))
-	io.CopyN(io.Discard, c.rwc, lingerBytes) //nolint:errcheck // whatever comes is not looked at
 }
