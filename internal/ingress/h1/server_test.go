@@ -502,18 +502,29 @@ func TestClientThatPipelinesLateIsNotGone(t *testing.T) {
 	}
 }
 
-func TestShutdown(t *testing.T) {
+func TestShutdown(t *testing.T) { synctest.Test(t, shutdown) }
+
+func shutdown(t *testing.T) {
 	entered, leave := make(chan bool), make(chan bool)
 	s := &Server{Log: quiet(t), Handler: handle(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/slow" {
+		switch r.URL.Path {
+		case "/slow":
 			entered <- true
 			<-leave
+		case "/said": // too early to say that the connection will be closed
+			w.Header().Set("Content-Length", "4")
+			io.WriteString(w, "done")
+			w.(http.Flusher).Flush()
+			entered <- true
+			<-leave
+			return
 		}
 		io.WriteString(w, "done")
 	})}
 	fresh, freshOver := pipe(t, s)
 	kept, keptOver := pipe(t, s)
 	busy, busyOver := pipe(t, s)
+	said, saidOver := pipe(t, s)
 	go io.WriteString(kept, "GET / HTTP/1.1\r\n"+host+"\r\n")
 	resp, err := http.ReadResponse(bufio.NewReader(kept), nil)
 	if err != nil || resp.Close {
@@ -522,6 +533,13 @@ func TestShutdown(t *testing.T) {
 	io.Copy(io.Discard, resp.Body)
 	io.WriteString(busy, "GET /slow HTTP/1.1\r\n"+host+"\r\n")
 	<-entered
+	go io.WriteString(said, "GET /said HTTP/1.1\r\n"+host+"\r\n")
+	if resp, err = http.ReadResponse(bufio.NewReader(said), nil); err != nil || resp.Close {
+		t.Fatalf("%+v, %v", resp, err)
+	}
+	<-entered
+	synctest.Wait() // until those that are idle wait for a request
+	start := time.Now()
 
 	hasty, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
@@ -537,6 +555,8 @@ func TestShutdown(t *testing.T) {
 	within(t, keptOver)
 	down := make(chan error, 1)
 	go func() { down <- s.Shutdown(t.Context()) }()
+	synctest.Wait() // until it has seen that both are busy
+	leave <- true
 	leave <- true
 	resp, err = http.ReadResponse(bufio.NewReader(busy), nil)
 	if err != nil || !resp.Close {
@@ -546,6 +566,10 @@ func TestShutdown(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 	within(t, busyOver)
+	within(t, saidOver)
+	if took := time.Since(start); took > 20*time.Millisecond {
+		t.Errorf("after %v", took)
+	}
 	if err := within(t, down); err != nil {
 		t.Error(err)
 	}
