@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cordonhq/cordon/internal/ingress/h1"
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
@@ -42,7 +43,7 @@ func (v *visit) forward(c *call) {
 	if cookie, had := stripCookie(v.r.Header); had {
 		drop = privateOrCookie
 		if cookie != "" {
-			fields = append(fields, relay.Field{Name: "Cookie", Value: cookie})
+			fields = append(fields, h1.Field{Name: "Cookie", Value: cookie})
 		}
 	}
 	info := v.info
@@ -102,16 +103,16 @@ func (v *visit) abort() {
 }
 
 // present returns what the service sees of where the request came from.
-func (v *visit) present(t *Target, to route) (host string, fields []relay.Field) {
-	fields = make([]relay.Field, 0, 4)
+func (v *visit) present(t *Target, to route) (host string, fields []h1.Field) {
+	fields = make([]h1.Field, 0, 4)
 	if from := v.forwardedFor(); from != "" {
-		fields = append(fields, relay.Field{Name: "X-Forwarded-For", Value: from})
+		fields = append(fields, h1.Field{Name: "X-Forwarded-For", Value: from})
 	}
-	fields = append(fields, relay.Field{Name: "X-Forwarded-Proto", Value: v.scheme()})
+	fields = append(fields, h1.Field{Name: "X-Forwarded-Proto", Value: v.scheme()})
 	if t.MaskHost == "" || to.port == t.agentPort() {
 		return v.r.Host, fields
 	}
-	fields = append(fields, relay.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
+	fields = append(fields, h1.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
 	return strings.ReplaceAll(t.MaskHost, "${PORT}", strconv.Itoa(int(to.port))), fields
 }
 

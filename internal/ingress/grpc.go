@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/ingress/h1"
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
@@ -34,7 +35,7 @@ type grpcCall struct {
 	to      route
 	target  string
 	host    string
-	fields  []relay.Field
+	fields  []h1.Field
 	rc      *http.ResponseController
 	started atomic.Bool
 

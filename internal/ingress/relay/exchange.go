@@ -1,18 +1,18 @@
 package relay
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/http"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
 
 // Out says how a request is sent to the service. The rest of it (method, body,
@@ -24,8 +24,9 @@ type Out struct {
 	// Drop reports header names, in canonical form, that are not sent. The
 	// hop-by-hop ones of RFC 9110, section 7.6.1 never are.
 	Drop func(name string) bool
-	// Set are header fields sent besides the client's.
-	Set []Field
+	// Set are header fields sent besides the client's, at most 32. One whose name is
+	// dropped from the client's comes in its place.
+	Set []h1.Field
 	// Upgrade is the protocol to switch to, empty for none.
 	Upgrade string
 	// Stream is what the client sends after the switch when it asked for it on an
@@ -40,9 +41,6 @@ type Out struct {
 	// ended; it gets the tunnel's octets, nil when there was none.
 	Done func(tunnel *Octets)
 }
-
-// Field is one header field.
-type Field struct{ Name, Value string }
 
 // Octets counts bodies, or what a tunnel carried; heads are not in it.
 type Octets struct{ In, Out int64 } // from the client, to the client
@@ -80,7 +78,9 @@ type exchange struct {
 	r       *http.Request
 	out     *Out
 	rc      *http.ResponseController
+	fw      h1.FieldWriter // what w can do besides; nil: no spelling is kept
 	conn    *conn
+	fields  []h1.Field // of the latest answer's head, as the service sent them
 	status  int
 	started atomic.Bool // the answer's head is being sent to the client
 
@@ -97,7 +97,7 @@ type exchange struct {
 // client. It returns when the answer is complete, or with the switch to a
 // tunnel, which then lives until either side closes it.
 func (p *Pool) Forward(w http.ResponseWriter, r *http.Request, out *Out) Result {
-	x := &exchange{pool: p, w: w, r: r, out: out, rc: http.NewResponseController(w)}
+	x := &exchange{pool: p, w: w, r: r, out: out, rc: http.NewResponseController(w), fw: fieldWriter(w)}
 	began := time.Now()
 	err := x.try(false)
 	if errors.Is(err, errStale) {
@@ -108,7 +108,7 @@ func (p *Pool) Forward(w http.ResponseWriter, r *http.Request, out *Out) Result 
 	}
 	if err != nil && p.closed.Load() {
 		err = fmt.Errorf("%w: %w", ErrReset, err)
-	} else if err != nil && r.Context().Err() != nil {
+	} else if err != nil && r.Context().Err() != nil && !errors.Is(err, ErrBody) {
 		err = fmt.Errorf("%w: %w", ErrClient, err)
 	}
 	var wait time.Duration
@@ -237,107 +237,6 @@ func (x *exchange) send() error {
 	return nil
 }
 
-// HopByHop reports the fields that belong to one connection (RFC 9110, section
-// 7.6.1) and those that are written from what the server parsed.
-func HopByHop(name string) bool {
-	switch name {
-	case "Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization",
-		"Te", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length", "Host", "Http2-Settings":
-		return true
-	}
-	return false
-}
-
-// connectionListed returns the fields that the Connection header declares to be
-// hop-by-hop, beside the usual ones.
-func connectionListed(h http.Header) map[string]bool {
-	var listed map[string]bool
-	for _, v := range h["Connection"] {
-		for token := range strings.SplitSeq(v, ",") {
-			token = strings.TrimSpace(token)
-			if token == "" || strings.EqualFold(token, "keep-alive") || strings.EqualFold(token, "close") || strings.EqualFold(token, "upgrade") {
-				continue
-			}
-			if listed == nil {
-				listed = map[string]bool{}
-			}
-			listed[http.CanonicalHeaderKey(token)] = true
-		}
-	}
-	return listed
-}
-
-func appendField(b []byte, name, value string) []byte {
-	b = append(b, name...)
-	b = append(b, ": "...)
-	b = append(b, value...)
-	return append(b, "\r\n"...)
-}
-
-// appendHead appends the request's head. Method, names and values are free of
-// line breaks: the server checked them.
-func (x *exchange) appendHead(b []byte, size int64, expect bool) []byte {
-	r := x.r
-	b = append(b, r.Method...)
-	b = append(b, ' ')
-	b = append(b, x.out.Target...)
-	b = append(b, " HTTP/1.1\r\n"...)
-	b = appendField(b, "Host", x.out.Host)
-	listed := connectionListed(r.Header)
-	for name, values := range r.Header {
-		if HopByHop(name) || listed[name] || name == "Expect" && !expect || x.out.Drop != nil && x.out.Drop(name) {
-			continue
-		}
-		for _, v := range values {
-			b = appendField(b, name, v)
-		}
-	}
-	for _, f := range x.out.Set {
-		b = appendField(b, f.Name, f.Value)
-	}
-	for _, v := range r.Header["Te"] {
-		if strings.EqualFold(strings.TrimSpace(v), "trailers") {
-			b = appendField(b, "Te", "trailers")
-		}
-	}
-	if x.out.Upgrade != "" {
-		b = appendField(b, "Connection", "Upgrade")
-		b = appendField(b, "Upgrade", x.out.Upgrade)
-	}
-	switch {
-	case size > 0:
-		b = appendField(b, "Content-Length", strconv.FormatInt(size, 10))
-	case size < 0:
-		b = appendField(b, "Transfer-Encoding", "chunked")
-		for name := range r.Trailer {
-			if !forbiddenTrailer(name, x.out) {
-				b = appendField(b, "Trailer", name)
-			}
-		}
-	case r.Method == http.MethodPost || r.Method == http.MethodPut || r.Method == http.MethodPatch:
-		b = appendField(b, "Content-Length", "0")
-	}
-	return append(b, "\r\n"...)
-}
-
-// forbiddenTrailer reports trailer fields that a service might merge into the
-// header and then trust.
-func forbiddenTrailer(name string, out *Out) bool {
-	if HopByHop(name) || out.Drop != nil && out.Drop(name) {
-		return true
-	}
-	for _, f := range out.Set {
-		if strings.EqualFold(f.Name, name) {
-			return true
-		}
-	}
-	switch name {
-	case "Authorization", "Cookie", "Expect", "Content-Type", "Content-Encoding", "Content-Range", "Range":
-		return true
-	}
-	return false
-}
-
 // errUnwanted: the service answered instead of asking for the body.
 var errUnwanted = errors.New("the body was not asked for")
 
@@ -400,19 +299,6 @@ func (x *exchange) copyBody() error {
 	return nil
 }
 
-// appendTrailers appends the last chunk and the trailers, which are known now.
-func (x *exchange) appendTrailers(b []byte) []byte {
-	b = append(b, "0\r\n"...)
-	for name, values := range x.r.Trailer {
-		for _, v := range values {
-			if !forbiddenTrailer(name, x.out) && !strings.ContainsAny(v, "\r\n\x00") {
-				b = appendField(b, name, v)
-			}
-		}
-	}
-	return append(b, "\r\n"...)
-}
-
 func (x *exchange) writeBody(b []byte, chunked bool) error {
 	bw := x.conn.bw
 	var err error
@@ -470,62 +356,6 @@ func (x *exchange) proceed(wanted bool) {
 	}
 }
 
-// receive reads the head of the answer and passes interim ones on.
-func (x *exchange) receive() (*http.Response, error) {
-	for range interim {
-		resp, err := x.readHead()
-		if err != nil {
-			return nil, err
-		}
-		switch code := resp.StatusCode; {
-		case code == http.StatusSwitchingProtocols:
-			if x.out.Upgrade == "" || !strings.EqualFold(resp.Header.Get("Upgrade"), x.out.Upgrade) {
-				return nil, fmt.Errorf("%w: it switched to a protocol nobody asked for", ErrAnswer)
-			}
-			return resp, nil
-		case code >= 200:
-			return resp, nil
-		case code == http.StatusContinue:
-			x.proceed(true) // reading the body tells the client
-		case code < 100:
-			return nil, fmt.Errorf("%w: status %d", ErrAnswer, code)
-		case x.r.ProtoAtLeast(1, 1):
-			h := x.w.Header()
-			copyHeader(h, resp.Header)
-			x.w.WriteHeader(code)
-			clear(h)
-		}
-	}
-	return nil, fmt.Errorf("%w: over %d interim answers", ErrAnswer, interim)
-}
-
-func (x *exchange) readHead() (*http.Response, error) {
-	c := x.conn
-	c.head.left = x.pool.cfg.HeadBytes
-	_, err := c.br.Peek(1)
-	if err != nil {
-		if c.reused && x.replayable() && x.r.Context().Err() == nil && !x.pool.closed.Load() {
-			return nil, errStale
-		}
-		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
-	}
-	c.reused = false // it speaks: no second try
-	slow := false
-	if b, _ := c.br.Peek(c.br.Buffered()); !bytes.Contains(b, []byte("\r\n\r\n")) {
-		slow = true
-		c.SetReadDeadline(time.Now().Add(x.pool.cfg.HeadTimeout)) //nolint:errcheck // a dead connection shows in the read
-	}
-	resp, err := http.ReadResponse(c.br, x.r)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
-	}
-	if slow {
-		c.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
-	}
-	c.head.left = math.MaxInt64
-	return resp, nil
-}
-
 // replayable reports whether the request may be sent twice (RFC 9110, section 9.2.2).
 func (x *exchange) replayable() bool {
 	if x.r.ContentLength != 0 && x.r.Body != nil && x.r.Body != http.NoBody {
@@ -536,145 +366,4 @@ func (x *exchange) replayable() bool {
 		return true
 	}
 	return false
-}
-
-// copyHeader adds the end-to-end fields of src to dst.
-func copyHeader(dst, src http.Header) {
-	listed := connectionListed(src)
-	for name, values := range src {
-		switch name {
-		case "Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Te", "Trailer", "Transfer-Encoding", "Upgrade":
-			continue
-		}
-		if !listed[name] {
-			dst[name] = values
-		}
-	}
-}
-
-// deliver sends the answer to the client.
-func (x *exchange) deliver(resp *http.Response) error {
-	h := x.w.Header()
-	copyHeader(h, resp.Header)
-	if _, typed := h["Content-Type"]; !typed {
-		h["Content-Type"] = nil // or the server guesses one
-	}
-	if resp.StatusCode == http.StatusNotModified && x.r.ProtoMajor == 2 {
-		delete(h, "Content-Length") // optional there, and clients written in Go would miss the body
-	}
-	announced := len(resp.Trailer)
-	for name := range resp.Trailer {
-		h.Add("Trailer", name)
-	}
-	if x.out.Answer != nil {
-		x.out.Answer(resp.StatusCode, h)
-	}
-	if x.r.ProtoMajor == 1 && x.upload != nil && len(x.upload) == 0 {
-		// The body is still on its way: were the connection kept, its rest could
-		// be taken for the next request.
-		h.Set("Connection", "close")
-	}
-	x.started.Store(true)
-	if x.pool.closed.Load() { // it may not have seen started
-		x.started.Store(false)
-		clear(h)
-		return ErrReset
-	}
-	x.status = resp.StatusCode
-	x.w.WriteHeader(resp.StatusCode)
-	if err := x.copyAnswer(resp); err != nil {
-		return err
-	}
-	if announced > 0 && x.r.ProtoMajor == 1 {
-		x.flush() // trailers need chunks
-	}
-	for name, values := range resp.Trailer {
-		if len(resp.Trailer) != announced {
-			name = http.TrailerPrefix + name
-		}
-		h[name] = values
-	}
-	return nil
-}
-
-func (x *exchange) flush() {
-	if f, ok := x.w.(http.Flusher); ok {
-		f.Flush()
-	}
-}
-
-// copyAnswer copies the body. It flushes whenever the service has nothing more
-// at hand, so that events and frames arrive one by one, and holds a buffer only
-// while there are bytes.
-func (x *exchange) copyAnswer(resp *http.Response) error {
-	if resp.Body == http.NoBody {
-		return nil
-	}
-	br := x.conn.br
-	var sent int64
-	defer func() {
-		if x.timed {
-			x.rc.SetWriteDeadline(time.Time{}) //nolint:errcheck // a dead connection shows in the next write
-		}
-	}()
-	for {
-		if br.Buffered() == 0 && sent != resp.ContentLength {
-			if sent > 0 || resp.ContentLength < 0 {
-				x.flush()
-			}
-			br.Peek(1) //nolint:errcheck // the error shows in the read
-		}
-		n, end, err := x.copyPiece(resp.Body)
-		sent += n
-		x.octets.Out = sent
-		if end || err != nil {
-			return err
-		}
-		x.timed = x.r.ProtoMajor == 1
-	}
-}
-
-func (x *exchange) copyPiece(body io.Reader) (n int64, end bool, err error) {
-	buf := buffers.Get().(*[32 << 10]byte)
-	defer buffers.Put(buf)
-	got, rerr := body.Read(buf[:])
-	if got > 0 {
-		if x.timed {
-			x.rc.SetWriteDeadline(time.Now().Add(x.pool.cfg.StallTimeout)) //nolint:errcheck // where it is not supported the connection's own limits hold
-		}
-		if _, err := x.w.Write(buf[:got]); err != nil {
-			return int64(got), false, fmt.Errorf("%w: %w", ErrClient, err)
-		}
-	}
-	if rerr != nil && rerr != io.EOF {
-		return int64(got), false, fmt.Errorf("%w: %w", ErrAnswer, rerr)
-	}
-	return int64(got), rerr == io.EOF, nil
-}
-
-// keepHint is how long the service says it keeps the connection, less a second;
-// 0 when it does not say.
-func keepHint(h http.Header) time.Duration {
-	for param := range strings.SplitSeq(h.Get("Keep-Alive"), ",") {
-		v, ok := strings.CutPrefix(strings.TrimSpace(param), "timeout=")
-		if !ok {
-			continue
-		}
-		s, err := strconv.ParseUint(v, 10, 16)
-		if err != nil {
-			continue
-		}
-		return max(time.Duration(s)*time.Second-time.Second, time.Millisecond)
-	}
-	return 0
-}
-
-// clone101 is the header of a switch of protocols, with the two fields it needs.
-func clone101(resp *http.Response, protocol string) http.Header {
-	h := http.Header{}
-	copyHeader(h, resp.Header)
-	delete(h, "Content-Length")
-	h["Connection"] = []string{"Upgrade"}
-	h["Upgrade"] = []string{protocol}
-	return h
 }

@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"sync/atomic"
 	"syscall"
+
+	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
 
 // tunnel is a connection after a switch of protocols: bytes both ways, nothing
@@ -37,7 +39,7 @@ func (x *exchange) tunnel(resp *http.Response) error {
 	x.status = http.StatusSwitchingProtocols
 	t := &tunnel{pool: x.pool, client: client, service: x.conn.Conn, done: x.out.Done}
 	t.open.Store(2)
-	early, late, err := t.handshake(rw, x.conn.br, clone101(resp, x.out.Upgrade))
+	early, late, err := t.handshake(rw, x.conn.br, x.switched(resp))
 	if err != nil {
 		abort(client)
 		return fmt.Errorf("%w: %w", ErrClient, err)
@@ -56,12 +58,12 @@ func (x *exchange) tunnel(resp *http.Response) error {
 
 // handshake writes the 101 and returns what the client and the service have
 // already sent beyond their heads.
-func (t *tunnel) handshake(rw *bufio.ReadWriter, service *bufio.Reader, h http.Header) (early, late []byte, err error) {
-	var head bytes.Buffer
-	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
-	h.Write(&head) //nolint:errcheck // a buffer takes everything
-	head.WriteString("\r\n")
-	if _, err := rw.Write(head.Bytes()); err != nil {
+func (t *tunnel) handshake(rw *bufio.ReadWriter, service *bufio.Reader, fields []h1.Field) (early, late []byte, err error) {
+	head := []byte("HTTP/1.1 101 Switching Protocols\r\n")
+	for _, f := range fields { // as h1 reads them: no name or value breaks the line
+		head = appendField(head, f.Name, f.Value)
+	}
+	if _, err := rw.Write(append(head, "\r\n"...)); err != nil {
 		return nil, nil, err
 	}
 	if err := rw.Flush(); err != nil {

@@ -1,0 +1,276 @@
+package relay
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/ingress/h1"
+)
+
+// receive reads the head of the answer and passes interim ones on.
+func (x *exchange) receive() (*http.Response, error) {
+	for range interim {
+		resp, err := x.readHead()
+		if err != nil {
+			return nil, err
+		}
+		switch code := resp.StatusCode; {
+		case code == http.StatusSwitchingProtocols:
+			if x.out.Upgrade == "" || !strings.EqualFold(resp.Header.Get("Upgrade"), x.out.Upgrade) {
+				return nil, fmt.Errorf("%w: it switched to a protocol nobody asked for", ErrAnswer)
+			}
+			return resp, nil
+		case code >= 200:
+			return resp, nil
+		case code == http.StatusContinue:
+			x.proceed(true) // reading the body tells the client
+		case code < 100:
+			return nil, fmt.Errorf("%w: status %d", ErrAnswer, code)
+		case x.r.ProtoAtLeast(1, 1):
+			x.hint(resp)
+		}
+	}
+	return nil, fmt.Errorf("%w: over %d interim answers", ErrAnswer, interim)
+}
+
+// hint passes an interim answer on.
+func (x *exchange) hint(resp *http.Response) {
+	h := x.w.Header()
+	if x.fw != nil {
+		h = http.Header{}
+	}
+	copyHeader(h, resp.Header)
+	x.sendHead(resp.StatusCode, h)
+	clear(h)
+}
+
+// sendHead sends the head of an answer as the service spelled it, when the client
+// speaks a protocol in which that means something.
+func (x *exchange) sendHead(code int, h http.Header) {
+	if x.fw == nil {
+		x.w.WriteHeader(code)
+		return
+	}
+	x.fw.WriteFields(code, h1.Spell(make([]h1.Field, 0, len(x.fields)+2), h, x.fields))
+}
+
+// fieldWriter returns what is below w that keeps the spelling of fields, nil for none.
+func fieldWriter(w http.ResponseWriter) h1.FieldWriter {
+	for {
+		switch t := w.(type) {
+		case h1.FieldWriter:
+			return t
+		case interface{ Unwrap() http.ResponseWriter }:
+			w = t.Unwrap()
+		default:
+			return nil
+		}
+	}
+}
+
+// readHead reads the head of an answer, whose fields as they came are then in x.fields.
+func (x *exchange) readHead() (*http.Response, error) {
+	c := x.conn
+	c.head.left = x.pool.cfg.HeadBytes
+	_, err := c.br.Peek(1)
+	if err != nil {
+		if c.reused && x.replayable() && x.r.Context().Err() == nil && !x.pool.closed.Load() {
+			return nil, errStale
+		}
+		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
+	}
+	c.reused = false // it speaks: no second try
+	slow := false
+	if b, _ := c.br.Peek(c.br.Buffered()); !bytes.Contains(b, []byte("\r\n\r\n")) {
+		slow = true
+		c.SetReadDeadline(time.Now().Add(x.pool.cfg.HeadTimeout)) //nolint:errcheck // a dead connection shows in the read
+	}
+	resp, fields, err := h1.ReadResponse(c.br, x.r)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
+	}
+	if slow {
+		c.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
+	}
+	c.head.left = math.MaxInt64
+	x.fields = fields
+	return resp, nil
+}
+
+// copyHeader adds the end-to-end fields of src to dst.
+func copyHeader(dst, src http.Header) {
+	listed := connectionListed(src)
+	for name, values := range src {
+		switch name {
+		case "Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Te", "Trailer", "Transfer-Encoding", "Upgrade":
+			continue
+		}
+		if !listed[name] {
+			dst[name] = values
+		}
+	}
+}
+
+// deliver sends the answer to the client.
+func (x *exchange) deliver(resp *http.Response) error {
+	h := x.w.Header()
+	copyHeader(h, resp.Header)
+	if _, typed := h["Content-Type"]; !typed {
+		h["Content-Type"] = nil // or the server guesses one
+	}
+	if resp.StatusCode == http.StatusNotModified && x.r.ProtoMajor == 2 {
+		delete(h, "Content-Length") // optional there, and clients written in Go would miss the body
+	}
+	announced := x.announce(h, resp)
+	if x.out.Answer != nil {
+		x.out.Answer(resp.StatusCode, h)
+	}
+	if x.r.ProtoMajor == 1 && x.upload != nil && len(x.upload) == 0 {
+		// The body is still on its way: were the connection kept, its rest could
+		// be taken for the next request.
+		h.Set("Connection", "close")
+	}
+	x.started.Store(true)
+	if x.pool.closed.Load() { // it may not have seen started
+		x.started.Store(false)
+		clear(h)
+		return ErrReset
+	}
+	x.status = resp.StatusCode
+	x.sendHead(resp.StatusCode, h)
+	if err := x.copyAnswer(resp); err != nil {
+		return err
+	}
+	if announced > 0 && x.r.ProtoMajor == 1 {
+		x.flush() // trailers need chunks
+	}
+	x.sendTrailers(h, resp, announced)
+	return nil
+}
+
+// announce puts the names of the trailer fields that may come into h, and returns
+// how many they are.
+func (x *exchange) announce(h http.Header, resp *http.Response) int {
+	if x.fw == nil {
+		for name := range resp.Trailer {
+			h.Add("Trailer", name)
+		}
+		return len(resp.Trailer)
+	}
+	if len(resp.Trailer) > 0 {
+		for _, f := range x.fields {
+			if strings.EqualFold(f.Name, "Trailer") {
+				h.Add("Trailer", f.Value)
+			}
+		}
+	}
+	return len(resp.Trailer)
+}
+
+// sendTrailers sends the trailer, of which that many fields were announced.
+func (x *exchange) sendTrailers(h http.Header, resp *http.Response, announced int) {
+	if x.fw != nil {
+		if len(resp.Trailer) > 0 {
+			x.fw.WriteTrailers(h1.ResponseTrailers(resp))
+		}
+		return
+	}
+	for name, values := range resp.Trailer {
+		if len(resp.Trailer) != announced {
+			name = http.TrailerPrefix + name
+		}
+		h[name] = values
+	}
+}
+
+func (x *exchange) flush() {
+	if f, ok := x.w.(http.Flusher); ok {
+		f.Flush()
+	}
+}
+
+// copyAnswer copies the body. It flushes whenever the service has nothing more
+// at hand, so that events and frames arrive one by one, and holds a buffer only
+// while there are bytes.
+func (x *exchange) copyAnswer(resp *http.Response) error {
+	if resp.Body == http.NoBody {
+		return nil
+	}
+	br := x.conn.br
+	var sent int64
+	defer func() {
+		if x.timed {
+			x.rc.SetWriteDeadline(time.Time{}) //nolint:errcheck // a dead connection shows in the next write
+		}
+	}()
+	for {
+		if br.Buffered() == 0 && sent != resp.ContentLength {
+			if sent > 0 || resp.ContentLength < 0 {
+				x.flush()
+			}
+			br.Peek(1) //nolint:errcheck // the error shows in the read
+		}
+		n, end, err := x.copyPiece(resp.Body)
+		sent += n
+		x.octets.Out = sent
+		if end || err != nil {
+			return err
+		}
+		x.timed = x.r.ProtoMajor == 1
+	}
+}
+
+func (x *exchange) copyPiece(body io.Reader) (n int64, end bool, err error) {
+	buf := buffers.Get().(*[32 << 10]byte)
+	defer buffers.Put(buf)
+	got, rerr := body.Read(buf[:])
+	if got > 0 {
+		if x.timed {
+			x.rc.SetWriteDeadline(time.Now().Add(x.pool.cfg.StallTimeout)) //nolint:errcheck // where it is not supported the connection's own limits hold
+		}
+		if _, err := x.w.Write(buf[:got]); err != nil {
+			return int64(got), false, fmt.Errorf("%w: %w", ErrClient, err)
+		}
+	}
+	if rerr != nil && rerr != io.EOF {
+		return int64(got), false, fmt.Errorf("%w: %w", ErrAnswer, rerr)
+	}
+	return int64(got), rerr == io.EOF, nil
+}
+
+// keepHint is how long the service says it keeps the connection, less a second;
+// 0 when it does not say.
+func keepHint(h http.Header) time.Duration {
+	for param := range strings.SplitSeq(h.Get("Keep-Alive"), ",") {
+		v, ok := strings.CutPrefix(strings.TrimSpace(param), "timeout=")
+		if !ok {
+			continue
+		}
+		s, err := strconv.ParseUint(v, 10, 16)
+		if err != nil {
+			continue
+		}
+		return max(time.Duration(s)*time.Second-time.Second, time.Millisecond)
+	}
+	return 0
+}
+
+// switched is the header of a switch of protocols as the service spelled it, with the
+// two fields it needs.
+func (x *exchange) switched(resp *http.Response) []h1.Field {
+	h := http.Header{}
+	copyHeader(h, resp.Header)
+	delete(h, "Content-Length")
+	h["Connection"] = []string{"Upgrade"}
+	if v := resp.Header["Connection"]; len(v) == 1 && strings.EqualFold(v[0], "upgrade") {
+		h["Connection"] = v
+	}
+	h["Upgrade"] = resp.Header["Upgrade"][:1] // the one asked for; see receive
+	return h1.Spell(nil, h, x.fields)
+}
