@@ -4,68 +4,30 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
-	"sync"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
-// serveTCP serves a listener of mode TLSTCP: TLS ends here, the name that the
-// handshake asks for says which port of which sandbox, and from then on bytes go
-// through unread. There is no place for a token, so only public sandboxes answer.
-func (in *Ingress) serveTCP(ctx context.Context, l net.Listener) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	var open sync.WaitGroup
-	defer open.Wait()
-	for wait := time.Duration(0); ; {
-		c, err := l.Accept()
-		var passing interface{ Temporary() bool }
-		switch {
-		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
-			if c != nil {
-				c.Close()
-			}
-			return nil
-		case errors.As(err, &passing) && passing.Temporary(): // no descriptors left
-			wait = min(max(2*wait, 5*time.Millisecond), time.Second)
-			in.log.Warn("connection not accepted", "err", err)
-			select {
-			case <-time.After(wait):
-			case <-ctx.Done():
-			}
-			continue
-		case err != nil:
-			return fmt.Errorf("ingress: serve %s: %w", l.Addr(), err)
-		}
-		wait = 0
-		open.Go(func() { in.serveNamed(c) })
-	}
-}
-
 // errNoName: the handshake asks for a name that leads nowhere. The client gets the
 // alert unrecognized_name (RFC 6066, section 3).
 var errNoName = errors.New("the name shown leads to no public port of a running sandbox")
 
-// serveNamed carries one connection. It ends with the client, the service, the
-// sandbox or the Ingress.
-func (in *Ingress) serveNamed(c net.Conn) {
-	ctx := in.sources.connContext(in.base, c)
-	info, _ := ctx.Value(connKey{}).(*connInfo)
-	in.sources.connState(c, http.StateNew) // resets c when its source has too many
-	defer in.sources.connState(c, http.StateClosed)
+// serveNamed carries one connection of mode TLSTCP: TLS ends here, the name that the
+// handshake asks for says which port of which sandbox, and from then on bytes go
+// through unread. There is no place for a token, so only public sandboxes answer. It
+// ends with the client, the service, the sandbox or the Ingress.
+func (in *Ingress) serveNamed(info *connInfo, c net.Conn) {
 	v := &named{in: in, from: caller{info.addr, info.inside}, access: access{start: time.Now(), src: info.addr}}
 	conn := tls.Server(c, v.config())
 	defer conn.Close()
-	handshake, cancel := context.WithTimeout(ctx, in.cfg.Limits.HeaderTimeout)
+	handshake, cancel := context.WithTimeout(in.base, in.cfg.Limits.HeaderTimeout)
 	err := conn.HandshakeContext(handshake)
 	cancel()
 	if err == nil {
-		err = v.carry(ctx, conn)
+		err = v.carry(in.base, conn)
 	}
 	if err != nil {
 		relay.Abort(conn) // nothing was said: no end that could be taken for one

@@ -6,27 +6,7 @@ import (
 	"maps"
 	"net/http"
 	"strings"
-	_ "unsafe" // for go:linkname
-
-	"golang.org/x/net/http2"
 )
-
-// extendedConnectOff keeps golang.org/x/net/http2 from announcing
-// SETTINGS_ENABLE_CONNECT_PROTOCOL (RFC 8441, section 3). It is read when a
-// connection begins, and the only other way to it is a variable of the environment
-// that is looked at before main (https://go.dev/issue/71128). From Go 1.27 on the
-// module wraps net/http, and the link fails to build rather than to work.
-//
-//go:linkname extendedConnectOff golang.org/x/net/http2.disableExtendedConnectProtocol
-var extendedConnectOff bool
-
-// serveHTTP2 makes s serve HTTP/2 with WebSockets over its streams.
-func serveHTTP2(s *http.Server) error {
-	if extendedConnectOff {
-		extendedConnectOff = false
-	}
-	return http2.ConfigureServer(s, &http2.Server{}) //nolint:staticcheck // net/http's own copy cannot accept an extended CONNECT
-}
 
 // protocolField is where the HTTP/2 server puts the pseudo-header :protocol.
 const protocolField = ":protocol"
