@@ -50,7 +50,8 @@ func (v *visit) forward(c *call) {
 	if upgrade != "" && v.stream == nil {
 		info.upgrading = true
 	}
-	told := access{sandbox: to.id, port: to.port, src: info.addr, start: v.access.start}
+	// What outlives the request holds no string of its head, which is one piece of memory.
+	told := access{sandbox: t.ID, port: to.port, src: info.addr, start: v.access.start}
 	result := b.pool.Forward(v.w, v.r, &relay.Out{
 		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade, Stream: v.stream,
 		Answer: func(_ int, h http.Header) { v.answer(to.host, h) },

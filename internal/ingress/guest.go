@@ -54,7 +54,7 @@ func (b *backend) occupy() bool {
 func (v *visit) enter(b *backend, t *Target, to route, k ticket) (*guest, bool) {
 	path, _, _ := strings.Cut(to.target, "?")
 	agent := to.port == t.agentPort()
-	g := &guest{from: v.caller(), agent: agent, link: k.link, busy: !agent || !healthPoll(v.r.Method, path)}
+	g := &guest{from: v.caller(), agent: agent, link: strings.Clone(k.link), busy: !agent || !healthPoll(v.r.Method, path)}
 	if g.conn = v.info.http1Conn(v.r); g.conn == nil {
 		ctx, cancel := context.WithCancel(v.r.Context()) // freed with the request's own
 		g.cancel, g.rc = cancel, http.NewResponseController(v.w)

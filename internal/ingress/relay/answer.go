@@ -131,7 +131,7 @@ func (x *exchange) deliver(resp *http.Response) error {
 	if x.out.Answer != nil {
 		x.out.Answer(resp.StatusCode, h)
 	}
-	if x.r.ProtoMajor == 1 && x.upload != nil && len(x.upload) == 0 {
+	if x.r.ProtoMajor == 1 && x.upload != nil && !x.read.Load() {
 		// The body is still on its way: were the connection kept, its rest could
 		// be taken for the next request.
 		h.Set("Connection", "close")

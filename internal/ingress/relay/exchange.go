@@ -84,13 +84,14 @@ type exchange struct {
 	status  int
 	started atomic.Bool // the answer's head is being sent to the client
 
-	upload   chan error // result of sendBody; nil when the body is not sent beside the answer
-	goAhead  chan bool  // whether the service wants the body; nil when it need not be asked
-	uploaded bool       // the whole body is sent
-	detached bool       // a tunnel took over
-	octets   Octets     // In is the upload's until it has ended
-	answered time.Time  // when the head of the answer was there
-	timed    bool       // writes to the client have a deadline
+	upload   chan error  // result of sendBody; nil when the body is not sent beside the answer
+	goAhead  chan bool   // whether the service wants the body; nil when it need not be asked
+	read     atomic.Bool // the whole body is read from the client
+	uploaded bool        // and sent
+	detached bool        // a tunnel took over
+	octets   Octets      // In is the upload's until it has ended
+	answered time.Time   // when the head of the answer was there
+	timed    bool        // writes to the client have a deadline
 }
 
 // Forward sends the client's request to the service and the answer to the
@@ -280,6 +281,7 @@ func (x *exchange) copyBody() error {
 			}
 		}
 		if err == io.EOF {
+			x.read.Store(true)
 			break
 		}
 		if err != nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"sync/atomic"
@@ -19,8 +18,8 @@ import (
 // looked at.
 type tunnel struct {
 	pool    *Pool
-	client  net.Conn
-	service net.Conn
+	client  side
+	service side
 	open    atomic.Int32 // directions
 	octets  Octets       // each written by the pump of its direction
 	done    func(tunnel *Octets)
@@ -37,7 +36,7 @@ func (x *exchange) tunnel(resp *http.Response) error {
 		return fmt.Errorf("%w: take over: %w", ErrClient, err)
 	}
 	x.status = http.StatusSwitchingProtocols
-	t := &tunnel{pool: x.pool, client: client, service: x.conn.Conn, done: x.out.Done}
+	t := &tunnel{pool: x.pool, client: sideOf(client), service: sideOf(x.conn.Conn), done: x.out.Done}
 	t.open.Store(2)
 	early, late, err := t.handshake(rw, x.conn.br, x.switched(resp))
 	if err != nil {
@@ -51,8 +50,8 @@ func (x *exchange) tunnel(resp *http.Response) error {
 	x.detached = true
 	// The exchange, its request and its buffers are not referred to from here
 	// on: ten thousand idle tunnels cost little more than their connections.
-	go t.pump(t.service, t.client, early)
-	go t.pump(t.client, t.service, late)
+	go t.pump(&t.service, &t.client, append(early, t.client.held()...))
+	go t.pump(&t.client, &t.service, late)
 	return nil
 }
 
@@ -85,14 +84,14 @@ func (p *Pool) Carry(ctx context.Context, client net.Conn, port uint16) (Octets,
 		return Octets{}, &DialError{Port: port, Err: err}
 	}
 	over := make(chan struct{})
-	t := &tunnel{pool: p, client: client, service: service, done: func(*Octets) { close(over) }}
+	t := &tunnel{pool: p, client: sideOf(client), service: sideOf(service), done: func(*Octets) { close(over) }}
 	t.open.Store(2)
 	if err := p.admit(t); err != nil {
 		abort(service)
 		return Octets{}, err
 	}
-	go t.pump(service, client, nil)
-	t.pump(client, service, nil)
+	go t.pump(&t.service, &t.client, t.client.held())
+	t.pump(&t.client, &t.service, nil)
 	<-over
 	return t.octets, nil
 }
@@ -110,15 +109,15 @@ func (p *Pool) admit(t *tunnel) error {
 }
 
 func (t *tunnel) reset() {
-	abort(t.client)
-	abort(t.service)
+	abort(t.client.Conn)
+	abort(t.service.Conn)
 }
 
 // pump copies one direction until it ends. The last one out closes.
-func (t *tunnel) pump(dst, src net.Conn, first []byte) {
+func (t *tunnel) pump(dst, src *side, first []byte) {
 	defer t.pool.wg.Done()
 	count := &t.octets.In
-	if src == t.service {
+	if src == &t.service {
 		count = &t.octets.Out
 	}
 	var err error
@@ -126,14 +125,14 @@ func (t *tunnel) pump(dst, src net.Conn, first []byte) {
 		_, err = dst.Write(first)
 	}
 	if err == nil {
-		*count, err = copyIdle(dst, src)
+		*count, err = src.copyTo(dst)
 	}
 	*count += int64(len(first))
 	if err == nil {
-		err = closeWrite(dst)
+		err = closeWrite(dst.Conn)
 	}
-	if src == t.service && errors.Is(err, syscall.ECONNRESET) {
-		abort(t.client) // closing it properly would make a whole of what is cut
+	if src == &t.service && errors.Is(err, syscall.ECONNRESET) {
+		abort(t.client.Conn) // closing it properly would make a whole of what is cut
 	}
 	if err != nil {
 		hangUp(t.client)
@@ -157,51 +156,4 @@ func closeWrite(c net.Conn) error {
 		return h.CloseWrite()
 	}
 	return errNoHalfClose
-}
-
-// copyIdle copies like io.Copy, but waits for bytes with a small buffer and
-// takes a large one only while they keep coming.
-func copyIdle(dst io.Writer, src io.Reader) (total int64, err error) {
-	small := make([]byte, 512)
-	for {
-		n, err := src.Read(small)
-		total += int64(n)
-		if n > 0 {
-			if _, err := dst.Write(small[:n]); err != nil {
-				return total, err
-			}
-		}
-		if err == nil && n == len(small) {
-			var more int64
-			more, err = copyBurst(dst, src)
-			total += more
-		}
-		if errors.Is(err, io.EOF) {
-			return total, nil
-		}
-		if err != nil {
-			return total, err
-		}
-	}
-}
-
-// copyBurst copies until a read does not fill half the buffer.
-func copyBurst(dst io.Writer, src io.Reader) (total int64, err error) {
-	buf := buffers.Get().(*[32 << 10]byte)
-	defer buffers.Put(buf)
-	for {
-		n, err := src.Read(buf[:])
-		total += int64(n)
-		if n > 0 {
-			if _, err := dst.Write(buf[:n]); err != nil {
-				return total, err
-			}
-		}
-		if err != nil {
-			return total, err
-		}
-		if n < len(buf)/2 {
-			return total, nil
-		}
-	}
 }
