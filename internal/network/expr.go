@@ -123,6 +123,17 @@ func loadEtherSaddr(register uint32) expr.Any {
 // dport matches a destination port of a protocol that has been matched already.
 func dport(p uint16) []expr.Any { return []expr.Any{loadDport(reg1), cmpEq(big16(p))} }
 
+// protoAndDport loads protocol and destination port, as setPorts has them; of what
+// has no ports it loads something else, behind the number of its protocol.
+func protoAndDport() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, loadDport(word(1))}
+}
+
+// protoPortKey is an element for protoAndDport: each field fills four octets.
+func protoPortKey(p policy.Proto, port uint16) []byte {
+	return []byte{byte(p), 0, 0, 0, byte(port >> 8), byte(port), 0, 0}
+}
+
 // icmpType matches the type of an ICMP or ICMPv6 message.
 func icmpType(p policy.Proto, t byte) []expr.Any {
 	return when(l4proto(p), load(payload(expr.PayloadBaseTransportHeader, 0, 1, reg1)), load(cmpEq([]byte{t})))
@@ -212,6 +223,15 @@ func ownedByRoot() []expr.Any {
 // brief makes the tracker forget a new connection soon after its end.
 func brief() []expr.Any {
 	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: timeoutBrief}}
+}
+
+// untold makes the tracker report nothing of a new connection: making the messages
+// is work, also when the filter of our own socket drops them.
+func untold() []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: reg1, Data: native(0)},
+		&expr.Ct{Register: reg1, SourceRegister: true, Key: expr.CtKeyEVENTMASK},
+	}
 }
 
 // ctReply matches packets against the direction the connection was opened in.

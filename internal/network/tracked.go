@@ -122,12 +122,17 @@ func prepareTracked(fd int) error {
 
 // read hands every event that waits to each. It calls lost when the kernel had
 // to drop some.
-func (s *trackedSocket) read(buf []byte, each func(*tracked), lost func()) error {
+func (s *trackedSocket) read(in *inbox, each func(*tracked), lost func()) error {
 	for {
-		k, _, err := unix.Recvfrom(s.fd, buf, 0)
+		k, err := in.receive(s.fd)
 		switch {
 		case err == nil:
-			parseTracked(buf[:k], each)
+			for i := range k {
+				parseTracked(in.message(i), each)
+			}
+			if k < len(in.headers) {
+				return nil // that was all; what comes now wakes wait
+			}
 		case errors.Is(err, unix.EAGAIN):
 			return nil
 		case errors.Is(err, unix.ENOBUFS):
