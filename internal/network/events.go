@@ -60,7 +60,7 @@ func (n *Network) followFlows(ctx context.Context) error {
 }
 
 // recordFlow records one event of the tracker, if it is about a slot's own flow.
-func (n *Network) recordFlow(f *tracked) {
+func (n *Network) recordFlow(f tracked) {
 	i, proxied, ok := slotOfMark(f.mark)
 	if !ok || proxied {
 		return

@@ -122,7 +122,7 @@ func prepareTracked(fd int) error {
 
 // read hands every event that waits to each. It calls lost when the kernel had
 // to drop some.
-func (s *trackedSocket) read(in *inbox, each func(*tracked), lost func()) error {
+func (s *trackedSocket) read(in *inbox, each func(tracked), lost func()) error {
 	for {
 		k, err := in.receive(s.fd)
 		switch {
@@ -144,7 +144,7 @@ func (s *trackedSocket) read(in *inbox, each func(*tracked), lost func()) error 
 }
 
 // parseTracked calls each for every beginning and end in b.
-func parseTracked(b []byte, each func(*tracked)) {
+func parseTracked(b []byte, each func(tracked)) {
 	for len(b) >= ctHeader {
 		size := int(binary.NativeEndian.Uint32(b))
 		if size < ctHeader || size > len(b) {
@@ -154,7 +154,7 @@ func parseTracked(b []byte, each func(*tracked)) {
 		if kind == ctNew || kind == ctDelete {
 			e := tracked{ended: kind == ctDelete}
 			attributes(b[ctHeader:size], e.attribute)
-			each(&e)
+			each(e)
 		}
 		b = tail(b, (size+3)&^3)
 	}
