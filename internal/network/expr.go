@@ -36,13 +36,6 @@ func native(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
 
 func big16(v uint16) []byte { return binaryutil.BigEndian.PutUint16(v) }
 
-// ifname pads a name to the key of an interface name.
-func ifname(name string) []byte {
-	b := make([]byte, unix.IFNAMSIZ)
-	copy(b, name)
-	return b
-}
-
 // loadIif loads the index of the link a packet came by: the key of what is known
 // about a slot. An index is never used twice, and quicker to look up than a name.
 func loadIif() expr.Any { return &expr.Meta{Key: expr.MetaKeyIIF, Register: reg1} }
@@ -64,9 +57,9 @@ func oifStartsNot(prefix string) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, cmpNe([]byte(prefix))}
 }
 
-func iifIs(name string) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpEq(ifname(name))}
-}
+// iifLoopback matches what comes by lo, the first link of every namespace
+// (LOOPBACK_IFINDEX in the kernel's net/net_namespace.h).
+func iifLoopback() []expr.Any { return []expr.Any{loadIif(), cmpEq(native(1))} }
 
 func family(f byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1}, cmpEq([]byte{f})}

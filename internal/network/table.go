@@ -317,7 +317,7 @@ func (n *Network) addHooks(tx *transaction) {
 		when(drop()))
 	inp := tx.AddChain(n.hook(chainInp, nftables.ChainHookInput, *nftables.ChainPriorityFilter))
 	tx.rules(inp,
-		when(iifIs("lo"), accept()),
+		when(iifLoopback(), accept()),
 		when(marked(n.cfg.Mark), accept()),
 		when(protoAndDport(), in(setPorts), goTo(chainRefuse)))
 	out := tx.AddChain(n.hook(chainOut, nftables.ChainHookOutput, *nftables.ChainPriorityFilter))
