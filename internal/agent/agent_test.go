@@ -49,6 +49,22 @@ type harness struct {
 // start runs an unclaimed agent.
 func start(t *testing.T) *harness {
 	t.Helper()
+	return startBy(t, (*Agent).Run)
+}
+
+// unguarded runs all of an agent that processes need, but not its guard.
+func unguarded(a *Agent, ctx context.Context, ln net.Listener) error {
+	srv := &http.Server{Handler: a.Handler()}
+	defer context.AfterFunc(ctx, func() { srv.Close() })()
+	go srv.Serve(ln)
+	err := a.children.run(ctx)
+	a.procs.abandon()
+	return err
+}
+
+// startBy runs an unclaimed agent by a function like its Run.
+func startBy(t *testing.T, run func(*Agent, context.Context, net.Listener) error) *harness {
+	t.Helper()
 	base, err := os.MkdirTemp("", "cordon-agent-test-")
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +106,7 @@ func start(t *testing.T) *harness {
 	h.url = "http://" + ln.Addr().String()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- h.agent.Run(ctx, ln) }()
+	go func() { done <- run(h.agent, ctx, ln) }()
 	transport := &http.Transport{DisableCompression: true}
 	h.http = &http.Client{Transport: transport, Timeout: 20 * time.Second}
 	t.Cleanup(func() {
@@ -108,8 +124,13 @@ func start(t *testing.T) *harness {
 func claimed(t *testing.T) *harness {
 	t.Helper()
 	h := start(t)
-	h.claim(map[string]any{"sandboxID": "i1", "templateID": "base", "accessToken": testToken, "defaultUser": "tester", "envVars": map[string]string{"FROM_INIT": "1"}})
+	h.claimDefault()
 	return h
+}
+
+func (h *harness) claimDefault() {
+	h.t.Helper()
+	h.claim(map[string]any{"sandboxID": "i1", "templateID": "base", "accessToken": testToken, "defaultUser": "tester", "envVars": map[string]string{"FROM_INIT": "1"}})
 }
 
 func (h *harness) claim(body map[string]any) {

@@ -25,6 +25,7 @@ import (
 type Client struct {
 	mu   sync.Mutex // guards held
 	held []net.Conn
+	live net.Conn // made by Live for Watch
 }
 
 // Load is what a client does for a while.
@@ -450,9 +451,8 @@ type Watched struct {
 	Cut     time.Time // the live one ended
 }
 
-// Watch keeps a connection open and makes new ones until both notice that they
-// are refused now.
-func (c *Client) Watch(l Load, out *Watched) error {
+// Live opens the connection that Watch watches, and uses it once.
+func (c *Client) Live(l Load, _ *struct{}) error {
 	if err := l.prepare(); err != nil {
 		return err
 	}
@@ -460,17 +460,26 @@ func (c *Client) Watch(l Load, out *Watched) error {
 	if err != nil {
 		return err
 	}
+	_ = live.SetDeadline(time.Now().Add(deadline))
+	if err := exchange(live, make([]byte, messageSize)); err != nil {
+		live.Close()
+		return err
+	}
+	c.live = live
+	return nil
+}
+
+// Watch waits for the end of the connection that Live opened and makes new ones
+// until they are refused.
+func (c *Client) Watch(l Load, out *Watched) error {
+	live := c.live
 	defer live.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), l.For)
 	defer cancel()
-	b := make([]byte, messageSize)
 	_ = live.SetDeadline(time.Now().Add(l.For))
-	if err := exchange(live, b); err != nil {
-		return err
-	}
 	cut := make(chan error, 1)
 	go func() {
-		_, err := live.Read(b)
+		_, err := live.Read(make([]byte, 1))
 		out.Cut = time.Now()
 		cut <- err
 	}()

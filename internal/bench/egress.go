@@ -209,11 +209,13 @@ func (r *run) updates(ctx context.Context, w *way) error {
 		if err := w.program.call(ctx, "Apply", oneRule, &done); err != nil {
 			return err
 		}
+		load := Load{Kind: loadEcho, Addr: rawAddr, For: 10 * time.Second}
+		if err := w.client.call(ctx, "Live", load, nil); err != nil {
+			return err
+		}
 		var seen Watched
 		watched := make(chan error, 1)
-		go func() {
-			watched <- w.client.call(ctx, "Watch", Load{Kind: loadEcho, Addr: rawAddr, For: 10 * time.Second}, &seen)
-		}()
+		go func() { watched <- w.client.call(ctx, "Watch", load, &seen) }()
 		select {
 		case err := <-watched:
 			return fmt.Errorf("watch before an update: %w", err)

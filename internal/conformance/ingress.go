@@ -24,7 +24,7 @@ import (
 func ingressCases() []Case {
 	const group = "Ingress"
 	return []Case{
-		{ID: 66, Group: group, Title: "host confusion", Run: hostConfusion, Anywhere: true, Within: 30 * time.Second},
+		{ID: 66, Group: group, Title: "host confusion", Run: hostConfusion, Anywhere: true},
 		{ID: 67, Group: group, Title: "reserved ports and control routes", Run: reservedPorts, Anywhere: true},
 		{ID: 68, Group: group, Title: "targets of the client's choice", Run: clientTargets, Anywhere: true},
 		{ID: 69, Group: group, Title: "tokens: missing, wrong, misplaced, of others, leaked", Run: tokens, Anywhere: true},
@@ -93,9 +93,9 @@ func (t *Trial) service(public bool, name string) *Subject {
 		t.must("start the service", err)
 		go p.Close() // it goes on, unwatched
 	}
-	wait := fmt.Sprintf("for p in %d %d; do for i in $(seq 100); do curl -sf -o /dev/null http://127.0.0.1:$p/ && break; sleep 0.05; done; done", portOne, portTwo)
-	_, err = s.Commands.Run(t.ctx, wait, client.RunOptions{})
-	t.must("wait for the service", err)
+	for _, port := range []int{portOne, portTwo} {
+		t.must("wait for the service", listens(t.ctx, s, port))
+	}
 	return s
 }
 
@@ -145,14 +145,14 @@ type answer struct {
 }
 
 // talk sends bytes to the front and returns every response until the connection
-// ends or nothing comes for a second and a half.
+// ends or nothing more comes for a second and a half.
 func (t *Trial) talk(ctx context.Context, sni string, raw []byte) ([]answer, error) {
 	c, err := t.suite.dialFront(ctx, sni)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(1500 * time.Millisecond)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(8 * time.Second)); err != nil {
 		return nil, err
 	}
 	if _, err := c.Write(raw); err != nil {
@@ -160,6 +160,9 @@ func (t *Trial) talk(ctx context.Context, sni string, raw []byte) ([]answer, err
 	}
 	var out []answer
 	for r := bufio.NewReader(c); ; {
+		if len(out) > 0 {
+			_ = c.SetDeadline(time.Now().Add(1500 * time.Millisecond)) // a dead connection shows at the next call
+		}
 		res, err := http.ReadResponse(r, nil)
 		if err != nil {
 			return out, nil // the end, however it came
@@ -526,7 +529,7 @@ func floods(t *Trial) {
 			if err != nil || len(got) != 1 || got[0].echo.Who != s.ID {
 				return fmt.Errorf("a good request was not served: %+v %w", got, err)
 			}
-			if took := time.Since(began); took > time.Second {
+			if took := time.Since(began); took > 5*time.Second { // a third of what the slow ones get
 				return fmt.Errorf("a good request took %s", took)
 			}
 		}

@@ -22,9 +22,9 @@ func lowerCases() []Case {
 	const group = "Lower layers"
 	return []Case{
 		{ID: 55, Group: group, Title: "a spoofed source, IP or MAC", Run: spoofed},
-		{ID: 57, Group: group, Title: "IPv6, tunnels, SCTP, fragments, raw sockets", Run: otherPackets, Within: 30 * time.Second},
+		{ID: 57, Group: group, Title: "IPv6, tunnels, SCTP, fragments, raw sockets", Run: otherPackets},
 		{ID: 58, Group: group, Title: "ICMP tunnels", Run: icmpTunnels},
-		{ID: 59, Group: group, Title: "live flows after tightening", Run: liveFlows, Within: 30 * time.Second},
+		{ID: 59, Group: group, Title: "live flows after tightening", Run: liveFlows},
 		{ID: 60, Group: group, Title: "before the policy, without the proxy, after a resume, on a used address", Run: unguarded, Within: 60 * time.Second},
 		{ID: 61, Group: group, Title: "the proxy's ports addressed directly, identity from headers", Run: proxyPorts},
 		{ID: 62, Group: group, Title: "tools that ignore or choose proxies", Run: otherProxies},
@@ -33,11 +33,24 @@ func lowerCases() []Case {
 }
 
 // frames sends frames from the sandbox's end of its link, as Subject.Takeover
-// makes possible, and listens for a moment. What comes back to ports that nobody
-// has open in the sandbox is answered by it, with ICMP errors to who was reached.
+// makes possible, and listens for a moment. What comes back to a port that nobody
+// has open in the sandbox is answered by it, with an ICMP error that quotes it,
+// whenever it comes to that: datagrams that are to arrive go to unheard, where
+// nobody answers.
 func frames(packets ...[]byte) []probe.Order {
 	return []probe.Order{{Kind: probe.Frames, To: "eth0", Parts: packets, Within: 300 * time.Millisecond}}
 }
+
+// patiently gives what is to come back more time than a moment.
+func patiently(orders []probe.Order) []probe.Order {
+	for i := range orders {
+		orders[i].Within = 1500 * time.Millisecond
+	}
+	return orders
+}
+
+// unheard is a port that no server of the lab has: discard, RFC 863.
+const unheard = 9
 
 // takeover is Subject.Takeover, or the end of the case.
 func (t *Trial) takeover(s *Subject) link {
@@ -52,7 +65,7 @@ func spoofed(t *Trial) {
 	t.must("find another sandbox's address", err)
 	l := t.takeover(s)
 	datagram := func(from netip.Addr) []byte {
-		src, dst := netip.AddrPortFrom(from, 5555), netip.AddrPortFrom(addrB, 4000)
+		src, dst := netip.AddrPortFrom(from, 5555), netip.AddrPortFrom(addrB, unheard)
 		return frame(l, nil, ipv4(protoUDP, from, addrB, udpHeader(src, dst, []byte("canary-55"))))
 	}
 	syn := func(from netip.Addr) []byte {
@@ -72,7 +85,7 @@ func spoofed(t *Trial) {
 	})
 	wrongMAC := append([]byte{}, datagram(s.addr)...)
 	copy(wrongMAC[6:], net.HardwareAddr{2, 0, 0, 0, 0, 1})
-	v6 := ipv6(protoUDP, twin(addrA), twin(addrB), udpHeader(netip.AddrPortFrom(twin(addrA), 5555), netip.AddrPortFrom(twin(addrB), 4000), []byte("canary-55")))
+	v6 := ipv6(protoUDP, twin(addrA), twin(addrB), udpHeader(netip.AddrPortFrom(twin(addrA), 5555), netip.AddrPortFrom(twin(addrB), unheard), []byte("canary-55")))
 	t.Try(Try{
 		What: "its own address with another MAC, an IPv6 address of the internet", By: s, Below: true, Orders: frames(wrongMAC, frame(l, nil, v6)),
 		Never: []string{"canary-55"}, Log: denied("spoofed-source"),
@@ -119,7 +132,7 @@ func fragments(t *Trial, s *Subject) {
 	l := t.takeover(s)
 	long := append([]byte("canary-57"), make([]byte, 600)...)
 	cutUp := func(id uint16, dst netip.Addr, sizes ...int) (out [][]byte) {
-		whole := udpHeader(netip.AddrPortFrom(s.addr, 5557), netip.AddrPortFrom(dst, 4000), long)
+		whole := udpHeader(netip.AddrPortFrom(s.addr, 5557), netip.AddrPortFrom(dst, unheard), long)
 		for offset := 0; offset < len(whole); {
 			size := len(whole) - offset
 			if len(sizes) > 0 {
@@ -141,9 +154,9 @@ func fragments(t *Trial, s *Subject) {
 		What: "control: the same to another address", By: s, Below: true, Orders: frames(append(cutUp(4, addrA, 8), cutUp(5, addrA, 304)...)...),
 		Reaches: []Arrival{{At: addrA, Text: "canary-57"}}, Log: allowed("default"),
 	})
-	byPort := t.Sandbox(only(addrB.String() + ":7"))
+	byPort := t.Sandbox(only(netip.AddrPortFrom(addrB, unheard).String()))
 	l = t.takeover(byPort)
-	good := udpHeader(netip.AddrPortFrom(byPort.addr, 5558), netip.AddrPortFrom(addrB, 7), long[:80])
+	good := udpHeader(netip.AddrPortFrom(byPort.addr, 5558), netip.AddrPortFrom(addrB, unheard), long[:80])
 	bad := udpHeader(netip.AddrPortFrom(byPort.addr, 5558), netip.AddrPortFrom(addrB, 4000), long[:80])
 	part := func(id uint16, b []byte, offset int, more bool) []byte {
 		return frame(l, nil, fragment{id: id, offset: offset, more: more}.ipv4(protoUDP, byPort.addr, addrB, b))
@@ -165,7 +178,7 @@ func fragments(t *Trial, s *Subject) {
 func extensions(t *Trial, s *Subject) {
 	l := t.takeover(s)
 	segment := func(dst netip.Addr) []byte {
-		return udpHeader(netip.AddrPortFrom(s.addr6, 5559), netip.AddrPortFrom(dst, 4000), []byte("canary-57"))
+		return udpHeader(netip.AddrPortFrom(s.addr6, 5559), netip.AddrPortFrom(dst, unheard), []byte("canary-57"))
 	}
 	option := func(next byte) []byte { return []byte{next, 0, 1, 4, 0, 0, 0, 0} } // padding: RFC 8200 section 4.2
 	routing := append([]byte{protoUDP, 2, 0, 1, 0, 0, 0, 0}, twin(addrB).AsSlice()...)
@@ -238,7 +251,7 @@ func icmpTunnels(t *Trial) {
 		Never: []string{"canary-58"}, Log: denied("protocol"),
 	})
 	t.Try(Try{
-		What: "control: an echo request with no rules", By: open, Below: true, Orders: frames(echo(l, open.addr, addrB)),
+		What: "control: an echo request with no rules", By: open, Below: true, Orders: patiently(frames(echo(l, open.addr, addrB))),
 		Reaches: []Arrival{{At: addrB, Text: "canary-58"}}, Log: allowed("default"),
 		Answer: func(got probe.Outcome) error {
 			for _, r := range got.Replies {
@@ -285,12 +298,12 @@ func liveFlows(t *Trial) {
 		What: "control: a flow that the new rules allow goes on", By: s, Slow: 10 * time.Second,
 		Do: func(ctx context.Context) error {
 			o := forever(tcp(addrB, 4000, tick))
-			o.Within = 2 * time.Second
+			o.Within = 4 * time.Second
 			c, err := s.inside.begin(ctx, o)
 			if err != nil {
 				return err
 			}
-			time.Sleep(500 * time.Millisecond)
+			time.Sleep(time.Second)
 			if err := s.SetNetwork(ctx, only(nameA, addrB.String())); err != nil {
 				return err
 			}
@@ -314,12 +327,9 @@ func (t *Trial) cutLive(ctx context.Context, s *Subject, orders []probe.Order, a
 		}
 		ends = append(ends, c)
 	}
-	time.Sleep(time.Second)
 	r := t.suite.stand.lab.Recorder()
-	for _, a := range []Arrival{{At: addrA, Port: 80}, {At: addrA, Port: 443}, {At: addrB, Port: 4000}} {
-		if there := t.suite.wire.since(r).ToPort(a.Port); len(there.Packets()) == 0 {
-			return fmt.Errorf("no flow to port %d began", a.Port)
-		}
+	if err := t.underWay(r); err != nil {
+		return err
 	}
 	if err := s.SetNetwork(ctx, after); err != nil {
 		return err
@@ -347,6 +357,30 @@ func (t *Trial) cutLive(ctx context.Context, s *Subject, orders []probe.Order, a
 		}
 	}
 	return nil
+}
+
+// underWay waits until each of the flows has carried a few packets of its own: of
+// TLS, the hello, its end and a request.
+func (t *Trial) underWay(r *lab.Recorder) error {
+	const few = 3
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		seen := t.suite.wire.since(r).Where(func(p lab.Packet) bool { return len(p.Payload) > 0 })
+		slow := 0
+		for _, flow := range []struct {
+			proto uint8
+			port  uint16
+		}{{lab.ProtoTCP, 80}, {lab.ProtoTCP, 443}, {lab.ProtoTCP, 4000}, {lab.ProtoUDP, 4000}} {
+			if there := seen.ToPort(flow.port).Proto(flow.proto); len(there.Packets()) < few {
+				slow = int(flow.port)
+			}
+		}
+		if slow == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("no flow to port %d began", slow)
+		}
+	}
 }
 
 // unguarded: at no moment is a sandbox without its rules.
@@ -400,9 +434,12 @@ func sendFrom(ctx context.Context, s *stand, l link) error {
 	src := netip.AddrPortFrom(l.guest(), 5560)
 	udp := udpHeader(src, netip.AddrPortFrom(addrB, 4000), []byte("canary-60"))
 	syn := tcpSYN(src, netip.AddrPortFrom(addrB, 80), []byte("canary-60"))
-	_, err = p.do(ctx, frames(frame(l, nil, ipv4(protoUDP, l.guest(), addrB, udp)), frame(l, nil, ipv4(protoTCP, l.guest(), addrB, syn))))
+	got, err := p.do(ctx, frames(frame(l, nil, ipv4(protoUDP, l.guest(), addrB, udp)), frame(l, nil, ipv4(protoTCP, l.guest(), addrB, syn))))
 	_ = cmd.Process.Kill() // it waits for orders, or is gone
 	<-p.ended
+	if err == nil && got[0].Sent == 0 {
+		return fmt.Errorf("%w: %s", errProbeGone, got[0].End) // the link was taken away
+	}
 	return err
 }
 
@@ -432,8 +469,8 @@ func withoutServer(t *Trial) {
 		t.Try(Try{
 			What: "while the server is dead: A and B on 80, 443 and others, DNS", Never: []string{"canary-60", nameA},
 			Do: func(ctx context.Context) error {
-				got, err := s.below.do(ctx, frames(syn(addrA, 80), syn(addrB, 80), syn(addrA, 443), syn(addrB, 443), syn(addrB, 4000),
-					datagram(addrB, 4000, []byte("canary-60")), datagram(addrDNS, 53, query(nameA, dns.TypeA))))
+				got, err := s.below.do(ctx, patiently(frames(syn(addrA, 80), syn(addrB, 80), syn(addrA, 443), syn(addrB, 443), syn(addrB, 4000),
+					datagram(addrB, 4000, []byte("canary-60")), datagram(addrDNS, 53, query(nameA, dns.TypeA)))))
 				if err == nil && refusals(got[0]) != 5 {
 					err = fmt.Errorf("%d of 5 connections were refused: %s", refusals(got[0]), describe(got[0]))
 				}
@@ -443,7 +480,7 @@ func withoutServer(t *Trial) {
 		t.Try(Try{
 			What: "control: an allowed address is reached all the time", Reaches: []Arrival{{At: addrAttacker, Text: "canary-60"}},
 			Do: func(ctx context.Context) error {
-				_, err := s.below.do(ctx, frames(datagram(addrAttacker, 4000, []byte("canary-60"))))
+				_, err := s.below.do(ctx, frames(datagram(addrAttacker, unheard, []byte("canary-60"))))
 				return err
 			},
 		})

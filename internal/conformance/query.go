@@ -31,7 +31,16 @@ func pack(m *dns.Msg) []byte {
 
 // ask sends a question over UDP and waits for the reply.
 func ask(server netip.Addr, name string, qtype uint16) probe.Order {
-	o := udp(server, 53, query(name, qtype))
+	return withAnswer(udp(server, 53, query(name, qtype)))
+}
+
+// question sends a message of DNS over UDP and waits for the reply.
+func question(server netip.Addr, m *dns.Msg) probe.Order {
+	return withAnswer(udp(server, 53, pack(m)))
+}
+
+// withAnswer waits longer for a reply, which is to come.
+func withAnswer(o probe.Order) probe.Order {
 	o.Within = 4 * time.Second
 	return o
 }

@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/cordonhq/cordon/client"
 	"github.com/cordonhq/cordon/internal/conformance/probe"
@@ -152,20 +154,35 @@ var _ io.Writer = (*prober)(nil)
 
 // begin hands over an order and returns where its outcome will come.
 func (p *prober) begin(ctx context.Context, o probe.Order) (<-chan probe.Outcome, error) {
-	p.mu.Lock()
-	p.next++
-	o.ID = p.next
-	c := make(chan probe.Outcome, 1)
-	p.waiting[o.ID] = c
-	p.mu.Unlock()
-	line, err := json.Marshal(o)
+	c, err := p.beginAll(ctx, []probe.Order{o})
 	if err != nil {
 		return nil, err
 	}
-	if err := p.send(ctx, append(line, '\n')); err != nil {
-		return nil, fmt.Errorf("hand an order to the probe: %w", err)
+	return c[0], nil
+}
+
+// beginAll hands over orders together: one message each would spread them over
+// seconds on a busy machine.
+func (p *prober) beginAll(ctx context.Context, orders []probe.Order) ([]<-chan probe.Outcome, error) {
+	pending := make([]<-chan probe.Outcome, len(orders))
+	var lines []byte
+	for i, o := range orders {
+		p.mu.Lock()
+		p.next++
+		o.ID = p.next
+		c := make(chan probe.Outcome, 1)
+		p.waiting[o.ID] = c
+		p.mu.Unlock()
+		line, err := json.Marshal(o)
+		if err != nil {
+			return nil, err
+		}
+		pending[i], lines = c, append(append(lines, line...), '\n')
 	}
-	return c, nil
+	if err := p.send(ctx, lines); err != nil {
+		return nil, fmt.Errorf("hand orders to the probe: %w", err)
+	}
+	return pending, nil
 }
 
 // errProbeGone: the probe ended, or what it ran in did.
@@ -173,12 +190,9 @@ var errProbeGone = errors.New("the probe is gone")
 
 // do carries out orders at the same time and returns their outcomes in order.
 func (p *prober) do(ctx context.Context, orders []probe.Order) ([]probe.Outcome, error) {
-	pending := make([]<-chan probe.Outcome, len(orders))
-	for i, o := range orders {
-		var err error
-		if pending[i], err = p.begin(ctx, o); err != nil {
-			return nil, err
-		}
+	pending, err := p.beginAll(ctx, orders)
+	if err != nil {
+		return nil, err
 	}
 	out := make([]probe.Outcome, len(orders))
 	for i, c := range pending {
@@ -218,7 +232,13 @@ func (s *stand) probeIn(netns string) (*prober, *lab.Cmd, error) {
 		return nil, nil, err
 	}
 	p := newProber()
-	p.send = func(_ context.Context, b []byte) error { _, err := in.Write(b); return err }
+	p.send = func(_ context.Context, b []byte) error {
+		_, err := in.Write(b)
+		if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
+			err = errProbeGone // nsenter found no namespace any more
+		}
+		return err
+	}
 	cmd.Stdout = p
 	if err := cmd.Start(); err != nil {
 		return nil, nil, fmt.Errorf("start the probe in %s: %w", netns, err)

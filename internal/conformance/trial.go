@@ -256,7 +256,7 @@ func (t *Trial) logged(try Try, since int64) (string, error) {
 		need = 1
 	}
 	var events []client.Event
-	for deadline := time.Now().Add(3 * time.Second); ; {
+	for deadline := time.Now().Add(8 * time.Second); ; {
 		var err error
 		if events, err = try.By.Events(t.ctx, client.EventOptions{Since: since}); err != nil {
 			return "-", err

@@ -14,31 +14,69 @@ import (
 // wire looks at what the recorder sees between two moments.
 type wire struct {
 	from lab.Mark
-	old  map[tcpFlow]bool // connections that began before from: their ends may still pass
+	// What began before from, by flow: connections, whose ends may still pass, with
+	// the number their last SYN had, and questions to name servers, to whose late
+	// answers the host may still object.
+	connections map[flow]uint32
+	questions   map[flow]bool
 }
 
-type tcpFlow struct{ src, dst netip.AddrPort }
+// flow is one direction of a connection or exchange, away from the host.
+type flow struct{ src, dst netip.AddrPort }
 
 // begin starts a new step: what was seen so far is of the past.
 func (w *wire) begin(r *lab.Recorder) {
-	if w.old == nil {
-		w.old = map[tcpFlow]bool{}
-	}
 	now := r.Mark()
-	for _, p := range r.Since(w.from).Packets() {
-		if p.Proto == lab.ProtoTCP {
-			w.old[tcpFlow{p.Src, p.Dst}] = true
-		}
-	}
+	w.pass(r.Since(w.from).Packets())
 	w.from = now
 }
 
-// since returns what left the host in this step, without the ends of older
-// connections.
-func (w *wire) since(r *lab.Recorder) lab.Seen {
-	return r.Since(w.from).Where(func(p lab.Packet) bool {
-		return p.Proto != lab.ProtoTCP || !w.old[tcpFlow{p.Src, p.Dst}]
-	})
+// pass makes what was seen a part of the past.
+func (w *wire) pass(seen []lab.Packet) {
+	if w.connections == nil {
+		w.connections, w.questions = map[flow]uint32{}, map[flow]bool{}
+	}
+	for _, p := range seen {
+		f := flow{p.Src, p.Dst}
+		_, known := w.connections[f]
+		switch {
+		case p.Proto == lab.ProtoTCP && (p.Flags&lab.FlagSYN != 0 || !known):
+			w.connections[f] = p.Seq
+		case p.Proto == lab.ProtoUDP && p.Dst.Port() == 53:
+			w.questions[f] = true
+		}
+	}
+}
+
+// since returns what left the host in this step.
+func (w *wire) since(r *lab.Recorder) lab.Seen { return r.Since(w.from).Where(w.present()) }
+
+// present tells packets, in their order, from what is left of older connections and
+// exchanges. A connection between the ports of an older one is known by its own SYN.
+func (w *wire) present() func(lab.Packet) bool {
+	again := map[flow]bool{}
+	return func(p lab.Packet) bool {
+		f := flow{p.Src, p.Dst}
+		if about, ok := objection(p); ok {
+			return !w.questions[about]
+		}
+		syn, old := w.connections[f]
+		if p.Proto != lab.ProtoTCP || !old || again[f] {
+			return true
+		}
+		again[f] = p.Flags&lab.FlagSYN != 0 && p.Seq != syn
+		return again[f]
+	}
+}
+
+// objection returns the flow that an ICMP error is about: what it quotes came the
+// other way on it.
+func objection(p lab.Packet) (about flow, ok bool) {
+	quoted, ok := p.Quoted()
+	if !ok || quoted.Proto != lab.ProtoUDP || quoted.Src.Addr() != p.Dst.Addr() {
+		return flow{}, false
+	}
+	return flow{quoted.Dst, quoted.Src}, true
 }
 
 // Arrival is something that must reach the internet in a step.
@@ -57,15 +95,18 @@ func stray(seen lab.Seen, l *lab.Lab, arrivals []Arrival, asked func(name string
 				return false
 			}
 		}
-		upstream := slices.Contains(l.Upstreams(), p.Dst)
-		return !upstream || !asksOnly(seen, p, asked)
+		f := flow{p.Src, p.Dst}
+		if about, ok := objection(p); ok {
+			f = about
+		}
+		return !slices.Contains(l.Upstreams(), f.dst) || !asksOnly(seen, f, asked)
 	})
 }
 
-// asksOnly reports whether a packet to an upstream name server is part of an
-// exchange whose questions are all expected.
-func asksOnly(seen lab.Seen, p lab.Packet, asked func(string) bool) bool {
-	same := seen.Where(func(q lab.Packet) bool { return q.Src == p.Src && q.Dst == p.Dst && q.Proto == p.Proto })
+// asksOnly reports whether a flow to an upstream name server is an exchange whose
+// questions are all expected.
+func asksOnly(seen lab.Seen, f flow, asked func(string) bool) bool {
+	same := seen.Where(func(q lab.Packet) bool { return flow{q.Src, q.Dst} == f })
 	questions := same.Questions()
 	for _, q := range questions {
 		if !asked(q.Name) {

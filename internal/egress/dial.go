@@ -59,7 +59,9 @@ func (e *refusedError) Error() string {
 // connect reaches the upstream of an allowed flow and makes it the flow's own.
 // When it cannot it tells the client and the flow log, and reports false.
 func (f *flow) connect(ctx context.Context, r ruling) (net.Conn, bool) {
-	ctx, cancel := context.WithTimeout(ctx, f.p.lim.DialTimeout)
+	// What ends all flows ends each by its cancel. As children of one context they
+	// would queue for its lock, twice for each connection.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.p.lim.DialTimeout)
 	defer cancel()
 	f.mu.Lock()
 	f.cancel = cancel

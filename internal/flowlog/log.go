@@ -329,10 +329,23 @@ func printable(s string, max int) string {
 	if len(s) > max {
 		s = s[:max-3] + "..."
 	}
+	if plain(s) { // nearly all are
+		return strings.Clone(s)
+	}
 	return strings.Clone(strings.Map(func(r rune) rune {
 		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
 			return '?'
 		}
 		return r
 	}, s))
+}
+
+// plain reports whether s is printable ASCII.
+func plain(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
 }

@@ -424,9 +424,16 @@ func TestLoopbackServices(t *testing.T) {
 	if n := dials.Load(); n != 3 {
 		t.Errorf("dialled %d times", n)
 	}
-	start := time.Now()
-	if resp, _ := get(t, c, "https://"+a.host(8001)+"/"); resp.StatusCode != 502 || time.Since(start) > 100*time.Millisecond {
-		t.Errorf("closed port: %d after %v", resp.StatusCode, time.Since(start))
+	took := time.Hour
+	for range 5 { // a busy machine is no fault of ours
+		start := time.Now()
+		if resp, _ := get(t, c, "https://"+a.host(8001)+"/"); resp.StatusCode != 502 {
+			t.Errorf("closed port: %d", resp.StatusCode)
+		}
+		took = min(took, time.Since(start))
+	}
+	if took > 100*time.Millisecond {
+		t.Errorf("closed port: after %v", took)
 	}
 	before := dials.Load()
 	if resp, _ := get(t, c, "https://"+a.host(1)+"/"); resp.StatusCode != 502 || dials.Load() != before {

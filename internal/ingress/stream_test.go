@@ -587,7 +587,7 @@ func TestServicesThatCloseKeptConnections(t *testing.T) {
 		if resp, body := do(t, c, req); resp.StatusCode != 200 || body != "ok" {
 			t.Errorf("request %d: %d %s", i, resp.StatusCode, body)
 		}
-		time.Sleep(2 * time.Millisecond) // POST is not sent twice: let the close arrive
+		time.Sleep(25 * time.Millisecond) // POST is not sent twice: let the close arrive
 	}
 	if hits.Load() != 20 {
 		t.Errorf("%d requests arrived", hits.Load())

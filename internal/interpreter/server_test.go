@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -154,6 +155,30 @@ type lines []map[string]any
 
 func (s *server) run(t *testing.T, language, code string) lines {
 	t.Helper()
+	return s.runTelling(t, language, code, func(map[string]any) {})
+}
+
+// begin runs code that prints something first, and returns when it has.
+func (s *server) begin(t *testing.T, language, code string) <-chan lines {
+	t.Helper()
+	begun, ended := make(chan struct{}), make(chan lines, 1)
+	tell := sync.OnceFunc(func() { close(begun) })
+	go func() {
+		defer close(ended)
+		defer tell()
+		ended <- s.runTelling(t, language, code, func(l map[string]any) {
+			if l["type"] == "stdout" {
+				tell()
+			}
+		})
+	}()
+	<-begun
+	return ended
+}
+
+// runTelling runs code and tells each line as it comes.
+func (s *server) runTelling(t *testing.T, language, code string, tell func(map[string]any)) lines {
+	t.Helper()
 	body, err := json.Marshal(map[string]string{"code": code, "language": language})
 	if err != nil {
 		t.Fatal(err)
@@ -169,6 +194,7 @@ func (s *server) run(t *testing.T, language, code string) lines {
 			t.Fatalf("%q: %v", sc.Text(), err)
 		}
 		out = append(out, l)
+		tell(l)
 	}
 	if err := sc.Err(); err != nil {
 		t.Fatal(err)
@@ -335,10 +361,7 @@ func stubborn(t *testing.T, s *server) {
 }
 
 func restartUnderway(t *testing.T, s *server) {
-	ended := make(chan lines, 1)
-	s.run(t, "javascript", "1") // so that it runs
-	go func() { ended <- s.run(t, "javascript", "await new Promise(() => 0)") }()
-	time.Sleep(500 * time.Millisecond)
+	ended := s.begin(t, "javascript", "console.log(1); await new Promise(() => 0)")
 	res := s.post(t.Context(), t, "/contexts/javascript/restart", "")
 	res.Body.Close()
 	if res.StatusCode != http.StatusNoContent {
@@ -353,12 +376,11 @@ func restartUnderway(t *testing.T, s *server) {
 }
 
 func queue(t *testing.T, s *server) {
-	first := make(chan lines, 1)
-	go func() { first <- s.run(t, "python", "import time; time.sleep(2); order = ['first']; order") }()
-	time.Sleep(300 * time.Millisecond)
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	first := s.begin(t, "python", "import time; print(1, flush=True); time.sleep(3); order = ['first']; order")
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	res := s.post(ctx, t, "/execute", `{"code":"order = ['given up']"}`)
+	time.AfterFunc(300*time.Millisecond, cancel)
 	_, err := io.ReadAll(res.Body)
 	res.Body.Close()
 	if err == nil {

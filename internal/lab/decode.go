@@ -195,6 +195,22 @@ func (p *Packet) transport(b []byte, laterFragment bool) {
 	}
 }
 
+// Quoted returns the beginning of the packet that an ICMP error is about (RFC 792,
+// RFC 4443 section 3): one that its receiver had sent, or so it says. ok is false
+// for everything else.
+func (p Packet) Quoted() (quoted Packet, ok bool) {
+	const unused = 4 // between the checksum and the quote
+	switch {
+	case len(p.Payload) < unused:
+		return Packet{}, false
+	case p.Proto == ProtoICMP && (p.Type == 3 || p.Type == 11 || p.Type == 12):
+		return decodeIPv4(p.Payload[unused:])
+	case p.Proto == ProtoICMPv6 && p.Type >= 1 && p.Type <= 4:
+		return decodeIPv6(p.Payload[unused:])
+	}
+	return Packet{}, false
+}
+
 func (p *Packet) ports(b []byte) {
 	p.Src = netip.AddrPortFrom(p.Src.Addr(), binary.BigEndian.Uint16(b[0:2]))
 	p.Dst = netip.AddrPortFrom(p.Dst.Addr(), binary.BigEndian.Uint16(b[2:4]))

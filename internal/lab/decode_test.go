@@ -49,6 +49,28 @@ func TestDecode(t *testing.T) {
 	}
 }
 
+func TestQuoted(t *testing.T) {
+	const quote4 = "4500001f 00000000 40110000 c6336414 cb007102 " + udp
+	const quote6 = "60000000 000b 11 40 " + from6 + udp
+	for _, c := range []struct{ name, hex, want string }{
+		{"port unreachable", ether4 + "4500003b 00000000 40010000 cb007102 c6336414 0303 0000 00000000 " + quote4,
+			`udp 198.51.100.20:53 > 203.0.113.2:8080 3 bytes "abc"`},
+		{"port unreachable of IPv6", ether6 + "60000000 003b 3a 40 " + from6 + "0104 0000 00000000 " + quote6,
+			`udp [2001:db8::1]:53 > [2001:db8::2]:8080 3 bytes "abc"`},
+		{"an echo request quotes nothing", ether4 + "4500003b 00000000 40010000 cb007102 c6336414 0800 0000 00000000 " + quote4, ""},
+		{"a message that is cut off", ether4 + "45000018 00000000 40010000 cb007102 c6336414 0303 0000", ""},
+		{"UDP quotes nothing", ether4 + "4500001f 00000000 40110000 cb007102 c6336414 " + udp, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, p, _ := decode(frame(t, c.hex))
+			quoted, ok := p.Quoted()
+			if ok != (c.want != "") || ok && quoted.String() != c.want {
+				t.Errorf("got  %s (%v)\nwant %s", quoted, ok, c.want)
+			}
+		})
+	}
+}
+
 func TestReassembleOrdersAndDropsRepeats(t *testing.T) {
 	seg := func(seq uint32, data string) Packet { return Packet{Proto: ProtoTCP, Seq: seq, Payload: []byte(data)} }
 	syn := Packet{Proto: ProtoTCP, Seq: 0xfffffffd, Flags: FlagSYN}
@@ -68,6 +90,7 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("payload of %d bytes in a frame of %d", len(p.Payload), len(b))
 		}
 		_ = p.String()
+		_, _ = p.Quoted()
 		_ = Seen{packets: []Packet{p, p}}.Payload()
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -155,19 +156,59 @@ func (r *Recorder) arrived(payload []byte) {
 	}
 }
 
-// sync returns when everything that was on the wire has been recorded: it sends
-// a sentinel frame behind it, twice, because packets of another processor may
-// still be in that one's backlog when the first sentinel is through.
+// sync returns when everything that was on its way has been recorded. A packet
+// waits in the backlog of the processor that sent it, once for each virtual wire it
+// goes over, and a processor without time leaves it there while others go on: so a
+// sentinel frame goes behind it on every processor, once for the sandbox's wire
+// and once for the lab's.
 func (r *Recorder) sync() error {
 	for range 2 {
-		if err := r.roundTrip(); err != nil {
+		if err := r.roundTrips(); err != nil {
 			return err
 		}
-		time.Sleep(time.Millisecond)
 	}
 	return nil
 }
 
+// roundTrips sends a sentinel from every processor that programs here may run on.
+func (r *Recorder) roundTrips() error {
+	ended := make(chan error, 1)
+	go func() { // a thread that cannot be moved back ends with it
+		runtime.LockOSThread()
+		var all unix.CPUSet
+		if err := unix.SchedGetaffinity(0, &all); err != nil {
+			ended <- os.NewSyscallError("sched_getaffinity", err)
+			return
+		}
+		err := r.roundTripFrom(all)
+		if berr := unix.SchedSetaffinity(0, &all); berr == nil {
+			runtime.UnlockOSThread()
+		}
+		ended <- err
+	}()
+	return <-ended
+}
+
+// roundTripFrom moves this thread to each of the processors and sends a sentinel.
+func (r *Recorder) roundTripFrom(all unix.CPUSet) error {
+	for cpu, left := 0, all.Count(); left > 0; cpu++ {
+		if !all.IsSet(cpu) {
+			continue
+		}
+		left--
+		var one unix.CPUSet
+		one.Set(cpu)
+		if err := unix.SchedSetaffinity(0, &one); err != nil {
+			return os.NewSyscallError("sched_setaffinity", err)
+		}
+		if err := r.roundTrip(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// roundTrip sends a sentinel from this processor and waits until it is recorded.
 func (r *Recorder) roundTrip() error {
 	r.mu.Lock()
 	r.sentinel++

@@ -39,7 +39,7 @@ func (n *Network) followFlows(ctx context.Context) error {
 		}
 		_ = s.close()
 	}()
-	buf := make([]byte, 64<<10)
+	in := newInbox()
 	lost := func() { n.stats.lostFlows.Add(1) }
 	for {
 		if err := s.wait(); err != nil {
@@ -48,7 +48,7 @@ func (n *Network) followFlows(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err := s.read(buf, n.recordFlow, lost); err != nil {
+		if err := s.read(in, n.recordFlow, lost); err != nil {
 			return fmt.Errorf("follow flows: %w", err)
 		}
 		select { // let some gather
@@ -60,7 +60,7 @@ func (n *Network) followFlows(ctx context.Context) error {
 }
 
 // recordFlow records one event of the tracker, if it is about a slot's own flow.
-func (n *Network) recordFlow(f *tracked) {
+func (n *Network) recordFlow(f tracked) {
 	i, proxied, ok := slotOfMark(f.mark)
 	if !ok || proxied {
 		return

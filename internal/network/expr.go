@@ -36,13 +36,6 @@ func native(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
 
 func big16(v uint16) []byte { return binaryutil.BigEndian.PutUint16(v) }
 
-// ifname pads a name to the key of an interface name.
-func ifname(name string) []byte {
-	b := make([]byte, unix.IFNAMSIZ)
-	copy(b, name)
-	return b
-}
-
 // loadIif loads the index of the link a packet came by: the key of what is known
 // about a slot. An index is never used twice, and quicker to look up than a name.
 func loadIif() expr.Any { return &expr.Meta{Key: expr.MetaKeyIIF, Register: reg1} }
@@ -64,9 +57,9 @@ func oifStartsNot(prefix string) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, cmpNe([]byte(prefix))}
 }
 
-func iifIs(name string) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpEq(ifname(name))}
-}
+// iifLoopback matches what comes by lo, the first link of every namespace
+// (LOOPBACK_IFINDEX in the kernel's net/net_namespace.h).
+func iifLoopback() []expr.Any { return []expr.Any{loadIif(), cmpEq(native(1))} }
 
 func family(f byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1}, cmpEq([]byte{f})}
@@ -122,6 +115,17 @@ func loadEtherSaddr(register uint32) expr.Any {
 
 // dport matches a destination port of a protocol that has been matched already.
 func dport(p uint16) []expr.Any { return []expr.Any{loadDport(reg1), cmpEq(big16(p))} }
+
+// protoAndDport loads protocol and destination port, as setPorts has them; of what
+// has no ports it loads something else, behind the number of its protocol.
+func protoAndDport() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, loadDport(word(1))}
+}
+
+// protoPortKey is an element for protoAndDport: each field fills four octets.
+func protoPortKey(p policy.Proto, port uint16) []byte {
+	return []byte{byte(p), 0, 0, 0, byte(port >> 8), byte(port), 0, 0}
+}
 
 // icmpType matches the type of an ICMP or ICMPv6 message.
 func icmpType(p policy.Proto, t byte) []expr.Any {
@@ -212,6 +216,15 @@ func ownedByRoot() []expr.Any {
 // brief makes the tracker forget a new connection soon after its end.
 func brief() []expr.Any {
 	return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: timeoutBrief}}
+}
+
+// untold makes the tracker report nothing of a new connection: making the messages
+// is work, also when the filter of our own socket drops them.
+func untold() []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: reg1, Data: native(0)},
+		&expr.Ct{Register: reg1, SourceRegister: true, Key: expr.CtKeyEVENTMASK},
+	}
 }
 
 // ctReply matches packets against the direction the connection was opened in.

@@ -56,7 +56,8 @@ const (
 	setSlots, setMarks, setLogs, setFlows = "slots", "marks", "logs", "flows"
 	setOwn4, setOwn6                      = "own4", "own6"
 	setFloor4, setFloor6                  = "floor4", "floor6"
-	setHost                               = "host" // address types that are the host's own
+	setHost                               = "host"  // address types that are the host's own
+	setPorts                              = "ports" // where the transparent sockets listen
 
 	counterRefused = "refused"
 
@@ -137,6 +138,9 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIP6Addr, nil
 	case setHost:
 		s.KeyType = nftables.TypeFIBAddr
+	case setPorts:
+		s.Concatenation, s.KeyByteOrder = true, nil
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
 	}
 	return s
 }
@@ -161,6 +165,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.set(n.namedSet(setHost), []nftables.SetElement{
 		{Key: native(unix.RTN_LOCAL)}, {Key: native(unix.RTN_BROADCAST)}, {Key: native(unix.RTN_ANYCAST)}, {Key: native(unix.RTN_MULTICAST)},
 	})
+	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
 		chainProxy, chainProxied, chainDNS, chainOK, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
@@ -173,6 +178,18 @@ func (n *Network) addTable(tx *transaction) {
 	n.addTransparent(tx)
 	n.addShared(tx)
 	n.addHooks(tx)
+}
+
+// transparentPorts are the elements of setPorts: TCP and UDP, whichever is served.
+func (n *Network) transparentPorts() (elems []nftables.SetElement) {
+	for _, port := range []uint16{n.cfg.ProxyPort, n.cfg.DNSPort} {
+		for _, p := range []policy.Proto{policy.TCP, policy.UDP} {
+			if port != 0 {
+				elems = append(elems, nftables.SetElement{Key: protoPortKey(p, port)})
+			}
+		}
+	}
+	return elems
 }
 
 // addRefusals fills the chains that end in a refusal.
@@ -206,10 +223,11 @@ func (n *Network) addTransparent(tx *transaction) {
 		}
 	}
 	// These flows never meet the limit in chainOK, and each takes a place in the
-	// tracker as well: a denied sandbox could fill it with questions alone.
+	// tracker as well: a denied sandbox could fill it with questions alone. Whoever
+	// serves them logs them, so the tracker need not tell of them.
 	for _, name := range []string{chainProxy, chainDNS} {
 		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())))
-		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), brief()))
+		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), brief(), untold()))
 	}
 	hand(chainProxy, policy.TCP, n.cfg.ProxyPort, setCtMark(markProxied))
 	hand(chainProxied, policy.TCP, n.cfg.ProxyPort, nil)
@@ -298,14 +316,10 @@ func (n *Network) addHooks(tx *transaction) {
 		when(forwarded, ctReply(), accept()),
 		when(drop()))
 	inp := tx.AddChain(n.hook(chainInp, nftables.ChainHookInput, *nftables.ChainPriorityFilter))
-	tx.rules(inp, when(iifIs("lo"), accept()), when(marked(n.cfg.Mark), accept()))
-	for _, port := range []uint16{n.cfg.ProxyPort, n.cfg.DNSPort} {
-		for _, p := range []policy.Proto{policy.TCP, policy.UDP} {
-			if port != 0 {
-				tx.rules(inp, when(l4proto(p), dport(port), goTo(chainRefuse)))
-			}
-		}
-	}
+	tx.rules(inp,
+		when(iifLoopback(), accept()),
+		when(marked(n.cfg.Mark), accept()),
+		when(protoAndDport(), in(setPorts), goTo(chainRefuse)))
 	out := tx.AddChain(n.hook(chainOut, nftables.ChainHookOutput, *nftables.ChainPriorityFilter))
 	tx.rules(out, // the ingress checks tokens; nobody on this machine goes round it
 		when(oifStartsNot(ours), accept()),

@@ -122,12 +122,17 @@ func prepareTracked(fd int) error {
 
 // read hands every event that waits to each. It calls lost when the kernel had
 // to drop some.
-func (s *trackedSocket) read(buf []byte, each func(*tracked), lost func()) error {
+func (s *trackedSocket) read(in *inbox, each func(tracked), lost func()) error {
 	for {
-		k, _, err := unix.Recvfrom(s.fd, buf, 0)
+		k, err := in.receive(s.fd)
 		switch {
 		case err == nil:
-			parseTracked(buf[:k], each)
+			for i := range k {
+				parseTracked(in.message(i), each)
+			}
+			if k < len(in.headers) {
+				return nil // that was all; what comes now wakes wait
+			}
 		case errors.Is(err, unix.EAGAIN):
 			return nil
 		case errors.Is(err, unix.ENOBUFS):
@@ -139,7 +144,7 @@ func (s *trackedSocket) read(buf []byte, each func(*tracked), lost func()) error
 }
 
 // parseTracked calls each for every beginning and end in b.
-func parseTracked(b []byte, each func(*tracked)) {
+func parseTracked(b []byte, each func(tracked)) {
 	for len(b) >= ctHeader {
 		size := int(binary.NativeEndian.Uint32(b))
 		if size < ctHeader || size > len(b) {
@@ -149,7 +154,7 @@ func parseTracked(b []byte, each func(*tracked)) {
 		if kind == ctNew || kind == ctDelete {
 			e := tracked{ended: kind == ctDelete}
 			attributes(b[ctHeader:size], e.attribute)
-			each(&e)
+			each(e)
 		}
 		b = tail(b, (size+3)&^3)
 	}

@@ -304,3 +304,38 @@ func TestTheTransparentPathSurvivesReversePathChecks(t *testing.T) {
 		}
 	}
 }
+
+func TestTheTrackerTellsOfForwardedFlowsOnly(t *testing.T) {
+	w := start(t)
+	w.serve(443)
+	l := w.lease()
+	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"example.com", "198.51.100.0/24"}})
+	proxy(t, w.cfg.ProxyPort)
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groupsNewAndDestroy}); err != nil {
+		t.Fatal(err)
+	}
+	proxied, forwarded := at("198.51.102.9:443"), at("198.51.100.9:443")
+	for _, to := range []netip.AddrPort{proxied, forwarded} {
+		if _, err := hello(l, to); err != nil {
+			t.Fatalf("%s: %v", to, err)
+		}
+	}
+	seen := map[netip.AddrPort]bool{}
+	s, lost := &trackedSocket{fd: fd}, func() { t.Error("events were lost") }
+	for end := time.Now().Add(5 * time.Second); !seen[forwarded] && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if err := s.read(newInbox(), func(e tracked) { seen[e.dst] = true }, lost); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !seen[forwarded] {
+		t.Errorf("no event of the flow to %s", forwarded)
+	}
+	if seen[proxied] {
+		t.Errorf("an event of the flow to %s, which the proxy logs", proxied)
+	}
+}

@@ -48,6 +48,7 @@ type site struct {
 	acme *tlsconf.ACME
 	addr string
 	log  *logbook
+	stop func() // ends it before the test does
 }
 
 // open starts the site; ports are where the CA looks for it.
@@ -83,11 +84,14 @@ func open(t *testing.T, cfg tlsconf.ACMEConfig, https, http80 net.Listener) *sit
 	if http80 != nil {
 		wg.Go(func() { _ = plain.Serve(http80) })
 	}
-	t.Cleanup(func() {
+	s.stop = sync.OnceFunc(func() {
 		srv.Close()
 		plain.Close()
 		stop()
 		wg.Wait()
+	})
+	t.Cleanup(func() {
+		s.stop()
 		if t.Failed() {
 			t.Logf("server:\n%s", s.log)
 		}
@@ -196,6 +200,7 @@ func TestWildcardIsIssuedRenewedAndServedWhenTheCAIsGone(t *testing.T) {
 	}
 
 	ca.Stop()
+	s.stop() // two in one process would share one attempt at the renewal
 	https, _ = listen(t)
 	began := time.Now()
 	again := open(t, cfg, https, nil)
