@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -38,7 +39,7 @@ func (s *side) copyTo(dst io.Writer) (total int64, err error) {
 	}
 	for s.err == nil {
 		s.wait()
-		n, err := copyBurst(dst, s.Conn)
+		n, err := copyCome(dst, s.Conn)
 		total += n
 		if err != nil {
 			return total, whole(err)
@@ -95,23 +96,32 @@ func (s *side) held() (b []byte) {
 	return b
 }
 
-// copyIdle copies like io.Copy, but waits for bytes with a small buffer and
-// takes a large one only while they keep coming.
+// sips are buffers to wait with: who sends half a record and stops holds no more.
+var sips = sync.Pool{New: func() any { return new([512]byte) }}
+
+// copyCome copies what has come, with a large buffer if it is much.
+func copyCome(dst io.Writer, src io.Reader) (total int64, err error) {
+	sip := sips.Get().(*[512]byte)
+	n, err := src.Read(sip[:])
+	if n > 0 {
+		if _, werr := dst.Write(sip[:n]); werr != nil {
+			err = werr
+		}
+	}
+	full := n == len(sip)
+	sips.Put(sip)
+	if err != nil || !full {
+		return int64(n), err
+	}
+	more, err := copyBurst(dst, src)
+	return int64(n) + more, err
+}
+
+// copyIdle copies like io.Copy, but waits for bytes with a small buffer.
 func copyIdle(dst io.Writer, src io.Reader) (total int64, err error) {
-	small := make([]byte, 512)
 	for {
-		n, err := src.Read(small)
-		total += int64(n)
-		if n > 0 {
-			if _, err := dst.Write(small[:n]); err != nil {
-				return total, err
-			}
-		}
-		if err == nil && n == len(small) {
-			var more int64
-			more, err = copyBurst(dst, src)
-			total += more
-		}
+		n, err := copyCome(dst, src)
+		total += n
 		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
