@@ -47,7 +47,8 @@ func (v *visit) forward(c *call) {
 		}
 	}
 	info := v.info
-	if upgrade != "" && v.stream == nil {
+	takesOver := upgrade != "" && v.stream == nil
+	if takesOver {
 		info.upgrading = true
 	}
 	// What outlives the request holds no string of its head, which is one piece of memory.
@@ -58,10 +59,13 @@ func (v *visit) forward(c *call) {
 		Client: info.http1Conn(v.r),
 		Done: func(tunnel *relay.Octets) {
 			b.depart(g)
-			if tunnel != nil {
+			switch {
+			case tunnel != nil:
 				info.release()
 				told.octets = *tunnel
 				b.in.over("tunnel ended", told)
+			case takesOver: // no tunnel: the connection may be taken over all the same, and is over then
+				info.upgrading = false
 			}
 		},
 	})

@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -491,6 +492,34 @@ func TestConnectionsPerSource(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// A connection that is taken over counts until its tunnel ends, also when that never
+// begins because the client is gone by then.
+func TestATunnelThatNeverBeginsDoesNotCount(t *testing.T) {
+	l := newLab(t)
+	asked, gone := make(chan struct{}), make(chan struct{})
+	port := l.sandbox(idA).raw(func(c net.Conn, br *bufio.Reader) {
+		if _, err := http.ReadRequest(br); err != nil {
+			return
+		}
+		close(asked)
+		<-gone
+		io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: chat\r\n\r\n")
+		io.Copy(io.Discard, br)
+	})
+	c := l.dialPlain(t)
+	fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: %d-%s.%s\r\nConnection: Upgrade\r\nUpgrade: chat\r\n\r\n", port, idA, domain)
+	<-asked
+	// What comes early keeps the server from noticing, for a while, that the client goes.
+	time.Sleep(50 * time.Millisecond)
+	io.WriteString(c, "early")
+	time.Sleep(50 * time.Millisecond)
+	c.SetLinger(0)
+	c.Close()
+	time.Sleep(50 * time.Millisecond)
+	close(gone)
+	eventually(t, "the connection is not counted any more", func() bool { return l.in.sources.open() == 0 })
 }
 
 func TestMetricsAreBounded(t *testing.T) {
