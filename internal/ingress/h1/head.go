@@ -211,6 +211,12 @@ func validToken(s string) bool {
 	return s != ""
 }
 
+// sameToken compares without regard to case, of ASCII only: Unicode's folding makes
+// "chunked" of what begins with "chun" and U+212A, and who reads after us does not.
+func sameToken(s, t string) bool {
+	return len(s) == len(t) && strings.EqualFold(s, t) // every other letter that folds to an ASCII one is longer
+}
+
 // validValue reports whether s has no control characters but tabs (RFC 9110, section 5.5).
 func validValue(s string) bool {
 	for i := range len(s) {

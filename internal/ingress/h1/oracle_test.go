@@ -218,6 +218,8 @@ func TestRequestsAreReadAsByNetHTTP(t *testing.T) {
 		"an unknown coding":                 "POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: gzip\r\n\r\nabc",
 		"two codings":                       "POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: gzip, chunked\r\n\r\nabc",
 		"chunked twice":                     "POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+		"a coding with a Kelvin sign":       "POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chun\u212aed\r\n\r\n0\r\n\r\n",
+		"a long s in close":                 "GET / HTTP/1.1\r\n" + host + "Connection: clo\u017fe\r\n\r\n",
 		"an unknown expectation":            "POST / HTTP/1.1\r\n" + host + "Expect: wonder\r\nContent-Length: 1\r\n\r\na",
 		"100-continue":                      "POST / HTTP/1.1\r\n" + host + "Expect: 100-Continue\r\nContent-Length: 1\r\n\r\na",
 		"100-continue without a body":       "GET / HTTP/1.1\r\n" + host + "Expect: 100-continue\r\n\r\n",

@@ -138,7 +138,7 @@ func (x *exchange) frame(r *http.Request) error {
 		return malformed("Transfer-Encoding in HTTP/1.0")
 	case coded && len(lengths) > 0:
 		return malformed("both Transfer-Encoding and Content-Length")
-	case coded && (len(codings) > 1 || !strings.EqualFold(codings[0], "chunked")):
+	case coded && (len(codings) > 1 || !sameToken(codings[0], "chunked")):
 		return &refusal{http.StatusNotImplemented, "Transfer-Encoding other than chunked"}
 	case len(lengths) > 1:
 		return malformed("more than one Content-Length")
@@ -217,7 +217,7 @@ func hasToken(values []string, token string) bool {
 		for len(v) >= len(token) {
 			var part string
 			part, v, _ = strings.Cut(v, ",")
-			if strings.EqualFold(trim(part), token) {
+			if sameToken(trim(part), token) {
 				return true
 			}
 		}

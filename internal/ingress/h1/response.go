@@ -145,7 +145,7 @@ func codedResponse(resp *http.Response) (bool, error) {
 	if !coded || !resp.ProtoAtLeast(1, 1) { // HTTP/1.0 has none (RFC 9112, section 6.1)
 		return false, nil
 	}
-	if len(codings) != 1 || !strings.EqualFold(codings[0], "chunked") {
+	if len(codings) != 1 || !sameToken(codings[0], "chunked") {
 		return false, fmt.Errorf("unsupported transfer coding %q", codings)
 	}
 	return true, nil
