@@ -136,11 +136,12 @@ func (v *visit) forwardedFor() string {
 }
 
 // private reports the header fields that services do not get from clients: who
-// the client is, which we say, and our tokens. Servers of the CGI family take
-// "_" for "-", so that spelling counts too.
+// the client is, which we say, and our tokens. Servers of the CGI family take "_"
+// for "-", and some of them (PHP's a ".") everything that cannot be in a variable's
+// name, so that such spellings count too.
 func private(name string) bool {
-	if strings.IndexByte(name, '_') >= 0 {
-		name = http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
+	if strings.ContainsFunc(name, unlettered) {
+		name = http.CanonicalHeaderKey(strings.Map(dashed, name))
 	}
 	switch name {
 	case "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded-Port", "X-Forwarded-Server",
@@ -148,6 +149,16 @@ func private(name string) bool {
 		return true
 	}
 	return false
+}
+
+func unlettered(c rune) bool { return dashed(c) != c }
+
+// dashed makes a dash of what is neither a letter nor a digit.
+func dashed(c rune) rune {
+	if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' {
+		return c
+	}
+	return '-'
 }
 
 func privateOrCookie(name string) bool { return name == "Cookie" || private(name) }

@@ -172,7 +172,7 @@ func TestServiceSeesRequestAsItWas(t *testing.T) {
 	host := a.host(port) + ":8443"
 	l.both(t, func(t *testing.T, c *http.Client) {
 		_, body := get(t, c, "https://"+host+"/a;b/%2F%2e/x?q=a;b&r=%zz&cordon_token=tok&r=+%20", "X-Twice", "1", "X-Twice", "2",
-			"X-Forwarded-For", "6.6.6.6", "X-Forwarded-Proto", "gopher", "X-Forwarded-Host", "evil", "Forwarded", "for=6.6.6.6", "X_Forwarded_For", "6.6.6.6",
+			"X-Forwarded-For", "6.6.6.6", "X-Forwarded-Proto", "gopher", "X-Forwarded-Host", "evil", "Forwarded", "for=6.6.6.6", "X_Forwarded_For", "6.6.6.6", "X.Forwarded.For", "6.6.6.6", "e2b.Traffic_access!token", "tok",
 			"X-Real-Ip", "6.6.6.6", "Cookie", "a=1; __Host-cordon-token=zzz; b=2", "E2b-Traffic-Access-Token", "tok",
 			"Proxy-Authorization", "x", "Te", "trailers")
 		got := map[string]bool{}
