@@ -34,6 +34,9 @@ type conn struct {
 	deadline time.Time   // for reading, as the idle connection last set it
 	moved    atomic.Bool // by others since
 	posted   bool        // the last request was a POST
+
+	writeBy    time.Time   // deadline for writing, as limitWrite last set it
+	writeMoved atomic.Bool // by others since
 }
 
 // Read is what bufs.br reads from.
@@ -47,15 +50,38 @@ func (c *conn) Read(p []byte) (int, error) {
 }
 
 // Write is what bufs.bw writes to.
-func (c *conn) Write(p []byte) (int, error) {
-	n, err := c.rwc.Write(p)
+func (c *conn) Write(p []byte) (n int, err error) {
+	x := c.watch.current.Load()
+	for n < len(p) && err == nil {
+		if x == nil || !x.written.Load() {
+			c.limitWrite()
+		}
+		var taken int
+		taken, err = c.rwc.Write(p[n:min(len(p), n+writePiece)])
+		n += taken
+	}
 	if err != nil {
 		c.writeErr.Store(true)
-		if x := c.watch.current.Load(); x != nil {
+		if x != nil {
 			x.cancel()
 		}
 	}
 	return n, err
+}
+
+// writePiece is what a client has StallTimeout for.
+const writePiece = 64 << 10
+
+// limitWrite gives a client that does not read some time; as in await, the deadline
+// is moved only when it would come too early.
+func (c *conn) limitWrite() {
+	now, patience := time.Now(), c.s.stallTimeout()
+	if !c.writeBy.Before(now.Add(patience)) && !c.writeMoved.Load() {
+		return
+	}
+	c.writeBy = now.Add(patience + patience/16)
+	c.writeMoved.Store(false)
+	c.rwc.SetWriteDeadline(c.writeBy) //nolint:errcheck // a dead connection shows in the write
 }
 
 // setReadDeadline is for everyone but await, which spares itself most calls.

@@ -80,7 +80,8 @@ func (x *exchange) SetWriteDeadline(t time.Time) error {
 	if x.over.Load() {
 		return errOver
 	}
-	x.written.Store(true)
+	x.written.Store(!t.IsZero())
+	x.c.writeMoved.Store(true)
 	return x.c.rwc.SetWriteDeadline(t)
 }
 

@@ -85,9 +85,6 @@ func (x *exchange) finish() {
 		bw.WriteString("\r\n")                 //nolint:errcheck // as above
 	}
 	bw.Flush() //nolint:errcheck // shows in writeErr
-	if x.written.Load() {
-		x.c.rwc.SetWriteDeadline(time.Time{}) //nolint:errcheck // a dead connection shows in the write
-	}
 }
 
 // appendTrailer appends the trailer: WriteTrailers's, or what Header has of it by now.

@@ -43,6 +43,7 @@ type Server struct {
 	HeaderBytes   int           // of a request line and header together, over it: 431; 0 for 64 KiB
 	HeaderTimeout time.Duration // from the first byte waited for of a connection, from the first byte of a later request; 0 for 10 s
 	IdleTimeout   time.Duration // between requests of a kept connection, or a little more; 0 for 2 min
+	StallTimeout  time.Duration // for the client to take 64 KiB of an answer, or a little more, where the handler sets no deadline; 0 for 5 min
 	Log           *slog.Logger  // clients' doing at Debug, a handler's panic at Error; nil for none
 
 	closing atomic.Bool

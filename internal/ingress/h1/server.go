@@ -141,6 +141,13 @@ func (s *Server) idleTimeout() time.Duration {
 	return 2 * time.Minute
 }
 
+func (s *Server) stallTimeout() time.Duration {
+	if s.StallTimeout > 0 {
+		return s.StallTimeout
+	}
+	return 5 * time.Minute
+}
+
 func (s *Server) log() *slog.Logger {
 	if s.Log != nil {
 		return s.Log

@@ -831,6 +831,50 @@ func TestWriteDeadlineIsOfOneRequest(t *testing.T) {
 	})
 }
 
+// A client that asks and does not read is let go, however short the answer and
+// wherever it stops; one that reads slowly is not.
+func TestClientsThatDoNotRead(t *testing.T) {
+	for name, c := range map[string]struct {
+		size    int
+		request string
+		reads   bool
+	}{
+		"a short answer":           {1, "GET / HTTP/1.1\r\n" + host + "\r\n", false},
+		"a long one":               {1 << 20, "GET / HTTP/1.1\r\n" + host + "\r\n", false},
+		"a long one that is taken": {1 << 20, "GET / HTTP/1.1\r\n" + host + "Connection: close\r\n\r\n", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, over := pipe(t, &Server{StallTimeout: time.Minute, Handler: handle(func(w http.ResponseWriter, r *http.Request) {
+					w.Write(make([]byte, c.size))
+				})})
+				began := time.Now()
+				io.WriteString(client, c.request)
+				if c.reads {
+					got := 0
+					for b := make([]byte, 64<<10); ; time.Sleep(20 * time.Second) {
+						n, err := client.Read(b)
+						if got += n; err != nil {
+							break
+						}
+					}
+					if got < c.size {
+						t.Errorf("got %d octets", got)
+					}
+				}
+				select {
+				case <-over:
+				case <-time.After(time.Hour):
+					t.Error("the connection is still served")
+				}
+				if took := time.Since(began); !c.reads && took < time.Minute {
+					t.Errorf("let go after %s", took)
+				}
+			})
+		})
+	}
+}
+
 // A goroutine that outlives its handler gets errors, not the next client's answer.
 func TestWriterAfterTheHandler(t *testing.T) {
 	var w0 http.ResponseWriter
