@@ -107,9 +107,17 @@ var (
 	errColon = errors.New("field without a colon")
 )
 
+// maxFields is how many lines a header or trailer may have. A field of three octets
+// takes some hundred of ours, for as long as the message's body does.
+const maxFields = 1000
+
 // parseFields parses the lines of a header or trailer.
 func parseFields(lines string, folds folding) ([]Field, error) {
-	fields := make([]Field, 0, max(0, strings.Count(lines, "\n")-1))
+	n := max(0, strings.Count(lines, "\n")-1)
+	if n > maxFields {
+		return nil, errTooLong
+	}
+	fields := make([]Field, 0, n)
 	for {
 		var line string
 		if line, lines = cutLine(lines); line == "" {

@@ -249,6 +249,7 @@ func TestStricterThanNetHTTP(t *testing.T) {
 		"the preface of HTTP/2":          {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505},
 		"a second expectation":           {"GET / HTTP/1.1\r\n" + host + "Expect:\r\nExpect: x\r\n\r\n", 417},
 		"a line of a trailer with LF":    {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0\r\nA: b\nC: d\r\n\r\n", 200}, // the handler's read fails
+		"a field too many":               {"GET / HTTP/1.1\r\n" + host + strings.Repeat("a:\r\n", maxFields) + "\r\n", 431},
 		"a header over the limit by one": {"GET / HTTP/1.1\r\n" + host + "A: " + strings.Repeat("x", 1<<16-len("GET / HTTP/1.1\r\n"+host+"A: \r\n\r\n")+1) + "\r\n\r\n", 431},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -83,7 +83,9 @@ func (x *exchange) readRequest(head string) error {
 	if err != nil {
 		return malformed("malformed request target")
 	}
-	if x.fields, err = parseFields(lines, refuseFolds); err != nil {
+	if x.fields, err = parseFields(lines, refuseFolds); errors.Is(err, errTooLong) {
+		return err
+	} else if err != nil {
 		return malformed(err.Error())
 	}
 	r := http.Request{

@@ -158,6 +158,15 @@ func TestResponseFieldsAsTheyCame(t *testing.T) {
 	}
 }
 
+func TestResponseFieldsAreBounded(t *testing.T) {
+	for n, fine := range map[int]bool{maxFields: true, maxFields + 1: false} {
+		raw := "HTTP/1.1 200 OK\r\n" + strings.Repeat("a:\n", n) + "\r\n"
+		if _, fields, err := ReadResponse(bufio.NewReader(strings.NewReader(raw)), nil); (err == nil) != fine || fine && len(fields) != n {
+			t.Errorf("%d fields: got %d, %v", n, len(fields), err)
+		}
+	}
+}
+
 func TestResponseHeadIsBounded(t *testing.T) {
 	endless := io.MultiReader(strings.NewReader("HTTP/1.1 200 OK\r\n"), neverEnding{})
 	if _, _, err := ReadResponse(bufio.NewReader(endless), nil); !errors.Is(err, errTooLong) {
