@@ -131,17 +131,31 @@ func copyIdle(dst io.Writer, src io.Reader) (total int64, err error) {
 	}
 }
 
-// copyBurst copies until a read does not fill half the buffer.
+// burstWait is how long more of a burst is waited for with a large buffer.
+const burstWait = 100 * time.Millisecond
+
+// copyBurst copies until a read does not fill half the buffer, or nothing more comes
+// for a moment where src can tell.
 func copyBurst(dst io.Writer, src io.Reader) (total int64, err error) {
 	buf := buffers.Get().(*[32 << 10]byte)
 	defer buffers.Put(buf)
+	timed, _ := src.(interface{ SetReadDeadline(t time.Time) error })
+	if timed != nil {
+		defer timed.SetReadDeadline(time.Time{}) //nolint:errcheck // a dead connection shows in the read
+	}
 	for {
+		if timed != nil {
+			timed.SetReadDeadline(time.Now().Add(burstWait)) //nolint:errcheck // as above
+		}
 		n, err := src.Read(buf[:])
 		total += int64(n)
 		if n > 0 {
 			if _, err := dst.Write(buf[:n]); err != nil {
 				return total, err
 			}
+		}
+		if timed != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+			return total, nil
 		}
 		if err != nil {
 			return total, err

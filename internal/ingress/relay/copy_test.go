@@ -11,7 +11,9 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -73,6 +75,47 @@ func certificate(t *testing.T) tls.Certificate {
 		t.Fatal(err)
 	}
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// asking tells how much was last asked for.
+type asking struct {
+	net.Conn
+	size atomic.Int64
+}
+
+func (a *asking) Read(b []byte) (int, error) {
+	a.size.Store(int64(len(b)))
+	return a.Conn.Read(b)
+}
+
+// Whoever fills the small buffer to its last octet, or the large one, and stops
+// leaves nobody waiting with a large one.
+func TestNobodyWaitsWithALargeBuffer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, server := net.Pipe()
+		a := &asking{Conn: server}
+		over := make(chan int64, 1)
+		go func() {
+			n, err := copyIdle(io.Discard, a)
+			if err != nil {
+				t.Error(err)
+			}
+			over <- n
+		}()
+		sent := 0
+		for _, size := range []int{1, 512, 3, 32 << 10, 512 + 32<<10, 100_000} {
+			client.Write(make([]byte, size))
+			sent += size
+			time.Sleep(time.Second)
+			if n := a.size.Load(); n > 512 {
+				t.Errorf("after %d octets: waits with room for %d", size, n)
+			}
+		}
+		client.Close()
+		if n := <-over; n != int64(sent) {
+			t.Errorf("copied %d of %d octets", n, sent)
+		}
+	})
 }
 
 // TestTunnelWaitsOnTheSocket: a tunnel waits on the socket below TLS, where what TLS
