@@ -126,6 +126,11 @@ func (c *grpcCall) request(r *http.Request) (*http.Request, error) {
 	for _, f := range c.fields {
 		h[f.Name] = []string{f.Value}
 	}
+	for name := range r.Trailer { // what is not announced here does not come
+		if private(name) || relay.HopByHop(name) {
+			delete(r.Trailer, name)
+		}
+	}
 	out := &http.Request{
 		Method: r.Method, URL: u, Host: c.host, Header: h, ContentLength: r.ContentLength, Trailer: r.Trailer,
 		Proto: "HTTP/2.0", ProtoMajor: 2,

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/textproto"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -365,7 +366,7 @@ func TestFullDuplex(t *testing.T) {
 func TestGRPCGoesByHTTP2(t *testing.T) {
 	l := newLab(t)
 	a := l.sandbox(idA)
-	var proto atomic.Value
+	var proto, trailer atomic.Value
 	port := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		proto.Store(fmt.Sprint(r.Proto, r.Host, r.RequestURI, r.Header.Get("X-Forwarded-For"), r.Header.Get("Te")))
 		w.Header().Set("Content-Type", "application/grpc")
@@ -380,6 +381,7 @@ func TestGRPCGoesByHTTP2(t *testing.T) {
 			w.Write(b)
 			rc.Flush()
 		}
+		trailer.Store(r.Trailer)
 		w.Header().Set("Grpc-Status", "0")
 	}))
 	c := l.client(true)
@@ -388,6 +390,7 @@ func TestGRPCGoesByHTTP2(t *testing.T) {
 	req.Header.Set("Content-Type", "application/grpc+proto")
 	req.Header.Set("Te", "trailers")
 	req.Header.Set("X-Forwarded-For", "6.6.6.6")
+	req.Trailer = http.Header{"X-Note": {"passes"}, "X-Real-Ip": {"6.6.6.6"}}
 	resp, err := c.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -407,6 +410,9 @@ func TestGRPCGoesByHTTP2(t *testing.T) {
 	}
 	if got, want := proto.Load(), "HTTP/2.0"+a.host(port)+"/pkg.Service/Method127.0.0.1trailers"; got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+	if got, want := trailer.Load(), (http.Header{"X-Note": {"passes"}}); !reflect.DeepEqual(got, want) {
+		t.Errorf("the service saw the trailer %v, want %v", got, want)
 	}
 	if resp, body := get(t, c, "https://"+a.host(1)+"/", "Content-Type", "application/grpc"); resp.StatusCode != 502 || !strings.Contains(body, "port is not open") {
 		t.Errorf("closed port: %d %s", resp.StatusCode, body)
