@@ -86,15 +86,28 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, out io.Writer) (er
 	return s.run(ctx)
 }
 
+// nameWait is how long a name may stay taken after its server was killed: a process
+// that it was just starting has the server's files until it is another program.
+const nameWait = time.Second
+
 // holdName makes this the only server of its name in the network namespace: a
 // second one would replace the first one's rules. An abstract socket belongs to
 // the namespace and ends with its process (unix(7)).
 func holdName(ctx context.Context, name string) (io.Closer, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", "@cordon-"+name)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, errs.New(errs.Conflict, "another cordon server on this machine has the name %s: stop it, or set another name for this one", name)
+	for deadline := time.Now().Add(nameWait); ; {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "unix", "@cordon-"+name)
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return l, err
+		}
+		if time.Now().After(deadline) {
+			return nil, errs.New(errs.Conflict, "another cordon server on this machine has the name %s: stop it, or set another name for this one", name)
+		}
+		select {
+		case <-time.After(nameWait / 20):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
-	return l, err
 }
 
 // run serves until ctx ends or a part fails. The parts that end others' flows
