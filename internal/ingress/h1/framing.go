@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // sendHead completes the head, now that it is known what follows, and sends it.
@@ -44,13 +46,13 @@ func (x *exchange) appendConnection(head []byte) []byte {
 	if x.status == http.StatusSwitchingProtocols {
 		return head
 	}
-	if hasToken([]string{said}, "close") || x.c.s.closing.Load() || x.expected && !x.body.eof.Load() {
+	if httpguts.HeaderValuesContainsToken([]string{said}, "close") || x.c.s.closing.Load() || x.expected && !x.body.eof.Load() {
 		x.close = true
 	}
 	if x.body.x != nil && !x.fullDuplex && !x.close {
 		x.close = !x.body.drain()
 	}
-	if x.close && !hasToken([]string{said}, "close") {
+	if x.close && !httpguts.HeaderValuesContainsToken([]string{said}, "close") {
 		if said = ""; x.req.ProtoMinor > 0 {
 			said = "close"
 		}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // script is a connection on which a client says all it has to say at once.
@@ -68,7 +70,7 @@ func FuzzServeConn(f *testing.F) {
 			}
 			list = append(list, look(r))
 			for _, fl := range append(Fields(r), Trailers(r)...) {
-				if !validToken(fl.Name) || !validValue(fl.Value) {
+				if !httpguts.ValidHeaderFieldName(fl.Name) || !httpguts.ValidHeaderFieldValue(fl.Value) {
 					t.Errorf("field %q", fl)
 				}
 			}

@@ -7,6 +7,8 @@ import (
 	"io"
 	"net/http"
 	"strings"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // errTooLong: a head or trailer has more octets than it may.
@@ -136,13 +138,13 @@ func parseFields(lines string, folds folding) ([]Field, error) {
 			}
 			value, lines = unfolded(value, lines)
 		}
-		if value = trim(value); !validValue(value) {
+		if value = trim(value); !httpguts.ValidHeaderFieldValue(value) {
 			return nil, errValue
 		}
 		switch {
-		case validToken(name):
+		case httpguts.ValidHeaderFieldName(name):
 			fields = append(fields, Field{name, value})
-		case folds == unfold && validToken(strings.ReplaceAll(name, " ", "")) && !framing(trim(name)):
+		case folds == unfold && httpguts.ValidHeaderFieldName(strings.ReplaceAll(name, " ", "")) && !framing(trim(name)):
 			// Services have been seen to do it. Nobody would agree on what the
 			// name is, so the field goes no further.
 		default:
@@ -187,50 +189,10 @@ func headerOf(fields []Field) http.Header {
 
 func isSpace(c byte) bool { return c == ' ' || c == '\t' }
 
-func trim(s string) string {
-	for s != "" && isSpace(s[0]) {
-		s = s[1:]
-	}
-	for s != "" && isSpace(s[len(s)-1]) {
-		s = s[:len(s)-1]
-	}
-	return s
-}
-
-// The octets of a token (RFC 9110, section 5.6.2), below 64 and above.
-const (
-	tokenLow  = 0x3ff<<'0' | 1<<'!' | 1<<'#' | 1<<'$' | 1<<'%' | 1<<'&' | 1<<'\'' | 1<<'*' | 1<<'+' | 1<<'-' | 1<<'.'
-	tokenHigh = 0x3ffffff<<('A'-64) | 0x3ffffff<<('a'-64) | 1<<('^'-64) | 1<<('_'-64) | 1<<('`'-64) | 1<<('|'-64) | 1<<('~'-64)
-)
-
-func isToken(c byte) bool {
-	if c < 64 {
-		return uint64(tokenLow)>>c&1 != 0
-	}
-	return c < 128 && uint64(tokenHigh)>>(c-64)&1 != 0
-}
-
-func validToken(s string) bool {
-	for i := range len(s) {
-		if !isToken(s[i]) {
-			return false
-		}
-	}
-	return s != ""
-}
+func trim(s string) string { return strings.Trim(s, " \t") }
 
 // sameToken compares without regard to case, of ASCII only: Unicode's folding makes
 // "chunked" of what begins with "chun" and U+212A, and who reads after us does not.
 func sameToken(s, t string) bool {
 	return len(s) == len(t) && strings.EqualFold(s, t) // every other letter that folds to an ASCII one is longer
-}
-
-// validValue reports whether s has no control characters but tabs (RFC 9110, section 5.5).
-func validValue(s string) bool {
-	for i := range len(s) {
-		if c := s[i]; c < ' ' && c != '\t' || c == 0x7f {
-			return false
-		}
-	}
-	return true
 }

@@ -4,6 +4,8 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // bodyAllowed reports whether an answer of this status may have a body (RFC
@@ -105,22 +107,22 @@ func trailable(name string) bool {
 		"Authorization", "Content-Encoding", "Content-Type", "Content-Range", "Expect", "Max-Forwards", "Www-Authenticate":
 		return false
 	}
-	return validToken(name)
+	return httpguts.ValidHeaderFieldName(name)
 }
 
 // appendField appends a field, and nothing that could be taken for more than one.
 func appendField(b []byte, name, value string) []byte {
-	if !validToken(name) {
+	if !httpguts.ValidHeaderFieldName(name) {
 		return b
 	}
 	b = append(b, name...)
 	b = append(b, ": "...)
-	if value = trim(value); validValue(value) {
+	if value = trim(value); httpguts.ValidHeaderFieldValue(value) {
 		b = append(b, value...)
 	} else {
 		for i := range len(value) {
 			b = append(b, value[i])
-			if !validValue(value[i : i+1]) {
+			if !httpguts.ValidHeaderFieldValue(value[i : i+1]) {
 				b[len(b)-1] = ' '
 			}
 		}

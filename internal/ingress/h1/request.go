@@ -46,7 +46,7 @@ func requestLine(line string) (method, target, version string, err error) {
 	target, version, more := strings.Cut(rest, " ")
 	major, _, known := http.ParseHTTPVersion(version)
 	switch {
-	case !ok || !more || !validToken(method) || target == "" || !known:
+	case !ok || !more || !httpguts.ValidHeaderFieldName(method) || target == "" || !known:
 		return "", "", "", malformed("malformed request line")
 	case major != 1 || version > "HTTP/1.1":
 		return "", "", "", &refusal{http.StatusHTTPVersionNotSupported, "HTTP/1.0 and 1.1 are spoken here"}
@@ -60,7 +60,7 @@ func begunWell(b []byte) error {
 	if len(b) == 0 {
 		return nil
 	}
-	if !isToken(b[0]) {
+	if !httpguts.IsTokenRune(rune(b[0])) {
 		return malformed("malformed request line")
 	}
 	line, _, whole := bytes.Cut(b, []byte("\n"))
@@ -105,8 +105,8 @@ func (x *exchange) readRequest(head string) error {
 		r.Host = hosts[0]
 	}
 	delete(r.Header, "Host")
-	x.keepAlive10 = r.ProtoMinor == 0 && hasToken(r.Header["Connection"], "keep-alive")
-	x.close = hasToken(r.Header["Connection"], "close") || r.ProtoMinor == 0 && !x.keepAlive10
+	x.keepAlive10 = r.ProtoMinor == 0 && httpguts.HeaderValuesContainsToken(r.Header["Connection"], "keep-alive")
+	x.close = httpguts.HeaderValuesContainsToken(r.Header["Connection"], "close") || r.ProtoMinor == 0 && !x.keepAlive10
 	r.Close = x.close
 	if err := x.frame(&r); err != nil {
 		return err
@@ -170,7 +170,7 @@ func (x *exchange) expect(r *http.Request) error {
 	}
 	switch expected := r.Header["Expect"]; {
 	case len(expected) == 0 || len(expected) == 1 && expected[0] == "":
-	case !hasToken(expected, "100-continue"):
+	case !httpguts.HeaderValuesContainsToken(expected, "100-continue"):
 		return &refusal{http.StatusExpectationFailed, "Expect other than 100-continue"}
 	default:
 		x.expected = r.ProtoMinor > 0 && r.ContentLength != 0
@@ -212,20 +212,6 @@ func announced(h http.Header) (http.Header, error) {
 }
 
 var errTrailer = errors.New("field that cannot be in a trailer")
-
-// hasToken reports whether a comma-separated list has the token.
-func hasToken(values []string, token string) bool {
-	for _, v := range values {
-		for len(v) >= len(token) {
-			var part string
-			part, v, _ = strings.Cut(v, ",")
-			if sameToken(trim(part), token) {
-				return true
-			}
-		}
-	}
-	return false
-}
 
 func isTimeout(err error) bool {
 	var t interface{ Timeout() bool }

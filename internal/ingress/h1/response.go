@@ -10,6 +10,8 @@ import (
 	"net/http/httputil"
 	"strconv"
 	"strings"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // responseHead bounds the head of an answer where the caller's reader does not.
@@ -126,12 +128,12 @@ func frameResponse(resp *http.Response, br *bufio.Reader) error {
 // closes reports whether the service closes the connection after the answer.
 func closes(resp *http.Response) bool {
 	connection := resp.Header["Connection"]
-	closing := hasToken(connection, "close")
+	closing := httpguts.HeaderValuesContainsToken(connection, "close")
 	switch {
 	case resp.ProtoMajor < 1:
 		return true
 	case resp.ProtoMajor == 1 && resp.ProtoMinor == 0:
-		return closing || !hasToken(connection, "keep-alive")
+		return closing || !httpguts.HeaderValuesContainsToken(connection, "keep-alive")
 	case closing:
 		delete(resp.Header, "Connection")
 	}

@@ -10,6 +10,8 @@ import (
 	"testing/iotest"
 
 	"github.com/google/go-cmp/cmp"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // parsed is what became of an answer.
@@ -218,7 +220,7 @@ func FuzzReadResponse(f *testing.F) {
 			t.Fatalf("-net/http +h1:\n%s", diff)
 		}
 		for _, fl := range fields {
-			if !validToken(fl.Name) || !validValue(fl.Value) {
+			if !httpguts.ValidHeaderFieldName(fl.Name) || !httpguts.ValidHeaderFieldValue(fl.Value) {
 				t.Fatalf("field %q", fl)
 			}
 		}
