@@ -321,16 +321,27 @@ func (cl *Client) List(ctx context.Context, o ListOptions) ([]Info, error) {
 		}
 		query.Set("metadata", pairs.Encode())
 	}
+	listed, err := pages[control.ListedSandbox](ctx, cl, "/v2/sandboxes", query)
+	if err != nil {
+		return nil, fmt.Errorf("list sandboxes: %w", err)
+	}
 	var all []Info
+	for i := range listed {
+		all = append(all, infoOf(&listed[i]))
+	}
+	return all, nil
+}
+
+// pages collects a list that the server hands out in pages.
+func pages[T any](ctx context.Context, cl *Client, path string, query url.Values) ([]T, error) {
+	var all []T
 	for {
-		var page []control.ListedSandbox
-		header, err := cl.do(ctx, call{method: http.MethodGet, path: "/v2/sandboxes?" + query.Encode(), out: &page})
+		var page []T
+		header, err := cl.do(ctx, call{method: http.MethodGet, path: path + "?" + query.Encode(), out: &page})
 		if err != nil {
-			return nil, fmt.Errorf("list sandboxes: %w", err)
+			return nil, err
 		}
-		for i := range page {
-			all = append(all, infoOf(&page[i]))
-		}
+		all = append(all, page...)
 		next := header.Get("X-Next-Token")
 		if next == "" {
 			return all, nil

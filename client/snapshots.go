@@ -37,22 +37,15 @@ func (cl *Client) Snapshots(ctx context.Context, sandbox string) ([]Snapshot, er
 	if sandbox != "" {
 		query.Set("sandboxID", sandbox)
 	}
-	var all []Snapshot
-	for {
-		var page []control.Snapshot
-		header, err := cl.do(ctx, call{method: http.MethodGet, path: "/snapshots?" + query.Encode(), out: &page})
-		if err != nil {
-			return nil, fmt.Errorf("list snapshots: %w", err)
-		}
-		for _, s := range page {
-			all = append(all, Snapshot{ID: s.SnapshotID, Names: s.Names})
-		}
-		next := header.Get("X-Next-Token")
-		if next == "" {
-			return all, nil
-		}
-		query.Set("nextToken", next)
+	listed, err := pages[control.Snapshot](ctx, cl, "/snapshots", query)
+	if err != nil {
+		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
+	var all []Snapshot
+	for _, s := range listed {
+		all = append(all, Snapshot{ID: s.SnapshotID, Names: s.Names})
+	}
+	return all, nil
 }
 
 // DeleteSnapshot removes a snapshot; sandboxes made from it go on.
