@@ -1,0 +1,40 @@
+package share
+
+// The resources that keys share. Whole and Sandbox are set where the server's
+// configuration and the machine are known ([Resource.Of]).
+var (
+	ProxyConnections = Resource{Name: "proxy_connections", What: "connections through the egress proxy", Alpha: 1,
+		Answer: "reset; `too-many-flows` in the flow log"}
+	SniffMemory = Resource{Name: "sniff_memory", What: "memory of connections that have not shown a name yet", Bytes: true, Alpha: 1,
+		Answer: "reset; `too-many-flows` in the flow log"}
+	SourcePorts = Resource{Name: "source_ports", What: "connections to one destination", Alpha: 1,
+		Answer: "refused by the kernel; `too-many-flows` in the flow log"}
+	Tracker = Resource{Name: "conntrack", What: "entries of the connection tracker", Alpha: 1,
+		Answer: "refused by the kernel; `too-many-flows` in the flow log"}
+	DNSHandlers = Resource{Name: "dns_handlers", What: "DNS queries under way", Alpha: 1,
+		Answer: "waits in the key's queue, then SERVFAIL; `budget-concurrency` in the flow log"}
+	DNSRate = Resource{Name: "dns_rate", What: "DNS queries in a second", Alpha: 1,
+		Answer: "waits in the key's queue, then SERVFAIL; `budget-rate` in the flow log"}
+	DNSConnections = Resource{Name: "dns_connections", What: "TCP connections to the resolver", Alpha: 1,
+		Answer: "closed"}
+	RuleUpdates = Resource{Name: "rule_updates", What: "network rule updates under way", Alpha: 1,
+		Answer: "waits in the key's queue, then 429"}
+	Starts = Resource{Name: "starts", What: "creates, resumes, forks and snapshots under way", Alpha: 1,
+		Answer: "waits in the key's queue, then 429"}
+	Requests = Resource{Name: "api_requests", What: "API requests in a second", Alpha: 1,
+		Answer: "429 with `Retry-After`"}
+	Exchanges = Resource{Name: "exchanges", What: "requests and tunnels to sandboxes", Alpha: 1,
+		Answer: "429"}
+	Memory = Resource{Name: "memory", What: "memory of running sandboxes", Bytes: true, Alpha: 9,
+		Answer: "429"}
+	Disk = Resource{Name: "disk", What: "disk space of files, snapshots and paused sandboxes", Bytes: true, Alpha: 3,
+		Answer: "429; when the disk is nearly full, a sandbox of the key that uses most is killed"}
+	Events = Resource{Name: "events", What: "events kept in the history", Bytes: true, Alpha: 1,
+		Answer: "the key's own oldest events are dropped"}
+)
+
+// All returns the resources, in the order of the documentation.
+func All() []Resource {
+	return []Resource{ProxyConnections, SniffMemory, SourcePorts, Tracker, DNSHandlers, DNSRate, DNSConnections,
+		RuleUpdates, Starts, Requests, Exchanges, Memory, Disk, Events}
+}
