@@ -233,8 +233,13 @@ type screen struct {
 
 // newScreen uses colours on a terminal, unless NO_COLOR (no-color.org) is set.
 func newScreen(f *os.File, environ map[string]string) *screen {
+	return &screen{w: f, colour: isTerminal(f) && environ["NO_COLOR"] == "" && environ["TERM"] != "dumb"}
+}
+
+// isTerminal reports whether a person reads what is written to f.
+func isTerminal(f *os.File) bool {
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return &screen{w: f, colour: err == nil && environ["NO_COLOR"] == "" && environ["TERM"] != "dumb"}
+	return err == nil
 }
 
 // The colours, as parameters of the SGR sequence (ECMA-48, 8.3.117).

@@ -52,7 +52,7 @@ Sandboxes outlive it: when it is started again it adopts them.`,
 }
 
 // serve builds the server, adopts what runs, and answers until ctx ends.
-func serve(ctx context.Context, cfg config, log *slog.Logger, out io.Writer) (err error) {
+func serve(ctx context.Context, cfg config, log *slog.Logger, out *os.File) (err error) {
 	began := time.Now()
 	name, err := holdName(ctx, cfg.Name)
 	if err != nil {
@@ -76,14 +76,25 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, out io.Writer) (er
 	if err != nil {
 		return err
 	}
-	if first {
-		fmt.Fprintf(out, "cordon is set up in %s: a CA, and an admin API key in %s.\n\n", cfg.StateDir, cfg.adminKeyFile())
-	}
-	if err := printEnv(out, &cfg); err != nil {
+	if err := greet(out, &cfg, first); err != nil {
 		return err
 	}
 	log.Info("cordon serves", "domain", cfg.publicDomain(), "api", cfg.apiURL(), "version", version(), "took", time.Since(began))
 	return s.run(ctx)
+}
+
+// greet says how to use the server. The admin key is shown on a terminal only: any
+// other output is kept by a journal or a log, which more people may read than the
+// key's file.
+func greet(out *os.File, cfg *config, first bool) error {
+	if first {
+		fmt.Fprintf(out, "cordon is set up in %s: a CA, and an admin API key in %s.\n\n", cfg.StateDir, cfg.adminKeyFile())
+	}
+	if isTerminal(out) {
+		return printEnv(out, cfg)
+	}
+	_, err := fmt.Fprintf(out, "The admin API key is in %s: sudo cordon env prints the lines that point the SDKs at this server.\n", cfg.adminKeyFile())
+	return err
 }
 
 // nameWait is how long a name may stay taken after its server was killed: a process

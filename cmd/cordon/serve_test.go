@@ -1,9 +1,16 @@
 package main
 
 import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/errs"
 )
@@ -23,4 +30,75 @@ func TestANameHasOneServer(t *testing.T) {
 		t.Fatalf("the first one's end was not waited for: %v", err)
 	}
 	second.Close()
+}
+
+func TestTheAdminKeyIsShownOnATerminalOnly(t *testing.T) {
+	dir := t.TempDir()
+	cfg := config{StateDir: dir}
+	cfg.setDefaults()
+	secret := "e2b_" + strings.Repeat("0123456789", 4)
+	if err := os.WriteFile(cfg.adminKeyFile(), []byte(secret), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Create(filepath.Join(dir, "out"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	pipeOut, pipeIn, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pipeOut.Close()
+	for _, out := range []*os.File{file, pipeIn} {
+		if err := greet(out, &cfg, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pipeIn.Close()
+	written, err := os.ReadFile(file.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	piped, err := io.ReadAll(pipeOut)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, got := range map[string][]byte{"a file": written, "a pipe": piped} {
+		if bytes.Contains(got, []byte(secret)) || !bytes.Contains(got, []byte(cfg.adminKeyFile())) {
+			t.Errorf("%s gets %q, want the path of the key's file and no key", what, got)
+		}
+	}
+	master, terminal := openPTY(t)
+	if err := greet(terminal, &cfg, false); err != nil {
+		t.Fatal(err)
+	}
+	shown := make([]byte, 8<<10)
+	n, err := master.Read(shown)
+	if err != nil || !bytes.Contains(shown[:n], []byte(secret)) {
+		t.Errorf("a terminal gets %q (%v), want the lines with the key", shown[:n], err)
+	}
+}
+
+// openPTY returns both ends of a pseudo terminal; the second is what a shell has.
+func openPTY(t *testing.T) (master, terminal *os.File) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Skipf("no pseudo terminals here: %v", err)
+	}
+	t.Cleanup(func() { master.Close() })
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	terminal, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { terminal.Close() })
+	return master, terminal
 }
