@@ -36,6 +36,9 @@ func main() {
 // pidsCgroup is where the runtime mounts the hierarchy that counts processes.
 const pidsCgroup = "/sys/fs/cgroup/pids"
 
+// spool is where bodies lie until they are whole: on disk, as memory is scarcer.
+const spool = "/run/cordon"
+
 // options are the command line.
 type options struct {
 	hash [sha256.Size]byte
@@ -68,7 +71,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	if fi, err := os.Stat(pidsCgroup); first && err == nil && fi.IsDir() {
 		cfg.Pids = pidsCgroup
 	}
-	if first { // otherwise the machine's name is not ours to change
+	if first { // otherwise neither /run nor the machine's name is ours
+		cfg.Spool = spool
 		cfg.SetHostname = func(name string) error { return unix.Sethostname([]byte(name)) }
 	}
 	a, err := agent.New(cfg)

@@ -68,6 +68,9 @@ type Config struct {
 	// commands are limited to the processes and threads RLIMIT_NPROC says; empty
 	// means no limit.
 	Pids string
+	// Spool is the folder of bodies that are being received, which no user must be
+	// able to list; empty means the system's for temporary files.
+	Spool string
 	// SetHostname changes the kernel's host name; nil leaves it alone.
 	SetHostname func(string) error
 }
@@ -83,6 +86,8 @@ type Agent struct {
 	watchers *watchers
 	sampler  *sampler
 	guard    *guard
+	spool    spool
+	filling  turns
 
 	claiming sync.Mutex // serialises claims
 	claim    atomic.Pointer[claim]
@@ -125,6 +130,7 @@ func New(cfg Config) (*Agent, error) {
 		watchers: newWatchers(),
 		sampler:  newSampler(cfg.Proc),
 		guard:    guard,
+		spool:    spool{dir: cfg.Spool},
 	}
 	a.handler = a.routes()
 	return a, nil

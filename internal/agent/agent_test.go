@@ -95,7 +95,7 @@ func startBy(t *testing.T, run func(*Agent, context.Context, net.Listener) error
 	h.write(filepath.Join(h.etc, "passwd"), "root:x:0:0:root:/root:/bin/bash\ntester:x:"+uid+":"+gid+":,,,:"+h.home+":/bin/bash\n")
 	h.write(filepath.Join(h.etc, "group"), "root:x:0:\ntesters:x:"+gid+":\nextra:x:4243:other,tester\n")
 
-	h.agent, err = New(Config{ControlHash: sha256.Sum256([]byte(testControl)), Etc: h.etc})
+	h.agent, err = New(Config{ControlHash: sha256.Sum256([]byte(testControl)), Etc: h.etc, Spool: filepath.Join(base, "spool")})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -267,49 +267,34 @@ func (a *Agent) postCompose(w http.ResponseWriter, r *http.Request) {
 		paths = append(paths, abs)
 	}
 	sources, to := paths[:len(in.Sources)], paths[len(in.Sources)]
-	if err := compose(u, sources, to); err != nil {
+	up := upload{user: u, spool: a.spool, filling: &a.filling}
+	if err := up.compose(sources, to); err != nil {
 		fail(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, written{Name: utf8(path.Base(to)), Path: utf8(to), Type: "file"})
 }
 
-// compose writes beside the destination and renames, so that a failure leaves
-// both the sources and an older destination as they were.
-func compose(u user, sources []string, to string) error {
+// compose joins the sources before it touches the destination, so that a failure
+// leaves both as they were.
+func (up upload) compose(sources []string, to string) error {
 	for _, s := range sources {
 		if s == to {
 			return httpError{http.StatusBadRequest, fmt.Sprintf("source path %q is the destination", s)}
 		}
 	}
-	var tmp *os.File
-	err := u.as(func() (err error) {
-		if err := os.MkdirAll(path.Dir(to), 0o755); err != nil {
-			return err
-		}
-		tmp, err = os.CreateTemp(path.Dir(to), tempName)
-		return err
+	c, err := up.spool.join(sources, func(p string) (*os.File, error) {
+		f, _, err := openRegular(up.user, p)
+		return f, err
 	})
 	if err != nil {
 		return err
 	}
-	defer func() {
-		tmp.Close()
-		_ = u.as(func() error { return os.Remove(tmp.Name()) }) // renamed away when all went well
-	}()
-	for _, s := range sources {
-		if err := appendFile(u, tmp, s); err != nil {
-			return err
-		}
+	defer c.close()
+	if err := up.store(to, c); err != nil {
+		return err
 	}
-	return u.as(func() error {
-		err := errors.Join(tmp.Chmod(0o644), tmp.Close())
-		if err != nil {
-			return err
-		}
-		if err := os.Rename(tmp.Name(), to); err != nil {
-			return err
-		}
+	return up.user.as(func() error {
 		for _, s := range sources {
 			if err := os.Remove(s); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
@@ -317,14 +302,4 @@ func compose(u user, sources []string, to string) error {
 		}
 		return nil
 	})
-}
-
-func appendFile(u user, to *os.File, from string) error {
-	f, _, err := openRegular(u, from)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = io.Copy(to, f)
-	return err
 }

@@ -171,7 +171,7 @@ func FuzzForm(f *testing.F) {
 	f.Add(part(`form-data; name="other"; filename="x"`, "") + part(`form-data; name="file"`, "") + "--b--")
 	f.Fuzz(func(t *testing.T, body string) {
 		home := t.TempDir()
-		up := upload{user: user{Name: "me", UID: uint32(os.Geteuid()), GID: uint32(os.Getegid()), Home: home}}
+		up := upload{user: user{Name: "me", UID: uint32(os.Geteuid()), GID: uint32(os.Getegid()), Home: home}, filling: new(turns)}
 		if strings.Contains(body, "..") || strings.Contains(body, `="/`) || strings.Contains(body, "=/") || strings.Contains(body, "*") || strings.Contains(body, `\`) {
 			return // absolute paths are the caller's right; not on the machine of the test
 		}

@@ -139,6 +139,9 @@ func move(from, to string) error {
 	return moveAcross(from, to, fi.Mode().Perm())
 }
 
+// tempName is the pattern of the copy's name until it is whole.
+const tempName = ".cordon-*.part"
+
 // moveAcross copies beside the destination and renames, so that the destination
 // is never half a file.
 func moveAcross(from, to string, mode fs.FileMode) error {

@@ -6,31 +6,22 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 	"syscall"
 )
 
-// target is a file being uploaded. Until it is kept, nothing half takes the place
-// of a whole file: a file that did not exist is removed again; one that did is
-// written beside itself, unless the body is there as a whole already, or the file
-// cannot be replaced by another without changing what it is.
+// target is a file that gets new content.
 type target struct {
 	user user
 	f    *os.File
-	path string // of f until it is kept
-	over string // what keep renames path to; "" when f is in its place
-	// made: path was created for this upload.
-	made bool
+	path string
+	made bool // path was created for this
 	kept bool
 }
 
-// tempName is the pattern of files written beside another.
-const tempName = ".cordon-*.part"
-
 // open opens the target with the user's rights, which makes it and the
 // directories above it the user's own.
-func (up upload) open(p string, whole bool) (to *target, err error) {
+func (up upload) open(p string) (to *target, err error) {
 	to = &target{user: up.user, path: p}
 	err = up.user.as(func() error {
 		if err := os.MkdirAll(path.Dir(p), 0o755); err != nil {
@@ -47,7 +38,7 @@ func (up upload) open(p string, whole bool) (to *target, err error) {
 		if !errors.Is(err, fs.ErrExist) {
 			return err
 		}
-		return to.openOld(whole)
+		return to.openOld(os.O_CREATE)
 	})
 	if err != nil {
 		to.discard()
@@ -56,60 +47,36 @@ func (up upload) open(p string, whole bool) (to *target, err error) {
 	return to, nil
 }
 
+// check refuses what could not be written, before a large body is received for it.
+func (up upload) check(p string) error {
+	err := up.user.as(func() error {
+		t := &target{user: up.user, path: p}
+		defer t.discard()
+		return t.openOld(0)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it may be made
+	}
+	return err
+}
+
 // openOld opens a target that exists, or that a symbolic link leads to.
-func (t *target) openOld(whole bool) error {
+func (t *target) openOld(flags int) error {
 	fi, err := os.Stat(t.path)
 	if err == nil {
 		if err := regular(t.path, fi); err != nil {
 			return err
 		}
 	}
-	// Not emptied yet: it may be replaced, and what is opened may not be what was
-	// looked at.
-	t.f, err = os.OpenFile(t.path, os.O_WRONLY|os.O_CREATE|syscall.O_NONBLOCK, 0o666)
+	// Not emptied: what is opened may not be what was looked at.
+	t.f, err = os.OpenFile(t.path, os.O_WRONLY|syscall.O_NONBLOCK|flags, 0o666)
 	if err != nil {
 		return err
 	}
 	if fi, err = t.f.Stat(); err != nil {
 		return err
 	}
-	if err := errors.Join(regular(t.path, fi), notOurs(t.f, fi)); err != nil {
-		return err
-	}
-	if !whole && t.beside(fi) {
-		return nil
-	}
-	return t.f.Truncate(0)
-}
-
-// beside opens a file next to the target that can take its place, and reports
-// whether it could: with another owner, other names or a mount on it, the file
-// would become another one.
-func (t *target) beside(fi fs.FileInfo) bool {
-	real, err := filepath.EvalSymlinks(t.path)
-	if err != nil {
-		return false
-	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	dir, err := os.Stat(path.Dir(real))
-	if err != nil || !ok || st.Nlink != 1 || st.Uid != t.user.UID || st.Gid != t.user.GID {
-		return false
-	}
-	if in, ok := dir.Sys().(*syscall.Stat_t); !ok || in.Dev != st.Dev {
-		return false
-	}
-	f, err := os.CreateTemp(path.Dir(real), tempName)
-	if err != nil {
-		return false
-	}
-	if f.Chmod(fi.Mode().Perm()) != nil {
-		f.Close()
-		_ = os.Remove(f.Name())
-		return false
-	}
-	t.f.Close()
-	t.f, t.path, t.over, t.made = f, f.Name(), real, true
-	return true
+	return errors.Join(regular(t.path, fi), notOurs(t.f, fi))
 }
 
 // setMetadata makes the file's metadata exactly want.
@@ -124,18 +91,10 @@ func (t *target) setMetadata(want map[string]string) error {
 	})
 }
 
-// keep puts the whole file in its place.
+// keep ends the target's writing.
 func (t *target) keep() error {
-	if err := t.f.Close(); err != nil {
-		return err
-	}
-	if t.over != "" {
-		if err := t.user.as(func() error { return os.Rename(t.path, t.over) }); err != nil {
-			return err
-		}
-	}
 	t.kept = true
-	return nil
+	return t.f.Close()
 }
 
 // discard gives up a target that is not kept.

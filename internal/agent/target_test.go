@@ -122,9 +122,42 @@ func TestAnUploadKeepsWhatAFileIs(t *testing.T) {
 			t.Errorf("a file without the right to write: %d %s", got.StatusCode, got.body)
 		}
 	}
-	left, err := filepath.Glob(d + "/.cordon-*")
-	if err != nil || len(left) > 0 {
-		t.Errorf("left behind: %v %v", left, err)
+	for _, dir := range []string{d, h.agent.cfg.Spool} {
+		left, err := filepath.Glob(dir + "/*[0-9]*")
+		if err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v %v", left, err)
+		}
+	}
+}
+
+func TestContentFillsAFileWhateverItHeld(t *testing.T) {
+	dir := t.TempDir()
+	for _, size := range []int{0, 1, copyBuffer - 1, copyBuffer, copyBuffer + 1, 3*copyBuffer + 7} {
+		want := make([]byte, size)
+		for i := range want {
+			want[i] = byte(i * 7 / 3)
+		}
+		for _, old := range []int{0, 1, copyBuffer, 2*copyBuffer + 5, 4 * copyBuffer} {
+			f, err := os.Create(dir + "/f")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.Write(bytes.Repeat([]byte{0xff}, old)); err != nil {
+				t.Fatal(err)
+			}
+			c, err := spool{dir: dir + "/spool"}.collect(bytes.NewReader(want), func() error { return nil })
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := new(turns).fill(c, f); err != nil {
+				t.Error(err)
+			}
+			c.close()
+			f.Close()
+			if got, err := os.ReadFile(dir + "/f"); !bytes.Equal(got, want) {
+				t.Errorf("%d octets over %d: %d, or others (%v)", size, old, len(got), err)
+			}
+		}
 	}
 }
 

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"bufio"
-	"bytes"
 	"compress/gzip"
 	"errors"
 	"fmt"
@@ -23,6 +22,8 @@ type upload struct {
 	workdir  string
 	path     string // of the query; "" when the parts name theirs
 	metadata map[string]string
+	spool    spool
+	filling  *turns
 }
 
 // postFiles writes one file from the body, or each part of a form.
@@ -37,7 +38,7 @@ func (a *Agent) postFiles(w http.ResponseWriter, r *http.Request) {
 		fail(w, err)
 		return
 	}
-	up := upload{user: u, workdir: c.DefaultWorkdir, path: q.Get("path"), metadata: metadataIn(r.Header)}
+	up := upload{user: u, workdir: c.DefaultWorkdir, path: q.Get("path"), metadata: metadataIn(r.Header), spool: a.spool, filling: &a.filling}
 	body, err := plainBody(r)
 	if err != nil {
 		fail(w, err)
@@ -178,25 +179,12 @@ func (up upload) write(name string, from io.Reader, before []written) (written, 
 	if slices.ContainsFunc(before, func(b written) bool { return b.Path == w.Path }) {
 		return w, httpError{http.StatusBadRequest, fmt.Sprintf("two parts go to the same path '%s': only the first was written", w.Path)}
 	}
-	body := bodyReader{from}
-	head := make([]byte, headSize)
-	n, err := io.ReadFull(body, head)
-	whole := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) // the body's own errors are bodyReader's
-	if err != nil && !whole {
+	c, err := up.spool.collect(bodyReader{from}, func() error { return up.check(p) })
+	if err != nil {
 		return w, err // nothing has been touched
 	}
-	to, err := up.open(p, whole)
-	if err != nil {
-		return w, err
-	}
-	defer to.discard()
-	if err := copyBody(to.f, io.MultiReader(bytes.NewReader(head[:n]), body)); err != nil {
-		return w, err
-	}
-	if err := to.setMetadata(up.metadata); err != nil {
-		return w, fmt.Errorf("write metadata of %s: %w", w.Path, err)
-	}
-	if err := to.keep(); err != nil {
+	defer c.close()
+	if err := up.store(p, c); err != nil {
 		return w, err
 	}
 	if len(up.metadata) > 0 {
@@ -205,17 +193,34 @@ func (up upload) write(name string, from io.Reader, before []written) (written, 
 	return w, nil
 }
 
-// headSize is how much of a body must have arrived before its file is opened.
+// store puts a whole body into its file.
+func (up upload) store(p string, c *content) error {
+	to, err := up.open(p)
+	if err != nil {
+		return err
+	}
+	defer to.discard()
+	if err := up.filling.fill(c, to.f); err != nil {
+		return err
+	}
+	if err := to.setMetadata(up.metadata); err != nil {
+		return fmt.Errorf("write metadata of %s: %w", utf8(p), err)
+	}
+	return to.keep()
+}
+
+// headSize is how much of a body is kept in memory.
 const headSize = 256 << 10
 
 // copyBuffer is how much is read and written at once: forms come in pieces of
 // 4 KiB, and in a sandbox each system call costs.
 const copyBuffer = 128 << 10
 
-func copyBody(to io.Writer, from io.Reader) error {
+func copyBody(to io.Writer, from io.Reader) (int64, error) {
 	out := bufio.NewWriterSize(to, copyBuffer)
-	if _, err := io.Copy(out, from); err != nil {
-		return err
+	n, err := io.Copy(out, from)
+	if err != nil {
+		return n, err
 	}
-	return out.Flush()
+	return n, out.Flush()
 }

@@ -34,6 +34,7 @@ type watchSpec interface {
 type watch struct {
 	place
 	root      string // path with links resolved
+	hidden    string // directory that is the agent's own
 	recursive bool
 	entries   bool
 	notify    *fsnotify.Watcher
@@ -53,7 +54,7 @@ func (a *Agent) openWatch(h http.Header, spec watchSpec) (*watch, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &watch{place: at, recursive: spec.GetRecursive(), entries: spec.GetIncludeEntry(), dirs: map[string]struct{}{}, seen: map[string]struct{}{}}
+	w := &watch{place: at, recursive: spec.GetRecursive(), entries: spec.GetIncludeEntry(), hidden: a.spool.dir, dirs: map[string]struct{}{}, seen: map[string]struct{}{}}
 	if w.notify, err = fsnotify.NewWatcher(); err != nil {
 		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("open a watch: %w", err))
 	}
@@ -78,6 +79,9 @@ func (w *watch) add(dir string) (found []string, err error) {
 		return nil, w.addOne(dir)
 	}
 	err = filepath.WalkDir(dir, func(at string, d fs.DirEntry, err error) error {
+		if at == w.hidden && at != w.root {
+			return fs.SkipDir
+		}
 		if err == nil && d.IsDir() {
 			err = w.addOne(at) // before its entries are read, so that none is missed
 		}

@@ -49,9 +49,13 @@ func (r routed) RoundTrip(req *http.Request) (*http.Response, error) {
 	return r.RoundTripper.RoundTrip(req)
 }
 
+// via is a client of the sandbox's agent.
+func (s *live) via(sb *client.Sandbox) *http.Client {
+	return &http.Client{Transport: routed{&http.Transport{DialContext: s.Lab.Host().Dial, DisableKeepAlives: true}, sb}}
+}
+
 func (s *live) files(sb *client.Sandbox) filesystemconnect.FilesystemClient {
-	via := &http.Client{Transport: routed{&http.Transport{DialContext: s.Lab.Host().Dial, DisableKeepAlives: true}, sb}}
-	return filesystemconnect.NewFilesystemClient(via, stand.API, connect.WithProtoJSON())
+	return filesystemconnect.NewFilesystemClient(s.via(sb), stand.API, connect.WithProtoJSON())
 }
 
 // oomEvents are the details of the sandbox's lifecycle events named oom.
