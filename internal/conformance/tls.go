@@ -30,6 +30,7 @@ func tlsCases() []Case {
 		{ID: 11, Group: group, Title: "the wrong protocol for the port", Run: wrongProtocol},
 		{ID: 13, Group: group, Title: "QUIC", Run: quic},
 		{ID: 14, Group: group, Title: "STARTTLS on mail ports", Run: startTLS},
+		{ID: 73, Group: group, Title: "a record or a preamble before the hello", Run: beforeHello},
 	}
 }
 
@@ -462,5 +463,47 @@ func startTLS(t *Trial) {
 		What: "and neither B:587 nor A:25", By: pinned,
 		Orders: []probe.Order{dialogue(addrB.String(), 587), dialogue(addrA.String(), 25)},
 		Never:  []string{"canary"}, Answer: refused, Log: denied("no-name", "deny-address"),
+	})
+}
+
+// beforeHello: where a rule names the port, what comes before a ClientHello does not
+// hide its name. The records here are ones that no TLS server takes first.
+func beforeHello(t *Trial) {
+	s := t.Fresh(only(nameShared + ":8443"))
+	t.Try(Try{
+		What: "resolve a name that shares its address", By: s, Orders: []probe.Order{ask(addrDNS, nameShared, dns.TypeA)},
+		Asks: []string{nameShared}, Answer: resolvesTo(addrShared), Log: allowed("allow-name"),
+	})
+	own, other := newHello(nameShared).bytes(), newHello(nameNeighbor).bytes()
+	behind := func(first string, gap time.Duration) []probe.Order {
+		return each([][]byte{own, other}, func(hello []byte) probe.Order {
+			o := tcp(addrShared, 8443, append([]byte(first), hello...))
+			if gap > 0 {
+				o.Parts, o.Gap = append([][]byte{nil}, o.Parts...), gap
+			}
+			return o
+		})
+	}
+	data, beat := "\x17\x03\x03\x00\x01\x00", "\x18\x03\x03\x00\x01\x00"
+	t.Try(Try{
+		What: "application data or a heartbeat, then its own hello or its neighbour's", By: s,
+		Orders: slices.Concat(behind(data, 0), behind(beat, 0)),
+		Never:  []string{nameShared, nameNeighbor}, Answer: alerted, Log: denied("bad-hello"),
+	})
+	t.Try(Try{
+		What: "a preamble of the PROXY protocol, then the same", By: s,
+		Orders: slices.Concat(behind("PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n", 0), behind("\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00", 0)),
+		Never:  []string{nameShared, nameNeighbor, "PROXY", "QUIT"}, Answer: reset, Log: denied("bad-request"),
+	})
+	t.Try(Try{
+		What: "after a silence in which the server could have spoken: no byte passes", By: s,
+		Orders:  slices.Concat(behind(data, 600*time.Millisecond), behind("PROXY UNKNOWN\r\n", 600*time.Millisecond)),
+		Reaches: []Arrival{{At: addrShared, Port: 8443}}, Never: []string{nameShared, nameNeighbor, "PROXY"}, Answer: cut, Log: denied("bad-hello", "bad-request"),
+	})
+	o := https(addrShared, nameShared, get(nameShared+":8443", "/"))
+	o.To = at(addrShared, 8443)
+	t.Try(Try{
+		What: "control: the handshake of its own name", By: s, Orders: []probe.Order{o},
+		Reaches: []Arrival{{At: addrShared, Port: 8443}}, Answer: served(addrShared, nameShared+":8443"), Log: allowed("allow-name"),
 	})
 }

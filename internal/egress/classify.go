@@ -6,9 +6,10 @@ type protocol uint8
 
 const (
 	undecided    protocol = iota // more bytes could still make it TLS or HTTP
-	showsTLS                     // a ClientHello, whatever is wrong with it
+	showsTLS                     // a TLS record, whatever is wrong with it
 	showsHTTP                    // a request line, whatever is wrong with it
 	showsNothing                 // a protocol in which no name is shown
+	showsProxy                   // a preamble of the PROXY protocol: what follows it is hidden
 )
 
 // classifier tells protocols apart as bytes arrive, looking at each once. What any
@@ -25,6 +26,9 @@ type classifier struct {
 // look looks at all bytes so far.
 func (c *classifier) look(b []byte) protocol {
 	if p := tlsOf(b); p != showsNothing {
+		return p
+	}
+	if p := proxyOf(b); p != showsNothing {
 		return p
 	}
 	for ; c.pos < len(b); c.pos++ {
@@ -47,20 +51,62 @@ func (c *classifier) look(b []byte) protocol {
 // end says what it is when nothing more comes.
 func (c *classifier) end(b []byte) protocol { return lineOf(b[c.start:]) }
 
-// tlsOf recognises a handshake record, and the form of SSL 2 in which a TLS client
-// may still say hello (RFC 5246 appendix E.2): OpenSSL takes it, and no name is in it.
+// tlsOf recognises TLS records and the form of SSL 2 in which a TLS client may
+// still say hello (RFC 5246 appendix E.2): OpenSSL takes it, and no name is in it.
+// Every type of record counts, though only a handshake can begin TLS: some servers
+// skip others and read the hello behind them.
 func tlsOf(b []byte) protocol {
 	switch {
 	case len(b) == 0:
 		return undecided
 	case b[0] == recordHandshake:
 		return showsTLS
+	case recordFirst <= b[0] && b[0] <= recordLast:
+		return recordOf(b)
 	case b[0] < 0x80 || len(b) > 2 && b[2] != msgClientHello || len(b) > 3 && b[3] != 3:
 		return showsNothing
 	case len(b) < 4:
 		return undecided
 	}
 	return showsTLS
+}
+
+// recordOf recognises a record whose type is no handshake by its version. In an
+// alert, which has a length of two, crypto/tls takes any version below 0x1000.
+func recordOf(b []byte) protocol {
+	switch {
+	case len(b) < 2:
+		return undecided
+	case b[1] == 3:
+		return showsTLS
+	case b[0] != recordAlert || b[1] >= 0x10 || len(b) > 3 && b[3] != 0 || len(b) > 4 && b[4] != 2:
+		return showsNothing
+	case len(b) < 5:
+		return undecided
+	}
+	return showsTLS
+}
+
+// The two preambles of the PROXY protocol
+// (https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt sections 2.1 and 2.2).
+// Behind one a server reads another protocol, in which a name may be shown.
+const (
+	proxyV1 = "PROXY "
+	proxyV2 = "\r\n\r\n\x00\r\nQUIT\n"
+)
+
+func proxyOf(b []byte) protocol {
+	for _, preamble := range [...]string{proxyV1, proxyV2} {
+		n := min(len(b), len(preamble))
+		switch {
+		case string(b[:n]) != preamble[:n]:
+		case n == len(preamble):
+			return showsProxy
+		default:
+			return undecided
+		}
+	}
+	return showsNothing
 }
 
 // lineOf judges a complete line: a request line has a version or an absolute

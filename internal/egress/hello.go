@@ -17,7 +17,10 @@ const (
 )
 
 const (
-	recordHandshake   = 22 // RFC 8446 section 5.1
+	recordFirst       = 20 // change_cipher_spec: types run from here, RFC 8446 section 5.1
+	recordAlert       = 21
+	recordHandshake   = 22
+	recordLast        = 24 // heartbeat, RFC 6520 section 3
 	msgClientHello    = 1  // RFC 8446 section 4
 	extServerName     = 0  // RFC 6066 section 3
 	nameTypeHostName  = 0  // RFC 6066 section 3

@@ -59,6 +59,8 @@ func (f *flow) serveAnyPort(ctx context.Context) (handedOver bool) {
 	return f.serveShown(ctx)
 }
 
+var errProxyPreamble = badRequest("a preamble of the PROXY protocol, which hides what follows")
+
 // serveShown serves a client that has spoken first.
 func (f *flow) serveShown(ctx context.Context) bool {
 	kind, err := f.classify()
@@ -71,6 +73,8 @@ func (f *flow) serveShown(ctx context.Context) bool {
 	case kind == showsHTTP:
 		f.proto = "http"
 		return f.serveHTTP(ctx)
+	case kind == showsProxy:
+		return f.unreadable(ctx, errProxyPreamble)
 	}
 	f.p.sniffed(f)
 	r, ok := f.judgePinned()
@@ -158,6 +162,8 @@ func (f *flow) serveLate(ctx context.Context, up net.Conn) bool {
 	case kind == showsTLS:
 		f.proto = "tls"
 		return f.serveTLS(ctx)
+	case kind == showsProxy:
+		return f.unreadable(ctx, errProxyPreamble)
 	case spoke:
 		return f.unreadable(ctx, badRequest("a request after the server spoke"))
 	}

@@ -44,12 +44,24 @@ func pinnedLab(t testing.TB, tune ...func(*Config)) *lab {
 }
 
 func TestClassify(t *testing.T) {
+	for kind := range 256 {
+		want := kind >= 20 && kind <= 24 // the record types of RFC 8446 and RFC 6520
+		if got := classifyIn(string([]byte{byte(kind), 3, 1, 0, 2}), 1); (got == showsTLS) != want && kind < 0x80 {
+			t.Errorf("a record of type %d: got %d", kind, got)
+		}
+	}
 	for _, tt := range []struct {
 		name, in string
 		want     protocol
 	}{
 		{"nothing", "", undecided},
 		{"TLS", "\x16", showsTLS},
+		{"an alert record", "\x15\x03", showsTLS},
+		{"an alert of a version that is none", "\x15\x00\x00\x00\x02", showsTLS},
+		{"the start of one", "\x15\x00\x00\x00", undecided},
+		{"a record of no type", "\x19\x03\x03\x00\x02", showsNothing},
+		{"bytes that are no record", "\x14\x00\x00\x01", showsNothing},
+		{"no alert", "\x15\x08\x0a\x10\x02", showsNothing},
 		{"a hello in SSL 2 form", "\x80\x2e\x01\x03", showsTLS},
 		{"the start of one", "\x80\x2e\x01", undecided},
 		{"SSL 2", "\x80\x2e\x01\x00", showsNothing},
@@ -73,6 +85,10 @@ func TestClassify(t *testing.T) {
 		{"AMQP", "AMQP\x00\x00\x09\x01", showsNothing},
 		{"JSON", `{"jsonrpc":"2.0"}`, showsNothing},
 		{"an answer", "HTTP/1.1 200 OK\r\n", showsNothing},
+		{"a PROXY preamble", "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n", showsProxy},
+		{"a binary PROXY preamble", proxyV2, showsProxy},
+		{"the start of one", proxyV2[:11], undecided},
+		{"the word alone", "PROXY\r\n", showsNothing},
 	} {
 		for step := 1; step <= max(len(tt.in), 1); step++ {
 			if got := classifyIn(tt.in, step); got != tt.want {
@@ -93,10 +109,17 @@ func classifyIn(in string, step int) protocol {
 	}
 }
 
+// notHandshake are records that no server takes before a hello, of each type.
+var notHandshake = []string{"\x14\x03\x01\x00\x01\x02", string(alertAccessDenied[:]), "\x17\x03\x03\x00\x01\x00", "\x18\x03\x03\x00\x01\x00"}
+
 func FuzzClassify(f *testing.F) {
 	f.Add([]byte(lines("GET / HTTP/1.1", "Host: a")), 1)
 	f.Add([]byte("\r\n\tGET http://a/\n\n"), 3)
 	f.Add(hello{names: [][]byte{[]byte("a.example")}}.records(), 4)
+	for _, record := range notHandshake {
+		f.Add([]byte(record+helloFor("a.example")), 4)
+	}
+	f.Add([]byte(proxyV2), 5)
 	f.Fuzz(func(t *testing.T, b []byte, step int) {
 		got := classifyIn(string(b), max(step, 1))
 		if whole := classifyIn(string(b), len(b)+1); got != whole {
@@ -203,6 +226,12 @@ var neighbours = []struct {
 	{"an absolute target without a version", "GET http://b.example/\r\n\r\n", ReasonBadRequest, false},
 	{"CONNECT", lines("CONNECT b.example:8080 HTTP/1.1", "Host: b.example:8080"), ReasonBadRequest, false},
 	{"HTTP/2 with prior knowledge", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ReasonBadRequest, false},
+	{"a cipher change before the hello", notHandshake[0] + helloFor("b.example"), ReasonBadHello, true},
+	{"an alert before the hello", notHandshake[1] + helloFor("b.example"), ReasonBadHello, true},
+	{"data before the hello", notHandshake[2] + helloFor("b.example"), ReasonBadHello, true},
+	{"a heartbeat before the hello", notHandshake[3] + helloFor("b.example"), ReasonBadHello, true},
+	{"a PROXY preamble before the hello", "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + helloFor("b.example"), ReasonBadRequest, false},
+	{"a binary PROXY preamble before the hello", proxyV2 + "\x20\x00\x00\x00" + helloFor("b.example"), ReasonBadRequest, false},
 }
 
 func TestANeighbourOnAPinnedPortIsNotReached(t *testing.T) { // (53)
@@ -253,6 +282,23 @@ func TestANeighbourOnAPinnedPortIsNotReached(t *testing.T) { // (53)
 			}
 		})
 	}
+}
+
+// TestOnlyAHandshakeBeginsTLSOnAPinnedPort has a server with certificates for two
+// names at one address and a rule for one of them.
+func TestOnlyAHandshakeBeginsTLSOnAPinnedPort(t *testing.T) {
+	l := pinnedLab(t)
+	up := l.host(tlsEcho(t), pinnedDst)
+	for _, record := range notHandshake {
+		for _, name := range []string{"a.example", "b.example"} {
+			c := l.connect(pinnedDst)
+			send(t, c, record+helloFor(name))
+			wantAlert(t, c)
+			l.awaitDenied(ReasonBadHello)
+		}
+	}
+	up.untouched(t)
+	converse(t, l.connect(pinnedDst), clientConfig("a.example"))
 }
 
 func TestAfterASilenceTheNameMayStillCome(t *testing.T) {
