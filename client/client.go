@@ -226,6 +226,9 @@ type Network struct {
 	// MaskRequestHost is the Host that services in the sandbox see; "${PORT}"
 	// stands for the port. At create only.
 	MaskRequestHost string `json:"maskRequestHost,omitempty"`
+	// MaskOrigin makes services see an Origin and a Referer of their own public URL
+	// as those of the masked host, and no X-Forwarded-Host. At create only.
+	MaskOrigin bool `json:"maskOrigin,omitempty"`
 	// AllowIn lists the only addresses and CIDRs that may reach the sandbox's ports.
 	// Nil is every address at create and no change in SetNetwork; empty is nobody.
 	AllowIn []string `json:"allowIn,omitzero"`

@@ -187,12 +187,12 @@ func TestCreatePassesOnWhatWasAsked(t *testing.T) {
 	b.create(`{"templateID":"base","timeout":60,"metadata":{"a":"1"},"envVars":{"K":"v=w"},"autoPause":true,"autoResume":{"enabled":true},
 		"allow_internet_access":false,
 		"network":{"allowOut":["1.1.1.1","*.example.com"],"denyOut":["0.0.0.0/0"],"allowPublicTraffic":false,
-			"maskRequestHost":"localhost:${PORT}","dns":"open","onDeny":"explain","mode":"observe","allow_internet_access":true}}`)
+			"maskRequestHost":"localhost:${PORT}","maskOrigin":true,"dns":"open","onDeny":"explain","mode":"observe","allow_internet_access":true}}`)
 	got := b.sandboxes.Created[0]
 	want := sandbox.CreateRequest{
 		Owner: b.userID, Template: "base", Timeout: time.Minute,
 		Metadata: map[string]string{"a": "1"}, EnvVars: map[string]string{"K": "v=w"},
-		AllowPublicTraffic: &no, MaskRequestHost: "localhost:${PORT}",
+		AllowPublicTraffic: &no, MaskRequestHost: "localhost:${PORT}", MaskOrigin: true,
 		OnTimeout: sandbox.PauseOnTimeout, AutoResume: true, Secure: true,
 	}
 	want.Egress.AllowOut = []string{"1.1.1.1", "*.example.com"}
@@ -235,6 +235,7 @@ func TestCreateRefuses(t *testing.T) {
 		{"a domain without deny-all", `{"network":{"allowOut":["example.com"]}}`, 400,
 			"When specifying allowed domains in allow out, you must include 'ALL_TRAFFIC' in deny out to block all other traffic."},
 		{"an unknown DNS mode", `{"network":{"dns":"maybe"}}`, 400, `network.dns is "maybe"`},
+		{"a mask with another scheme", `{"network":{"maskRequestHost":"https://localhost"}}`, 400, "mask request host is not valid: https://localhost"},
 		{"an invalid mask", `{"network":{"maskRequestHost":"a b"}}`, 400, "mask request host is not valid: a b"},
 		{"rules", `{"network":{"rules":{"a.com":[{}]}}}`, 501, "network.rules is not supported"},
 		{"an egress proxy", `{"network":{"egressProxy":{"address":"x:1"}}}`, 501, "network.egressProxy is not supported"},
@@ -439,6 +440,7 @@ func TestSandboxCalls(t *testing.T) {
 		{"update with a bad rule", "PUT", "/sandboxes/ID/network", `{"denyOut":["x"]}`, 400, "invalid denied CIDR x"},
 		{"update with an unknown rule", "PUT", "/sandboxes/ID/network", `{"denyIn":["x"]}`, 400, "network.denyIn is unknown"},
 		{"update what is fixed", "PUT", "/sandboxes/ID/network", `{"allowPublicTraffic":false}`, 400, "cannot be changed"},
+		{"update the mask's choice", "PUT", "/sandboxes/ID/network", `{"maskOrigin":true}`, 400, "cannot be changed"},
 		{"update the mask", "PUT", "/sandboxes/ID/network", `{"maskRequestHost":"x"}`, 400, "cannot be changed"},
 		{"update the network of none", "PUT", "/sandboxes/" + absent + "/network", `{}`, 404, gone},
 		{"metrics of none", "GET", "/sandboxes/" + absent + "/metrics", "", 404, gone},
@@ -488,7 +490,7 @@ func TestConnectNeverShortensAndTimeoutDoes(t *testing.T) {
 func TestDetail(t *testing.T) {
 	b := newBench(t)
 	id := b.create(`{"templateID":"base","timeout":60,"metadata":{"a":"b"},"autoPause":true,"allow_internet_access":false,
-		"network":{"allowOut":["1.1.1.1"],"allowPublicTraffic":false,"maskRequestHost":"localhost"}}`)
+		"network":{"allowOut":["1.1.1.1"],"allowPublicTraffic":false,"maskRequestHost":"http://localhost"}}`)
 	got := b.do("GET", "/sandboxes/"+id, "").body
 	started, err1 := time.Parse(time.RFC3339Nano, got["startedAt"].(string))
 	ends, err2 := time.Parse(time.RFC3339Nano, got["endAt"].(string))
@@ -502,7 +504,7 @@ func TestDetail(t *testing.T) {
 		"cpuCount": 2.0, "memoryMB": 512.0, "diskSizeMB": 1024.0, "envdVersion": "0.6.13",
 		"envdAccessToken": "access-" + id, "domain": "sbx.test:8443", "metadata": map[string]any{"a": "b"},
 		"allowInternetAccess": false,
-		"network":             map[string]any{"allowOut": []any{"1.1.1.1"}, "allowPublicTraffic": false, "maskRequestHost": "localhost", "generation": 1.0},
+		"network":             map[string]any{"allowOut": []any{"1.1.1.1"}, "allowPublicTraffic": false, "maskRequestHost": "localhost", "maskOrigin": true, "generation": 1.0},
 		"lifecycle":           map[string]any{"onTimeout": "pause", "autoResume": false},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

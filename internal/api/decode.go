@@ -48,7 +48,8 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 		return none, err
 	}
 	egress.AllowInternetAccess = stricter(egress.AllowInternetAccess, b.AllowInternetAccess)
-	if err := sandbox.ValidMaskHost(b.Network.MaskRequestHost); err != nil {
+	mask, maskOrigin := sandbox.MaskOf(b.Network.MaskRequestHost)
+	if err := sandbox.ValidMaskHost(mask); err != nil {
 		return none, err
 	}
 	sources, err := sandbox.ParseSources("network.allowIn", b.Network.AllowIn)
@@ -72,7 +73,8 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 		EnvVars:            b.EnvVars,
 		Egress:             egress,
 		AllowPublicTraffic: b.Network.AllowPublicTraffic,
-		MaskRequestHost:    b.Network.MaskRequestHost,
+		MaskRequestHost:    mask,
+		MaskOrigin:         maskOrigin || b.Network.MaskOrigin,
 		OnTimeout:          sandbox.KillOnTimeout,
 		AllowIn:            sources,
 		AutoResume:         b.AutoResume.Enabled,
@@ -98,7 +100,7 @@ func egressOf(n *control.Network) (policy.Input, error) {
 	}
 	if len(n.AdditionalProperties) > 0 {
 		field := slices.Min(slices.Collect(maps.Keys(n.AdditionalProperties)))
-		return policy.Input{}, errs.New(errs.Invalid, "network.%s is unknown: network takes allowOut, denyOut, allowPublicTraffic, maskRequestHost, allowIn, dns, onDeny and mode", field)
+		return policy.Input{}, errs.New(errs.Invalid, "network.%s is unknown: network takes allowOut, denyOut, allowPublicTraffic, maskRequestHost, maskOrigin, allowIn, dns, onDeny and mode", field)
 	}
 	return policy.Input{
 		AllowOut:            n.AllowOut,
@@ -114,6 +116,9 @@ func egressOf(n *control.Network) (policy.Input, error) {
 func updateOf(n *control.Network) (policy.Input, error) {
 	if n.AllowPublicTraffic != nil {
 		return policy.Input{}, errs.New(errs.Invalid, "allowPublicTraffic is set when the sandbox is created and cannot be changed")
+	}
+	if n.MaskOrigin {
+		return policy.Input{}, errs.New(errs.Invalid, "maskOrigin is set when the sandbox is created and cannot be changed")
 	}
 	if n.MaskRequestHost != "" {
 		return policy.Input{}, errs.New(errs.Invalid, "maskRequestHost is set when the sandbox is created and cannot be changed")

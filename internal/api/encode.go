@@ -94,6 +94,7 @@ func networkOf(rec *sandbox.Record) *control.NetworkInfo {
 		DenyOut:            e.DenyOut,
 		AllowPublicTraffic: rec.AllowPublicTraffic,
 		MaskRequestHost:    rec.MaskRequestHost,
+		MaskOrigin:         rec.MaskOrigin,
 		AllowIn:            sourcesOf(rec),
 		Dns:                string(e.DNS),
 		OnDeny:             string(e.OnDeny),

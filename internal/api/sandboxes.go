@@ -190,7 +190,11 @@ func unchanged(rec *sandbox.Record, secure, public *bool, n *control.Network) er
 			return errs.New(errs.Unimplemented, "allowPublicTraffic is set when the sandbox is created and cannot be changed")
 		}
 	}
-	if n.MaskRequestHost != "" && n.MaskRequestHost != rec.MaskRequestHost {
+	mask, origin := sandbox.MaskOf(n.MaskRequestHost)
+	if (origin || n.MaskOrigin) && !rec.MaskOrigin {
+		return errs.New(errs.Unimplemented, "network.maskOrigin is set when the sandbox is created and cannot be changed")
+	}
+	if mask != "" && mask != rec.MaskRequestHost {
 		return errs.New(errs.Unimplemented, "network.maskRequestHost is set when the sandbox is created and cannot be changed")
 	}
 	if n.AllowIn != nil {

@@ -32,7 +32,7 @@ func (v *visit) forward(c *call) {
 	host, fields := v.present(t, to)
 	if isGRPC(v.r) {
 		defer b.depart(g)
-		v.forwardGRPC(&grpcCall{b: b, to: to, target: p.target, host: host, fields: fields})
+		v.forwardGRPC(&grpcCall{b: b, t: t, to: to, target: p.target, host: host, fields: fields})
 		return
 	}
 	upgrade := upgradeOf(v.r)
@@ -46,6 +46,9 @@ func (v *visit) forward(c *call) {
 			fields = append(fields, h1.Field{Name: "Cookie", Value: cookie})
 		}
 	}
+	if t.MaskOrigin {
+		drop = dropBesides(drop, fields)
+	}
 	info := v.info
 	takesOver := upgrade != "" && v.stream == nil
 	if takesOver {
@@ -55,7 +58,7 @@ func (v *visit) forward(c *call) {
 	told := access{sandbox: t.ID, port: to.port, src: info.addr, start: v.access.start}
 	result := b.pool.Forward(v.w, v.r, &relay.Out{
 		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade, Stream: v.stream,
-		Answer: func(_ int, h http.Header) { v.answer(to.host, h) },
+		Answer: func(_ int, h http.Header) { v.answer(t, to, h) },
 		Client: info.http1Conn(v.r),
 		Done: func(tunnel *relay.Octets) {
 			b.depart(g)
@@ -109,21 +112,19 @@ func (v *visit) abort() {
 
 // present returns what the service sees of where the request came from.
 func (v *visit) present(t *Target, to route) (host string, fields []h1.Field) {
-	fields = make([]h1.Field, 0, 4)
+	fields = make([]h1.Field, 0, 5)
 	if from := v.forwardedFor(); from != "" {
 		fields = append(fields, h1.Field{Name: "X-Forwarded-For", Value: from})
 	}
 	fields = append(fields, h1.Field{Name: "X-Forwarded-Proto", Value: v.scheme()})
-	if t.MaskHost == "" || to.port == t.agentPort() {
+	mask := t.mask(to.port)
+	switch {
+	case mask == "":
 		return v.r.Host, fields
+	case t.MaskOrigin: // some compare Origin with X-Forwarded-Host, where it is there
+		return mask, append(fields, v.maskedOrigins(mask)...)
 	}
-	fields = append(fields, h1.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
-	return strings.ReplaceAll(t.MaskHost, "${PORT}", strconv.Itoa(int(to.port))), fields
-}
-
-// validMask guards the wire; what a mask may be is decided where it is set.
-func validMask(mask string) bool {
-	return !strings.ContainsFunc(mask, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+	return mask, append(fields, h1.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
 }
 
 func (v *visit) forwardedFor() string {
@@ -155,10 +156,14 @@ func unlettered(c rune) bool { return dashed(c) != c }
 
 // dashed makes a dash of what is neither a letter nor a digit.
 func dashed(c rune) rune {
-	if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' {
+	if letterOrDigit(c) {
 		return c
 	}
 	return '-'
+}
+
+func letterOrDigit(c rune) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 }
 
 func privateOrCookie(name string) bool { return name == "Cookie" || private(name) }
@@ -185,14 +190,15 @@ func upgradeOf(r *http.Request) string {
 }
 
 // answer changes what must be changed in a service's header.
-func (v *visit) answer(host string, h http.Header) {
+func (v *visit) answer(t *Target, to route, h http.Header) {
+	v.publish(t, to.port, h)
 	if v.mode == TLS && v.in.cfg.HSTS > 0 {
 		if _, own := h["Strict-Transport-Security"]; !own {
 			h.Set("Strict-Transport-Security", v.in.hsts())
 		}
 	}
 	if cookies := h["Set-Cookie"]; len(cookies) > 0 {
-		if h["Set-Cookie"] = ownCookies(cookies, host); len(h["Set-Cookie"]) == 0 {
+		if h["Set-Cookie"] = ownCookies(cookies, to.host); len(h["Set-Cookie"]) == 0 {
 			delete(h, "Set-Cookie")
 		}
 	}

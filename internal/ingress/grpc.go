@@ -32,6 +32,7 @@ func isGRPC(r *http.Request) bool {
 // has died would hang until its client says something.
 type grpcCall struct {
 	b       *backend
+	t       *Target
 	to      route
 	target  string
 	host    string
@@ -153,7 +154,7 @@ func (c *grpcCall) answer(v *visit, resp *http.Response) error {
 	for name := range resp.Trailer {
 		h.Add("Trailer", name)
 	}
-	v.answer(c.to.host, h)
+	v.answer(c.t, c.to, h)
 	c.started.Store(true)
 	if c.b.gone() {
 		return relay.ErrReset

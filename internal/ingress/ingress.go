@@ -116,9 +116,12 @@ type Target struct {
 	LinkKey string
 	Link    func(id string) bool
 	// AllowIn are the only sources that may speak to its ports; nil: everybody.
-	AllowIn    []netip.Prefix
-	MaskHost   string // Host for services, ${PORT} replaced; empty passes it unchanged
-	AutoResume bool   // traffic wakes it when it is paused
+	AllowIn  []netip.Prefix
+	MaskHost string // Host for services, ${PORT} replaced; empty passes it unchanged
+	// MaskOrigin makes services see an Origin and a Referer of their own URL as those
+	// of the mask, and no X-Forwarded-Host.
+	MaskOrigin bool
+	AutoResume bool // traffic wakes it when it is paused
 	// TrafficExtends makes requests call Config.Traffic.
 	TrafficExtends bool
 	// Done is closed when the sandbox is killed or paused: its connections are

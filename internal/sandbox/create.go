@@ -77,6 +77,9 @@ func (m *Manager) valid(req *CreateRequest) (time.Duration, error) {
 	if err := ValidMaskHost(req.MaskRequestHost); err != nil {
 		return 0, err
 	}
+	if req.MaskOrigin && req.MaskRequestHost == "" {
+		return 0, errs.New(errs.Invalid, "maskOrigin needs maskRequestHost: name the host that services are to see, such as localhost:${PORT}")
+	}
 	return timeout, ValidLabels(req.Metadata, req.EnvVars)
 }
 
@@ -117,7 +120,7 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 		Resources:   up.resources,
 		AllowIn:     slices.Clone(req.AllowIn),
 		Egress:      req.Egress, Generation: 1,
-		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost,
+		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost, MaskOrigin: req.MaskOrigin,
 		ControlToken: newToken(), Lease: up.lease,
 	}
 	if s := o.snapshot; s != nil {

@@ -59,12 +59,13 @@ func TestBadRequestsChangeNothing(t *testing.T) {
 		kind errs.Kind
 		say  string
 	}{
-		"a timeout beyond the limit":     {CreateRequest{Timeout: 48 * time.Hour}, errs.Invalid, "timeout"},
-		"a negative timeout":             {CreateRequest{Timeout: -time.Second}, errs.Invalid, "timeout"},
-		"an unknown template":            {CreateRequest{Template: "nope"}, errs.NotFound, "nope"},
-		"a domain among the denied":      {CreateRequest{Egress: policy.Input{DenyOut: []string{"a.test"}}}, errs.Invalid, "invalid denied CIDR a.test"},
-		"a mask that is no host":         {CreateRequest{MaskRequestHost: "a b"}, errs.Invalid, "mask request host is not valid"},
-		"an allowed name without a deny": {CreateRequest{Egress: policy.Input{AllowOut: []string{"a.test"}}}, errs.Invalid, "ALL_TRAFFIC"},
+		"a timeout beyond the limit":       {CreateRequest{Timeout: 48 * time.Hour}, errs.Invalid, "timeout"},
+		"a negative timeout":               {CreateRequest{Timeout: -time.Second}, errs.Invalid, "timeout"},
+		"an unknown template":              {CreateRequest{Template: "nope"}, errs.NotFound, "nope"},
+		"a domain among the denied":        {CreateRequest{Egress: policy.Input{DenyOut: []string{"a.test"}}}, errs.Invalid, "invalid denied CIDR a.test"},
+		"the mask's choice without a mask": {CreateRequest{MaskOrigin: true}, errs.Invalid, "maskOrigin needs maskRequestHost"},
+		"a mask that is no host":           {CreateRequest{MaskRequestHost: "a b"}, errs.Invalid, "mask request host is not valid"},
+		"an allowed name without a deny":   {CreateRequest{Egress: policy.Input{AllowOut: []string{"a.test"}}}, errs.Invalid, "ALL_TRAFFIC"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld()

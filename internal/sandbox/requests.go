@@ -24,6 +24,7 @@ type CreateRequest struct {
 	Egress             policy.Input
 	AllowPublicTraffic *bool          // nil means true
 	MaskRequestHost    string         // already checked with ValidMaskHost
+	MaskOrigin         bool           // MaskRequestHost counts for Origin and Referer too
 	AllowIn            []netip.Prefix // of ParseSources; nil: everybody
 	OnTimeout          OnTimeout
 	AutoResume         bool
@@ -117,6 +118,10 @@ type Template struct {
 	Created   time.Time
 	Ready     bool // its image is built
 }
+
+// MaskOf separates the host of a mask from the "http://" in front of it by which
+// clients that know no field for it ask that Origin and Referer are masked too.
+func MaskOf(mask string) (host string, origin bool) { return strings.CutPrefix(mask, "http://") }
 
 // ValidMaskHost checks the host name that sandboxed services are to see in
 // place of their public one: an ASCII host name or IP address with an optional

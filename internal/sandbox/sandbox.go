@@ -93,6 +93,7 @@ type Record struct {
 	Generation         uint64         `json:"generation"` // of Egress
 	AllowPublicTraffic *bool          `json:"allowPublicTraffic,omitempty"`
 	MaskRequestHost    string         `json:"maskRequestHost,omitempty"`
+	MaskOrigin         bool           `json:"maskOrigin,omitempty"`
 	TrafficToken       string         `json:"trafficToken,omitempty"` // issued when public traffic is off
 	AllowIn            []netip.Prefix `json:"allowIn,omitzero"`       // who may reach its ports; nil: everybody, empty: nobody
 	LinkKey            string         `json:"linkKey,omitempty"`      // signs its URLs; made with the first

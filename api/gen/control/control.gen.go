@@ -479,7 +479,12 @@ type Network struct {
 	// HttpsPorts Part of the dialect that this server does not have; refused unless empty.
 	HttpsPorts Unsupported `json:"httpsPorts,omitempty,omitzero"`
 
+	// MaskOrigin cordon: services see an Origin and a Referer of their own public URL as those of the masked
+	// host, and no X-Forwarded-Host. Needs maskRequestHost. Only at create.
+	MaskOrigin bool `json:"maskOrigin,omitempty,omitzero"`
+
 	// MaskRequestHost The Host that services in the sandbox see; "${PORT}" stands for the port. Only at create.
+	// cordon: with "http://" in front it also means maskOrigin, for clients that know no such field.
 	MaskRequestHost string `json:"maskRequestHost,omitempty,omitzero"`
 
 	// Mode cordon: enforce, or observe to log what would be denied.
@@ -550,7 +555,10 @@ type NetworkInfo struct {
 	Dns                string    `json:"dns,omitempty,omitzero"`
 
 	// Generation cordon: how often the rules were replaced, from 1.
-	Generation      int64  `json:"generation,omitempty,omitzero"`
+	Generation int64 `json:"generation,omitempty,omitzero"`
+
+	// MaskOrigin cordon: whether the mask counts for Origin and Referer too.
+	MaskOrigin      bool   `json:"maskOrigin,omitempty,omitzero"`
 	MaskRequestHost string `json:"maskRequestHost,omitempty,omitzero"`
 	Mode            string `json:"mode,omitempty,omitzero"`
 	OnDeny          string `json:"onDeny,omitempty,omitzero"`
@@ -1089,6 +1097,14 @@ func (a *Network) UnmarshalJSON(b []byte) error {
 		delete(object, "httpsPorts")
 	}
 
+	if raw, found := object["maskOrigin"]; found {
+		err = json.Unmarshal(raw, &a.MaskOrigin)
+		if err != nil {
+			return fmt.Errorf("error reading 'maskOrigin': %w", err)
+		}
+		delete(object, "maskOrigin")
+	}
+
 	if raw, found := object["maskRequestHost"]; found {
 		err = json.Unmarshal(raw, &a.MaskRequestHost)
 		if err != nil {
@@ -1193,6 +1209,11 @@ func (a Network) MarshalJSON() ([]byte, error) {
 	object["httpsPorts"], err = json.Marshal(a.HttpsPorts)
 	if err != nil {
 		return nil, fmt.Errorf("error marshaling 'httpsPorts': %w", err)
+	}
+
+	object["maskOrigin"], err = json.Marshal(a.MaskOrigin)
+	if err != nil {
+		return nil, fmt.Errorf("error marshaling 'maskOrigin': %w", err)
 	}
 
 	object["maskRequestHost"], err = json.Marshal(a.MaskRequestHost)
