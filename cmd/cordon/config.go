@@ -428,6 +428,8 @@ func (c *config) apiURL() string { return "http://" + c.Listen.Plain }
 
 func (c *config) adminKeyFile() string { return filepath.Join(c.StateDir, "admin.key") }
 
+func (c *config) imagesDir() string { return filepath.Join(c.CacheDir, "images") }
+
 func (c *config) caDir() string { return filepath.Join(c.StateDir, "ca") }
 
 // environMap turns os.Environ's form into a map.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/nftables"
@@ -76,7 +78,7 @@ func examine(ctx context.Context, cfg *config) []finding {
 	}
 	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
 	out = append(out, checkPorts(ctx, cfg)...)
-	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3))
+	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3), checkImages(cfg.imagesDir()))
 }
 
 func checkRoot() finding {
@@ -290,5 +292,25 @@ func checkDisk(what, dir string, wantGiB uint64) finding {
 	}
 	free := s.Bavail * uint64(s.Bsize) >> 30
 	f.ok, f.say = free >= wantGiB, fmt.Sprintf("%d GiB free for %s in %s", free, what, dir)
+	return f
+}
+
+// checkImages looks whether other users of the machine can reach the images: programs
+// with set-user-ID bits are in them.
+func checkImages(dir string) finding {
+	f := finding{name: "images", mend: "sudo chown root " + dir + " && sudo chmod 700 " + dir + " (a start of the server closes it too); cordon image verify tells whether an image was changed"}
+	fi, err := os.Stat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		f.ok, f.say = true, dir+" is made at the first start"
+	case err != nil:
+		f.say = err.Error()
+	case fi.Mode().Perm()&0o077 != 0:
+		f.say = fmt.Sprintf("%s is open to other users (mode %04o): images hold set-user-ID programs", dir, fi.Mode().Perm())
+	case fi.Sys().(*syscall.Stat_t).Uid != 0:
+		f.say = fmt.Sprintf("%s belongs to user %d, who could change images in use", dir, fi.Sys().(*syscall.Stat_t).Uid)
+	default:
+		f.ok, f.say = true, "only root enters "+dir
+	}
 	return f
 }

@@ -255,10 +255,32 @@ func (w logWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+// closeCache closes the cache folder to other users, if nothing but images is in it:
+// an operator may have named one that other programs share. The folder of the images
+// itself is closed in any case.
+func (c *config) closeCache() error {
+	if err := os.MkdirAll(c.CacheDir, 0o700); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(c.CacheDir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != filepath.Base(c.imagesDir()) {
+			return nil
+		}
+	}
+	return os.Chmod(c.CacheDir, 0o700)
+}
+
 // images opens the image store.
 func (c *config) images(progress io.Writer, log *slog.Logger) (*image.Library, error) {
+	if err := c.closeCache(); err != nil {
+		return nil, err
+	}
 	return image.New(image.Config{
-		Dir: filepath.Join(c.CacheDir, "images"), StateDir: filepath.Join(c.StateDir, "images"),
+		Dir: c.imagesDir(), StateDir: filepath.Join(c.StateDir, "images"),
 		Progress: progress, Log: log,
 	})
 }

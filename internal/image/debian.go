@@ -144,10 +144,27 @@ func acquireOptions(ctx context.Context) (string, error) {
 	return b.String(), nil
 }
 
+// reachable shows the folder of a build at /mnt, in the build's own namespace of
+// mounts only: apt downloads as a user of its own, who cannot pass the folder of
+// images. Without /mnt apt downloads as root.
+func reachable(rootfs, tool string, args []string) (string, []string) {
+	const at = "/mnt"
+	if fi, err := os.Stat(at); err != nil || !fi.IsDir() || rootfs == "" {
+		return tool, args
+	}
+	dir := filepath.Dir(rootfs)
+	out := []string{"-c", `mount --bind "$1" "$2" && shift 2 && exec "$@"`, "sh", dir, at, tool}
+	for _, a := range args {
+		out = append(out, strings.ReplaceAll(a, dir+"/", at+"/"))
+	}
+	return "/bin/sh", out
+}
+
 // runTool runs mmdebstrap, reporting its steps. Its mounts are made in a
 // namespace of their own and go with it.
 func runTool(ctx context.Context, j job, tool string, args []string) error {
-	cmd := exec.CommandContext(ctx, tool, args...)
+	name, args := reachable(j.rootfs, tool, args)
+	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Unshareflags: syscall.CLONE_NEWNS}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second // to clean up after SIGTERM

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -99,8 +100,8 @@ func New(cfg Config) (*Library, error) {
 		if !filepath.IsAbs(d.dir) {
 			return nil, errs.New(errs.Invalid, "images: %s is %q: set an absolute path", d.field, d.dir)
 		}
-		if err := os.MkdirAll(d.dir, 0o755); err != nil {
-			return nil, fmt.Errorf("create image directory: %w", err)
+		if err := private(d.dir); err != nil {
+			return nil, err
 		}
 	}
 	if cfg.Log == nil {
@@ -129,6 +130,26 @@ func New(cfg Config) (*Library, error) {
 		builds:  map[string]*build{},
 		held:    map[string]io.Closer{},
 	}, nil
+}
+
+// private makes a directory that only this user enters, or closes one that is
+// there. Images hold programs with set-user-ID bits, which must not run outside a
+// sandbox, and what they show is for their sandboxes only.
+func private(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("create image directory: %w", err)
+	}
+	if err := os.Chmod(dir, 0o700); err != nil {
+		return fmt.Errorf("close image directory to other users: %w", err)
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("look at image directory: %w", err)
+	}
+	if owner := fi.Sys().(*syscall.Stat_t).Uid; int(owner) != os.Geteuid() {
+		return errs.New(errs.Conflict, "images: %s belongs to user %d, who could change images in use: run chown -R %d there", dir, owner, os.Geteuid())
+	}
+	return nil
 }
 
 // Close cancels builds under way, waits for them and gives the images free for

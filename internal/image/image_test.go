@@ -3,12 +3,15 @@ package image
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -265,7 +268,7 @@ func TestToolTroubleIsExplained(t *testing.T) {
 	if err := os.WriteFile(tool, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	err := runTool(t.Context(), job{rootfs: "/nowhere", progress: l.progress("x")}, tool, nil)
+	err := runTool(t.Context(), job{rootfs: filepath.Join(t.TempDir(), "rootfs"), progress: l.progress("x")}, tool, nil)
 	if !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "Unable to locate package nonsense") {
 		t.Errorf("got %v", err)
 	}
@@ -279,6 +282,31 @@ func TestToolTroubleIsExplained(t *testing.T) {
 	err = runTool(ctx, job{progress: l.progress("x")}, tool, nil)
 	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
 		t.Errorf("after %v: %v", time.Since(start), err)
+	}
+}
+
+// TestTheDownloaderReachesAClosedFolder runs a program in mmdebstrap's place that
+// becomes another user, as apt's downloader does.
+func TestTheDownloaderReachesAClosedFolder(t *testing.T) {
+	privileged(t)
+	l := library(t, t.TempDir())
+	closed := t.TempDir()
+	build := filepath.Join(closed, "build")
+	if err := errors.Join(os.Chmod(closed, 0o700), os.Mkdir(build, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--reuid=65534", "--regid=65534", "--clear-groups", "touch", filepath.Join(build, "rootfs")}
+	if err := os.Chmod(build, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := runTool(t.Context(), job{rootfs: filepath.Join(build, "rootfs"), progress: l.progress("x")}, "setpriv", args); err != nil {
+		t.Errorf("another user of the build: %v", err)
+	}
+	if uid, _ := owner(t, filepath.Join(build, "rootfs")); uid != 65534 {
+		t.Errorf("the file belongs to %d, want 65534", uid)
+	}
+	if b, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(b), closed) {
+		t.Errorf("the mount is seen outside the build (%v)", err)
 	}
 }
 
@@ -412,4 +440,61 @@ func TestReleases(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestImagesAreClosedToOtherUsers looks at both folders of a library, new ones and
+// ones that an earlier version left open, through another user's eyes.
+func TestImagesAreClosedToOtherUsers(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		make bool
+	}{{"new folders", false}, {"folders that were open", true}} {
+		t.Run(c.name, func(t *testing.T) {
+			root := openTempDir(t)
+			cfg := Config{Dir: filepath.Join(root, "cache", "images"), StateDir: filepath.Join(root, "state", "images")}
+			if c.make {
+				for _, dir := range []string{cfg.Dir, cfg.StateDir} {
+					if err := errors.Join(os.MkdirAll(dir, 0o755), os.Chmod(dir, 0o755)); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			l, err := New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			rootfs := l.cas.rootfs(strings.Repeat("0", 32))
+			tool := filepath.Join(rootfs, "tool")
+			if err := errors.Join(os.MkdirAll(rootfs, 0o755), os.WriteFile(tool, nil, 0o755), os.Chmod(tool, 0o755|fs.ModeSetuid)); err != nil {
+				t.Fatal(err)
+			}
+			for _, dir := range []string{cfg.Dir, cfg.StateDir} {
+				fi, err := os.Stat(dir)
+				if err != nil || fi.Mode().Perm() != 0o700 {
+					t.Errorf("%s has mode %v (%v), want 0700", dir, fi.Mode(), err)
+				}
+			}
+			if os.Geteuid() != 0 {
+				return // cannot become another user
+			}
+			cmd := exec.CommandContext(t.Context(), "/bin/ls", "-l", tool)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: credential("")}
+			if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
+				t.Errorf("another user sees a program of an image: %s", out)
+			}
+		})
+	}
+}
+
+// openTempDir is a temporary folder that every user may pass.
+func openTempDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for at := dir; at != filepath.Clean(os.TempDir()) && at != "/"; at = filepath.Dir(at) {
+		if err := os.Chmod(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
 }
