@@ -22,6 +22,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/resolver"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
@@ -126,6 +127,7 @@ type networkConfig struct {
 	DNSPort     uint16       `yaml:"dns_port" env:"DNS_PORT"`
 	LogGroup    uint16       `yaml:"log_group" env:"LOG_GROUP"` // netlink group of the kernel's verdicts
 	Upstreams   []string     `yaml:"upstreams" env:"UPSTREAMS"` // DNS servers; default: the host's
+	DNSDeny     string       `yaml:"dns_deny" env:"DNS_DENY"`   // the answer for denied names: nodata, refused
 	FloorOpen   []string     `yaml:"floor_open" env:"FLOOR_OPEN"`
 	AlwaysAllow []string     `yaml:"always_allow" env:"ALWAYS_ALLOW"`
 	AlwaysDeny  []string     `yaml:"always_deny" env:"ALWAYS_DENY"`
@@ -258,6 +260,7 @@ func (c *config) setDefaults() {
 	n.ProxyPort = cmp.Or(n.ProxyPort, 15001)
 	n.DNSPort = cmp.Or(n.DNSPort, 15053)
 	n.LogGroup = cmp.Or(n.LogGroup, 5223)
+	n.DNSDeny = cmp.Or(n.DNSDeny, string(resolver.DenialNoData))
 	n.Limits.Connections = cmp.Or(n.Limits.Connections, 8192)
 	n.Limits.NewConnections = cmp.Or(n.Limits.NewConnections, 10_000)
 	n.Limits.DNSQueries = cmp.Or(n.Limits.DNSQueries, 100)
@@ -362,6 +365,9 @@ func (l *listenConfig) validate() error {
 func (n *networkConfig) validate() error {
 	if !n.Subnet4.Addr().Is4() || n.Subnet4.Bits() > 24 {
 		return wrong("network.subnet4", n.Subnet4, "use an IPv4 network of /24 or larger")
+	}
+	if _, err := resolver.ParseDenial(n.DNSDeny); err != nil {
+		return wrong("network.dns_deny", n.DNSDeny, `use "nodata" or "refused"`)
 	}
 	for _, up := range n.Upstreams {
 		if _, err := upstream(up); err != nil {

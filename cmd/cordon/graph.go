@@ -299,6 +299,7 @@ func (s *server) makeResolver(context.Context) (err error) {
 		Upstreams: upstreams,
 		Pin:       s.pin,
 		IPv6:      s.network.HasIPv6(),
+		Denial:    resolver.Denial(s.cfg.Network.DNSDeny),
 		Budget:    s.cfg.Network.Limits.budget(),
 		Flows:     s.flows, Log: s.log,
 	})

@@ -103,14 +103,18 @@ func answeredWith(rcode int) func(probe.Outcome) error {
 	}
 }
 
-// blocked: REFUSED, with extended error 15 "Blocked" (RFC 8914 section 4.16).
+// blocked: NOERROR without any record, with extended error 15 "Blocked" (RFC 8914
+// section 4.16).
 func blocked(got probe.Outcome) error {
-	if err := answeredWith(dns.RcodeRefused)(got); err != nil {
+	if err := answeredWith(dns.RcodeSuccess)(got); err != nil {
 		return err
 	}
 	m, err := reply(got)
 	if err != nil {
 		return err
+	}
+	if len(m.Answer)+len(m.Ns) > 0 {
+		return fmt.Errorf("the denial holds records: %v", m)
 	}
 	if opt := m.IsEdns0(); opt != nil {
 		for _, o := range opt.Option {
@@ -119,7 +123,7 @@ func blocked(got probe.Outcome) error {
 			}
 		}
 	}
-	return errors.New("the refusal does not say Blocked")
+	return errors.New("the denial does not say Blocked")
 }
 
 // resolvesTo: the reply has exactly these addresses, in any order.

@@ -134,9 +134,11 @@ type Try struct {
 	Answer func(probe.Outcome) error
 	// AnswerEach judges where the orders are to see different things.
 	AnswerEach func(i int, got probe.Outcome) error
-	// Log is what the flow log must say, once for each order unless LogOnce.
-	Log     Want
-	LogOnce bool
+	// Log is what the flow log must say, once for each order unless LogOnce, or
+	// LogLines times: all questions of one look-up of a denied name are one line.
+	Log      Want
+	LogOnce  bool
+	LogLines int
 	// Slow is how long the orders may take; 0 is three seconds.
 	Slow time.Duration
 }
@@ -252,8 +254,11 @@ func (t *Trial) logged(try Try, since int64) (string, error) {
 		return "-", nil
 	}
 	need := max(1, len(try.Orders))
-	if try.LogOnce {
+	switch {
+	case try.LogOnce:
 		need = 1
+	case try.LogLines > 0:
+		need = try.LogLines
 	}
 	var events []client.Event
 	for deadline := time.Now().Add(8 * time.Second); ; {

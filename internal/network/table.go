@@ -200,8 +200,8 @@ func (n *Network) addRefusals(tx *transaction) {
 		when(l4proto(policy.UDP), reject(unix.NFT_REJECT_ICMPX_PORT_UNREACH)),
 		when(reject(unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED)),
 		when(drop()))
-	// A denied query is answered REFUSED by the resolver, which judges the server's
-	// address once more. ICMP errors are limited to one a second for each
+	// A denied query is answered by the resolver, which judges the server's address
+	// once more. ICMP errors are limited to one a second for each
 	// destination, so a client that asks two servers twice would wait for seconds.
 	tx.rules(n.chain(classDeny.chain()), when(l4proto(policy.UDP), dport(53), goTo(chainDNS)))
 	for _, c := range []class{classFloor, classDeny, classProxy, classLimit} {

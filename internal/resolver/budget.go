@@ -71,7 +71,7 @@ func (s *budgets) of(sandbox string) *budget {
 		b = &budget{
 			limits: s.limits, seed: s.seed,
 			rate:  rate.NewLimiter(rate.Limit(s.limits.QueriesPerSecond), s.limits.Burst),
-			rules: map[string]*window{},
+			rules: map[string]*window{}, denied: map[lookupKey]time.Time{},
 		}
 		s.bySbx[sandbox] = b
 	}
@@ -91,6 +91,7 @@ type budget struct {
 	conns   int
 	rules   map[string]*window // by rule ID
 	warned  time.Time
+	denied  map[lookupKey]time.Time // when the look-ups of denied names began
 }
 
 // window counts distinct names within a minute.

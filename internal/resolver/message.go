@@ -166,13 +166,6 @@ func (q *query) local(rcode int) outcome {
 	return outcome{reply: m, verdict: policy.Verdict{Allow: true, Rule: policy.Rule{ID: "dns", Text: "answered locally"}, Reason: ReasonLocal}}
 }
 
-// refuse answers REFUSED and says why to those who understand (RFC 8914).
-func (q *query) refuse(v policy.Verdict) outcome {
-	m := q.reply(dns.RcodeRefused)
-	q.explain(m, dns.ExtendedErrorCodeBlocked, "refused by the sandbox's network policy: "+string(v.Reason))
-	return outcome{reply: m, verdict: v}
-}
-
 // overBudget refuses a message without parsing more than its question.
 func (q *query) overBudget(wire []byte, reason policy.Reason) outcome {
 	v := verdict(reason, "budget of the sandbox")

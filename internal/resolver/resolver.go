@@ -56,7 +56,9 @@ type Config struct {
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// IPv6 says whether the host can reach the IPv6 internet. If it cannot, no
 	// sandbox is told an IPv6 address.
-	IPv6   bool
+	IPv6 bool
+	// Denial is how a denied name is answered; "" is DenialNoData.
+	Denial Denial
 	Budget Budget
 	Flows  flowlog.Recorder
 	Log    *slog.Logger
@@ -92,6 +94,10 @@ func New(cfg Config) (*Resolver, error) {
 		if !u.IsValid() || u.Port() == 0 {
 			return nil, errs.New(errs.Invalid, "dns.upstreams holds %q: use an IP address and a port, for example 8.8.8.8:53", u)
 		}
+	}
+	var err error
+	if cfg.Denial, err = ParseDenial(string(cfg.Denial)); err != nil {
+		return nil, err
 	}
 	if cfg.Dial == nil {
 		cfg.Dial = (&net.Dialer{}).DialContext
@@ -200,7 +206,7 @@ func (r *Resolver) answer(ctx context.Context, t transport, wire []byte) []byte 
 		out = r.decide(ctx, q, b, wire)
 		b.leave()
 	}
-	return r.finish(q, out)
+	return r.finish(q, b, out)
 }
 
 // decide reads and judges a message.
@@ -211,21 +217,21 @@ func (r *Resolver) decide(ctx context.Context, q *query, b *budget, wire []byte)
 	asked := q.msg.Question[0]
 	// The kernel sends only allowed flows here; a policy may have changed meanwhile.
 	if v := q.policy.Decide(policy.Flow{Proto: q.proto, Dst: q.dst}); !v.Allow {
-		return q.refuse(v)
+		return r.denyServer(q, v)
 	}
 	if v, ok := q.checkKind(asked); !ok {
 		return q.refuse(v)
 	}
 	owner, attribute, ok := q.checkName(asked.Name)
 	if !ok {
-		return q.refuse(verdict(ReasonBadName, "a name of letters, digits, hyphens and dots"))
+		return r.denyName(q, verdict(ReasonBadName, "a name of letters, digits, hyphens and dots"))
 	}
 	if asked.Qtype == dns.TypePTR && privateReverse(q.name) {
 		return q.local(dns.RcodeNameError)
 	}
 	v := q.policy.DecideQuery(owner)
 	if !v.Allow {
-		return q.refuse(v)
+		return r.denyName(q, v)
 	}
 	if out, done := q.fixed(v); done {
 		return out
@@ -293,12 +299,18 @@ func (r *Resolver) pin(q *query, m *dns.Msg) {
 }
 
 // finish records what a query came to and packs its reply.
-func (r *Resolver) finish(q *query, out outcome) []byte {
+func (r *Resolver) finish(q *query, b *budget, out outcome) []byte {
 	var wire []byte
 	rcode := "no reply"
 	if out.reply != nil {
 		wire = q.pack(out.reply)
 		rcode = dns.RcodeToString[out.reply.Rcode]
+		if out.reply.Rcode == dns.RcodeSuccess && len(out.reply.Answer) == 0 {
+			rcode = "NODATA"
+		}
+	}
+	if b.isRepeat(q, out) {
+		return wire
 	}
 	e := flowlog.Event{
 		Time: q.began, Sandbox: q.sandbox, Generation: q.policy.Generation(),

@@ -173,6 +173,15 @@ func (e *events) last(t testing.TB) flowlog.Event {
 	return e.list[len(e.list)-1]
 }
 
+// len is how many events there are; since returns those after the first n.
+func (e *events) len() int { return len(e.since(0)) }
+
+func (e *events) since(n int) []flowlog.Event {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.list[n:])
+}
+
 const zone = `
 a.test.         60 IN A     198.51.100.10
 a.test.         60 IN AAAA  2001:db8:80::10
@@ -295,6 +304,7 @@ func answersOf(m *dns.Msg) string {
 }
 
 func TestStrictModeAnswersListedNamesOnly(t *testing.T) {
+	const denied = -1 // NODATA, and a denial in the log
 	for _, c := range []struct {
 		name    string // of the case
 		query   string
@@ -313,27 +323,27 @@ func TestStrictModeAnswersListedNamesOnly(t *testing.T) {
 		{"a listed name that is not there", "gone.test", dns.TypeA, dns.RcodeNameError, "", policy.ReasonAllowName, "gone.test. A"},
 		{"no data of the type", "a.test", dns.TypeMX, dns.RcodeSuccess, "", policy.ReasonAllowName, "a.test. MX"},
 		{"an alias to elsewhere is judged by the name asked", "alias.test", dns.TypeA, dns.RcodeSuccess, "b.test., 198.51.100.20", policy.ReasonAllowName, "alias.test. A"},
-		{"another name", "b.test", dns.TypeA, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
-		{"a wildcard's apex", "wild.test", dns.TypeA, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
-		{"a tunnel to an unlisted zone", "c2VjcmV0.t.evil.test", dns.TypeTXT, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
-		{"a name that only ends alike", "nota.test", dns.TypeA, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
-		{"an attribute of another name", "_dmarc.b.test", dns.TypeTXT, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
-		{"too many attributes", "_a._b._c._d.a.test", dns.TypeTXT, dns.RcodeRefused, "", ReasonBadName, ""},
-		{"an underscore within", "under_score.test", dns.TypeA, dns.RcodeRefused, "", ReasonBadName, ""},
-		{"an escaped dot", `a\.test.evil.test`, dns.TypeA, dns.RcodeRefused, "", ReasonBadName, ""},
-		{"a NUL", `a.test\000.evil.test`, dns.TypeA, dns.RcodeRefused, "", ReasonBadName, ""},
-		{"the root", ".", dns.TypeNS, dns.RcodeRefused, "", ReasonBadName, ""},
-		{"a number that reads as an address", "2130706433", dns.TypeA, dns.RcodeRefused, "", ReasonBadName, ""},
+		{"another name", "b.test", dns.TypeA, denied, "", policy.ReasonNameDenied, ""},
+		{"a wildcard's apex", "wild.test", dns.TypeA, denied, "", policy.ReasonNameDenied, ""},
+		{"a tunnel to an unlisted zone", "c2VjcmV0.t.evil.test", dns.TypeTXT, denied, "", policy.ReasonNameDenied, ""},
+		{"a name that only ends alike", "nota.test", dns.TypeA, denied, "", policy.ReasonNameDenied, ""},
+		{"an attribute of another name", "_dmarc.b.test", dns.TypeTXT, denied, "", policy.ReasonNameDenied, ""},
+		{"too many attributes", "_a._b._c._d.a.test", dns.TypeTXT, denied, "", ReasonBadName, ""},
+		{"an underscore within", "under_score.test", dns.TypeA, denied, "", ReasonBadName, ""},
+		{"an escaped dot", `a\.test.evil.test`, dns.TypeA, denied, "", ReasonBadName, ""},
+		{"a NUL", `a.test\000.evil.test`, dns.TypeA, denied, "", ReasonBadName, ""},
+		{"the root", ".", dns.TypeNS, denied, "", ReasonBadName, ""},
+		{"a number that reads as an address", "2130706433", dns.TypeA, denied, "", ReasonBadName, ""},
 		{"an odd type", "a.test", dns.TypeNULL, dns.RcodeRefused, "", ReasonQueryType, ""},
 		{"ANY", "a.test", dns.TypeANY, dns.RcodeRefused, "", ReasonQueryType, ""},
 		{"a zone transfer", "a.test", dns.TypeAXFR, dns.RcodeRefused, "", ReasonQueryType, ""},
 		{"an address of one's own backwards", "2.0.223.10.in-addr.arpa", dns.TypePTR, dns.RcodeNameError, "", ReasonLocal, ""},
 		{"a private range backwards", "10.in-addr.arpa", dns.TypePTR, dns.RcodeNameError, "", ReasonLocal, ""},
 		{"IPv6 loopback backwards", "1." + strings.Repeat("0.", 31) + "ip6.arpa", dns.TypePTR, dns.RcodeNameError, "", ReasonLocal, ""},
-		{"a public address backwards", "8.8.8.8.in-addr.arpa", dns.TypePTR, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
+		{"a public address backwards", "8.8.8.8.in-addr.arpa", dns.TypePTR, denied, "", policy.ReasonNameDenied, ""},
 		{"our own domain", "own.cordon.localhost", dns.TypeA, dns.RcodeSuccess, "192.0.0.8", policy.ReasonAllowName, ""},
 		{"our own domain over IPv6", "own.cordon.localhost", dns.TypeAAAA, dns.RcodeSuccess, "", policy.ReasonAllowName, ""},
-		{"our own domain, not listed", "other.cordon.localhost", dns.TypeA, dns.RcodeRefused, "", policy.ReasonNameDenied, ""},
+		{"our own domain, not listed", "other.cordon.localhost", dns.TypeA, denied, "", policy.ReasonNameDenied, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := newFixture(t, strictInput)
@@ -342,6 +352,16 @@ func TestStrictModeAnswersListedNamesOnly(t *testing.T) {
 			if r.Id != m.Id || !r.Response || len(r.Question) != 1 || r.Question[0] != m.Question[0] {
 				t.Errorf("the reply is not one to the question: %v", r)
 			}
+			want := flowlog.Allowed
+			if c.rcode == denied || c.rcode == dns.RcodeRefused {
+				want = flowlog.Denied
+			}
+			if c.rcode == denied {
+				c.rcode = dns.RcodeSuccess
+				if len(r.Ns)+len(r.Extra) > 0 || !r.RecursionAvailable {
+					t.Errorf("the denial has other records, or offers no recursion: %v", r)
+				}
+			}
 			if r.Rcode != c.rcode || answersOf(r) != c.answers {
 				t.Errorf("got %s %q, want %s %q", dns.RcodeToString[r.Rcode], answersOf(r), dns.RcodeToString[c.rcode], c.answers)
 			}
@@ -349,10 +369,6 @@ func TestStrictModeAnswersListedNamesOnly(t *testing.T) {
 				t.Errorf("upstream was asked %q, want %q", got, c.asked)
 			}
 			e := f.flows.last(t)
-			want := flowlog.Allowed
-			if c.rcode == dns.RcodeRefused {
-				want = flowlog.Denied
-			}
 			if e.Verdict != want || e.Reason != c.reason || e.Sandbox != "s1" || e.Generation != 7 || e.Proto != "dns" || e.Layer != flowlog.LayerResolver {
 				t.Errorf("logged %+v, want %s %s", e, want, c.reason)
 			}
@@ -364,7 +380,7 @@ func TestOpenModeAnswersEveryName(t *testing.T) {
 	f := newFixture(t, policy.Input{})
 	for name, want := range map[string]int{
 		"b.test": 0, "under_score.test": 0, "8.8.8.8.in-addr.arpa": dns.RcodeNameError, ".": dns.RcodeNameError,
-		"10.0.0.1": dns.RcodeRefused, `a\000.test`: dns.RcodeRefused,
+		"10.0.0.1": dns.RcodeSuccess, `a\000.test`: dns.RcodeSuccess, // denied
 		"_dns.resolver.arpa": dns.RcodeNameError, "use-application-dns.net": dns.RcodeNameError, "x.localhost": dns.RcodeNameError,
 	} {
 		if r := f.send(t, ask(name, dns.TypeA)); r.Rcode != want {
@@ -377,24 +393,109 @@ func TestOpenModeAnswersEveryName(t *testing.T) {
 	}
 }
 
+// sendTo sends a question as sandbox s1 to a server.
+func (f *fixture) sendTo(t testing.TB, server string, m *dns.Msg) *dns.Msg {
+	t.Helper()
+	wire, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := new(dns.Msg)
+	if err := r.Unpack(f.answer(t.Context(), transport{policy.UDP, sandboxAddr, netip.MustParseAddrPort(server)}, wire)); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 func TestAServerThePolicyDeniesIsNotServed(t *testing.T) {
+	all := []string{"0.0.0.0/0"}
+	for _, c := range []struct {
+		name   string
+		rules  policy.Input
+		server string
+		query  string
+		rcode  int
+		reason policy.Reason
+	}{
+		{"another server would answer", policy.Input{AllowOut: []string{"a.test"}, DenyOut: all}, "1.1.1.1:53", "a.test", dns.RcodeRefused, policy.ReasonDenyAddr},
+		{"the name is denied too", policy.Input{AllowOut: []string{"a.test"}, DenyOut: all}, "1.1.1.1:53", "b.test", dns.RcodeSuccess, policy.ReasonNameDenied},
+		{"no server is allowed", policy.Input{DenyOut: all}, "8.8.8.8:53", "a.test", dns.RcodeSuccess, policy.ReasonDenyAddr},
+		{"only a server that is not set up is allowed", policy.Input{AllowOut: []string{"9.9.9.9"}, DenyOut: all}, "8.8.8.8:53", "a.test", dns.RcodeSuccess, policy.ReasonDenyAddr},
+		{"the first of two is denied", policy.Input{DenyOut: []string{"8.8.8.8"}}, "8.8.8.8:53", "a.test", dns.RcodeRefused, policy.ReasonDenyAddr},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := newFixture(t, c.rules)
+			r := f.sendTo(t, c.server, ask(c.query, dns.TypeA))
+			if e := f.flows.last(t); r.Rcode != c.rcode || len(r.Answer) > 0 || e.Verdict != flowlog.Denied || e.Reason != c.reason {
+				t.Errorf("got %v, logged %s %s", r, e.Verdict, e.Reason)
+			}
+			if got := f.up.questions(); got != nil {
+				t.Errorf("upstream was asked %v", got)
+			}
+		})
+	}
 	f := newFixture(t, strictInput)
 	wire, err := ask("a.test", dns.TypeA).Pack()
 	if err != nil {
 		t.Fatal(err)
 	}
-	reply := f.answer(t.Context(), transport{policy.UDP, sandboxAddr, netip.MustParseAddrPort("1.1.1.1:53")}, wire)
-	m := new(dns.Msg)
-	if err := m.Unpack(reply); err != nil || m.Rcode != dns.RcodeRefused {
-		t.Errorf("got %v, %v", m, err)
-	}
 	stranger := netip.MustParseAddrPort("10.223.0.6:40000")
 	if reply := f.answer(t.Context(), transport{policy.UDP, stranger, netip.MustParseAddrPort("8.8.8.8:53")}, wire); reply != nil {
 		t.Error("a source without a sandbox got a reply")
 	}
-	if got := f.up.questions(); got != nil {
-		t.Errorf("upstream was asked %v", got)
+}
+
+func TestDeniedNamesAreRefusedWhereTheOperatorSaysSo(t *testing.T) {
+	f := newFixture(t, strictInput, func(c *Config) { c.Denial = DenialRefused })
+	if r := f.send(t, ask("b.test", dns.TypeA)); r.Rcode != dns.RcodeRefused {
+		t.Errorf("got %v", r)
 	}
+	if _, err := ParseDenial("nxdomain"); err == nil || !strings.Contains(err.Error(), "nodata") {
+		t.Errorf("ParseDenial: %v, want an error that says what to use", err)
+	}
+}
+
+func TestALookUpOfADeniedNameIsOneEvent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fixture{flows: &events{}, policy: compile(t, strictInput)}
+		var err error
+		f.Resolver, err = New(Config{
+			Owner:     func(netip.Addr) (string, *policy.Compiled, bool) { return "s1", f.policy, true },
+			Policy:    func(string) (*policy.Compiled, bool) { return f.policy, true },
+			Upstreams: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Flows: f.flows, Log: slog.New(slog.DiscardHandler),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lookUp := func(name string) {
+			for range 2 {
+				for _, server := range []string{"8.8.8.8:53", "1.1.1.1:53"} {
+					for _, qtype := range []uint16{dns.TypeA, dns.TypeAAAA} {
+						f.sendTo(t, server, ask(name, qtype))
+					}
+				}
+				time.Sleep(2500 * time.Millisecond) // until musl asks again
+			}
+		}
+		lookUp("b.test")
+		if n := f.flows.len(); n != 1 {
+			t.Errorf("%d events, want one", n)
+		}
+		f.sendTo(t, "8.8.8.8:53", ask("b.test", dns.TypeTXT)) // not of that look-up
+		lookUp("b.test")
+		if n := f.flows.len(); n != 3 {
+			t.Errorf("%d events after another question and another look-up, want three", n)
+		}
+		for i := range 10 * maxLookups {
+			f.sendTo(t, "8.8.8.8:53", ask(fmt.Sprintf("b%d.test", i), dns.TypeA))
+		}
+		if n := f.flows.len(); n != 3+10*maxLookups {
+			t.Errorf("%d events, want one for each name", n)
+		}
+		if n := len(f.budgets.of("s1").denied); n > maxLookups {
+			t.Errorf("%d look-ups are remembered", n)
+		}
+	})
 }
 
 func TestPrivateAddressesAreRemoved(t *testing.T) {
@@ -722,7 +823,7 @@ func TestATunnelBelowAnAllowedWildcardRunsOutOfBudget(t *testing.T) {
 	f := newFixture(t, policy.Input{AllowOut: []string{"*.wild.test", "a.test"}, DenyOut: []string{"0.0.0.0/0"}},
 		func(c *Config) { c.Budget.LabelsPerMinute = 10 })
 	refused := 0
-	for i := range 30 {
+	for i := range 30 { // REFUSED, as the name is allowed and may be asked for later
 		if r := f.send(t, ask(fmt.Sprintf("chunk%d.wild.test", i), dns.TypeA)); r.Rcode == dns.RcodeRefused {
 			refused++
 		}

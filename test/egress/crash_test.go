@@ -94,7 +94,7 @@ func (g *guest) attended(began time.Time) {
 		g.moves(id)
 	}
 	g.run(
-		passes(tcp(addrB), allow1), refuses(tcp(attacker), denied), check{ask8(nameB), "REFUSED", verdict{"deny", "dns", "name-denied"}, ""},
+		passes(tcp(addrB), allow1), refuses(tcp(attacker), denied), check{ask8(nameB), "NODATA", verdict{"deny", "dns", "name-denied"}, ""},
 		check{web("198.51.100.30", nameB), "alert", verdict{"deny", "deny[0]", "name-denied"}, ""},
 	)
 }

@@ -265,7 +265,7 @@ func testFollow(t *testing.T, s *live) {
 		}
 		done <- r
 	}()
-	g.run(passes(tcp(addrB), allow1), check{web(nameA, ""), "ok", allowed, ""}, check{ask8(nameB), "REFUSED", verdict{"deny", "dns", "name-denied"}, ""}, refuses(last, denied))
+	g.run(passes(tcp(addrB), allow1), check{web(nameA, ""), "ok", allowed, ""}, check{ask8(nameB), "NODATA", verdict{"deny", "dns", "name-denied"}, ""}, refuses(last, denied))
 	r := <-done
 	if r.err != nil {
 		t.Fatal(r.err)
@@ -364,7 +364,7 @@ func testSuggest(t *testing.T, s *live) {
 		}
 	}
 	wrong := verdict{"deny", "deny[0]", "name-denied"}
-	g.run(check{web(attacker, "attacker.test"), "alert", wrong, ""}, refuses(udp(addrB), denied), check{ask8("shared-b.test"), "REFUSED", verdict{"deny", "dns", "name-denied"}, ""})
+	g.run(check{web(attacker, "attacker.test"), "alert", wrong, ""}, refuses(udp(addrB), denied), check{ask8("shared-b.test"), "NODATA", verdict{"deny", "dns", "name-denied"}, ""})
 }
 
 // pins are rules about a name and a port, whose addresses the resolver pins.
@@ -395,8 +395,8 @@ func startPins(t *testing.T, s *live) *pins {
 		check{web("shared-a.test", ""), "ok", verdict{"allow", "allow[3]", "allow-name"}, ""},
 		check{web("198.51.100.30", "shared-b.test"), "alert", verdict{"deny", "deny[0]", "name-denied"}, ""},
 		refuses(tcp("198.51.100.30"), unnamed),
-		check{ask8("zero.test"), "REFUSED", noName, ""},
-		check{ask8(nameB), "REFUSED", noName, ""},
+		check{ask8("zero.test"), "NODATA", noName, ""},
+		check{ask8(nameB), "NODATA", noName, ""},
 		refuses(tcp(addrB), unnamed),
 		passes(tcp("x.wild.test"), pinned("allow[2]")),
 		refuses(tcp("198.51.100.41"), unnamed), // the apex

@@ -58,7 +58,7 @@ func (y try) String() string {
 // outcome is what the sandbox saw.
 type outcome struct {
 	// Class is "ok", "refused" (ECONNREFUSED), "reset", "alert" (TLS access_denied),
-	// "unreachable", "timeout", "eof", "403", an rcode for DNS, or "error".
+	// "unreachable", "timeout", "eof", "403", an rcode or "NODATA" for DNS, or "error".
 	Class  string
 	Detail string // the error, or the beginning of the body
 	Server string // who answered: the address and port the server was reached at
@@ -264,6 +264,9 @@ func (y try) question(ctx context.Context) outcome {
 		if a, ok := rr.(*dns.A); ok {
 			o.Server = a.A.String()
 		}
+	}
+	if r.Rcode == dns.RcodeSuccess && len(r.Answer) == 0 {
+		o.Class = "NODATA"
 	}
 	if opt := r.IsEdns0(); opt != nil {
 		for _, e := range opt.Option {

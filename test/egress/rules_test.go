@@ -48,7 +48,7 @@ func domainOnly() []check {
 		{web(nameA, nameA), "ok", allowed, addrA + ":443"},
 		{get(nameA, nameA), "ok", allowed, addrA + ":80"},
 		{ask8(nameA), "NOERROR", allowed, addrA},
-		{ask8(nameB), "REFUSED", verdict{"deny", "dns", "name-denied"}, ""},
+		{ask8(nameB), "NODATA", verdict{"deny", "dns", "name-denied"}, ""},
 		{web(addrB, nameB), "alert", wrong, ""},
 		{get(addrB, nameB), "reset", wrong, ""},
 		{web(attacker, nameA), "ok", allowed, addrA + ":443"}, // a borrowed name leads to its owner
@@ -75,7 +75,7 @@ func steps() []step {
 		{"deny all", net(all), []check{
 			refuses(tcp(addrA), denied), refuses(udp(addrA), denied), refuses(web(addrA, nameA), denied), refuses(get(addrA, nameA), denied),
 			refuses(tcp("["+addrA6+"]"), denied), refuses(udp("["+addrA6+"]"), denied),
-			{ask8(nameA), "REFUSED", denied, ""},
+			{ask8(nameA), "NODATA", denied, ""},
 		}},
 		{"allow through deny all", net(all, addrA), []check{
 			passes(tcp(addrA), allow0), passes(udp(addrA), allow0), passes(web(addrA, nameA), allow0), passes(get(addrA, nameA), allow0),
@@ -128,7 +128,7 @@ func steps() []step {
 			{web("198.51.100.42", "notwild.test"), "alert", verdict{"deny", "deny[0]", "name-denied"}, ""},
 		}},
 		{"the allow list removed", net(all), []check{
-			refuses(tcp(addrB), denied), refuses(web(addrA, nameA), denied), {ask8(nameA), "REFUSED", denied, ""},
+			refuses(tcp(addrB), denied), refuses(web(addrA, nameA), denied), {ask8(nameA), "NODATA", denied, ""},
 		}},
 		{"everything cleared", client.Network{}, []check{
 			passes(tcp(addrA), open), passes(udp(addrB), open), passes(tcp("["+addrA6+"]"), open), {web(nameB, nameB), "ok", open, ""},
@@ -136,7 +136,7 @@ func steps() []step {
 		}},
 		{"applied again", net(all, nameA), domainOnly()},
 		{"no internet", client.Network{AllowInternetAccess: off(false)}, []check{
-			refuses(tcp(addrA), offline), refuses(udp("["+addrA6+"]"), offline), {ask8(nameA), "REFUSED", offline, ""},
+			refuses(tcp(addrA), offline), refuses(udp("["+addrA6+"]"), offline), {ask8(nameA), "NODATA", offline, ""},
 		}},
 		{"no internet, but an address and a domain", client.Network{AllowInternetAccess: off(false), AllowOut: []string{addrB, nameA}}, []check{
 			passes(tcp(addrB), allow0), refuses(tcp(addrA), offline),
@@ -200,7 +200,7 @@ func (g *guest) silent(mark lab.Mark, checks []check) {
 	for _, c := range checks {
 		host := hostOf(c.Addr)
 		if c.Kind == "dns" {
-			if c.class == "REFUSED" && seen.AskedFor(c.Name) {
+			if c.class == "NODATA" && seen.AskedFor(c.Name) {
 				g.t.Errorf("a question for %s left the host", c.Name)
 			}
 			continue
@@ -222,7 +222,7 @@ func testPause(t *testing.T, s *live, g *guest) {
 	want := append([]check{
 		passes(tcp(addrB), allow1), {web(nameA, nameA), "ok", allowed, addrA + ":443"}, refuses(tcp(addrA), denied),
 		{web("198.51.100.30", "shared-a.test"), "alert", verdict{"deny", "deny[0]", "name-denied"}, ""},
-	}, check{ask8(nameB), "REFUSED", verdict{"deny", "dns", "name-denied"}, ""})
+	}, check{ask8(nameB), "NODATA", verdict{"deny", "dns", "name-denied"}, ""})
 	since := g.lastSeq()
 	g.run(want...)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

@@ -1,0 +1,138 @@
+package resolver
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/lab"
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// libc is a C library that a program can be built with.
+type libc struct{ name, compiler, flag string }
+
+var (
+	glibc = libc{"glibc", "gcc", "-pthread"}
+	musl  = libc{"static musl", "musl-gcc", "-static"}
+)
+
+// build compiles testdata/lookup.c.
+func (l libc) build(t *testing.T) string {
+	t.Helper()
+	cc, err := exec.LookPath(l.compiler)
+	if err != nil {
+		t.Skipf("no %s: apt-get install gcc musl-tools", l.compiler)
+	}
+	out := filepath.Join(t.TempDir(), "lookup")
+	if text, err := exec.CommandContext(t.Context(), cc, "-O1", "-Wall", "-Werror", l.flag, "-o", out, "testdata/lookup.c").CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", cc, err, text)
+	}
+	return out
+}
+
+// found is what a run of lookup.c printed.
+type found struct {
+	failed    int
+	slowest   time.Duration
+	addresses string
+	output    string
+}
+
+var lookupLine = regexp.MustCompile(`(\d+) failed of \d+, slowest ([\d.]+) s(.*)`)
+
+// lookUp runs a program of build in a sandbox's namespace, with the resolv.conf that
+// sandboxes have.
+func lookUp(t *testing.T, sandbox *lab.Netns, program string, threads int, format string) found {
+	t.Helper()
+	conf := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(conf, []byte("nameserver 8.8.8.8\nnameserver 1.1.1.1\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, conf, program, strconv.Itoa(threads), format)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := sandbox.Do(cmd.Start); err != nil {
+		t.Fatal(err)
+	}
+	err := cmd.Wait()
+	var exit *exec.ExitError
+	m := lookupLine.FindStringSubmatch(out.String())
+	if m == nil || err != nil && !errors.As(err, &exit) {
+		t.Fatalf("lookup %d %s: %v\n%s", threads, format, err, out.String())
+	}
+	failed, _ := strconv.Atoi(m[1])
+	slowest, err := time.ParseDuration(m[2] + "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found{failed, slowest, strings.TrimSpace(m[3]), out.String()}
+}
+
+// TestProgramsTakeADenialAsFinal runs real programs: each says at once that there
+// is no such host, and the flow log has one event for each look-up.
+func TestProgramsTakeADenialAsFinal(t *testing.T) {
+	l := lab.Start(t, lab.Config{IPv6: true})
+	sandbox := gateway(t, l)
+	for _, rules := range []struct {
+		name   string
+		input  policy.Input
+		look   string // up, with the number of the library
+		reason policy.Reason
+	}{
+		{"names listed", policy.Input{AllowOut: []string{"allowed.test"}, DenyOut: []string{"0.0.0.0/0"}}, "denied%d.test", policy.ReasonNameDenied},
+		{"no server allowed", policy.Input{DenyOut: []string{"0.0.0.0/0"}}, "denied%d.test", policy.ReasonDenyAddr},
+		{"one server denied, and the name by the operator", policy.Input{DenyOut: []string{"8.8.8.8"}}, "operator%d.test", policy.ReasonOperator},
+	} {
+		t.Run(rules.name, func(t *testing.T) {
+			flows := serveInLab(t, l, rules.input)
+			for i, c := range []libc{glibc, musl} {
+				t.Run(c.name, func(t *testing.T) {
+					before := flows.len()
+					name := fmt.Sprintf(rules.look, i)
+					got := lookUp(t, sandbox, c.build(t), 1, name)
+					if got.failed != 1 || got.slowest > 500*time.Millisecond {
+						t.Errorf("%s: want a failure within half a second", got.output)
+					}
+					if strings.Contains(got.output, "emporary") || strings.Contains(got.output, "Try again") {
+						t.Errorf("%s: want a final error", got.output)
+					}
+					events := flows.since(before)
+					if len(events) != 1 || events[0].Verdict != flowlog.Denied || events[0].Reason != rules.reason || events[0].Name != name {
+						t.Errorf("the flow log has %d events: %+v; want one, %s", len(events), events, rules.reason)
+					}
+				})
+			}
+		})
+	}
+}
+
+// TestProgramsPassOverADeniedServer: a listed name resolves, although the second
+// server of the resolv.conf is denied and answers first.
+func TestProgramsPassOverADeniedServer(t *testing.T) {
+	l := lab.Start(t, lab.Config{IPv6: true})
+	sandbox := gateway(t, l)
+	serveInLab(t, l, policy.Input{AllowOut: []string{"allowed.test"}, DenyOut: []string{"0.0.0.0/0"}})
+	for _, c := range []libc{glibc, musl} {
+		t.Run(c.name, func(t *testing.T) {
+			got := lookUp(t, sandbox, c.build(t), 1, "allowed.test")
+			if got.failed != 0 || !strings.Contains(got.addresses, "198.51.100.10") || got.slowest > 2*time.Second {
+				t.Error(got.output)
+			}
+		})
+	}
+}
