@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	runes "unicode/utf8" // utf8 is ours
 
 	"golang.org/x/sys/unix"
 
@@ -248,10 +249,10 @@ func (t *processes) follow(p *process, exit <-chan syscall.WaitStatus) {
 	var pumps sync.WaitGroup
 	switch {
 	case p.pty != nil:
-		pumps.Go(func() { p.pump(p.pty, ptyChunk, asPTY) })
+		pumps.Go(func() { p.pump(p.pty, ptyChunk, nothing, asPTY) })
 	default:
-		pumps.Go(func() { p.pump(p.outputs[0], pipeChunk, asStdout) })
-		pumps.Go(func() { p.pump(p.outputs[1], pipeChunk, asStderr) })
+		pumps.Go(func() { p.pump(p.outputs[0], pipeChunk, unfinished, asStdout) })
+		pumps.Go(func() { p.pump(p.outputs[1], pipeChunk, unfinished, asStderr) })
 	}
 	pumped := make(chan struct{})
 	go func() { pumps.Wait(); close(pumped) }()
@@ -307,19 +308,45 @@ func asPTY(b []byte) *pb.ProcessEvent_DataEvent {
 	return &pb.ProcessEvent_DataEvent{Output: &pb.ProcessEvent_DataEvent_Pty{Pty: b}}
 }
 
-// pump reads one output until its end. A terminal ends with EIO.
-func (p *process) pump(f *os.File, chunk int, event func([]byte) *pb.ProcessEvent_DataEvent) {
+// pump reads one output until its end. A terminal ends with EIO. Text is cut between
+// characters where hold says so: clients decode each piece by itself.
+func (p *process) pump(f *os.File, chunk int, hold func([]byte) int, event func([]byte) *pb.ProcessEvent_DataEvent) {
 	buf := make([]byte, chunk)
+	held := 0 // octets at the start of buf that were not published yet
 	for {
-		n, err := f.Read(buf)
-		if n > 0 {
-			p.publish(buf[:n], event)
+		n, err := f.Read(buf[held:])
+		have := buf[:held+n]
+		if n > 0 && err == nil {
+			held = hold(have)
+		} else {
+			held = 0
+		}
+		if out := have[:len(have)-held]; len(out) > 0 {
+			p.publish(out, event)
 		}
 		if err != nil {
 			return
 		}
+		copy(buf, have[len(have)-held:])
 	}
 }
+
+// unfinished is how many octets at b's end begin a UTF-8 character of which more
+// must come: 0 to 3.
+func unfinished(b []byte) int {
+	for n := 1; n < runes.UTFMax && n <= len(b); n++ {
+		if c := b[len(b)-n:]; runes.RuneStart(c[0]) {
+			if runes.FullRune(c) {
+				return 0 // complete, or no character whatever comes
+			}
+			return n
+		}
+	}
+	return 0
+}
+
+// nothing holds back no octets: what a terminal shows is decoded as a stream.
+func nothing([]byte) int { return 0 }
 
 // publish hands output to every subscriber. Without one it is dropped; a full
 // subscriber is waited for, which in turn makes the process wait, until its

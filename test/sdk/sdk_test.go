@@ -47,3 +47,14 @@ func TestScenarios(t *testing.T) {
 		t.Run("Python "+sdk, func(t *testing.T) { s.runScenarios(t, python(t), "python/scenarios.py", sdk) })
 	}
 }
+
+func TestInside(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a server and its sandboxes")
+	}
+	s := newStand(t)
+	for _, sdk := range []string{"novita", "e2b"} {
+		t.Run("JavaScript "+sdk, func(t *testing.T) { s.runScenarios(t, node(t), "js/inside.mjs", sdk) })
+		t.Run("Python "+sdk, func(t *testing.T) { s.runScenarios(t, python(t), "python/inside.py", sdk) })
+	}
+}

@@ -1,0 +1,86 @@
+// What a program in a sandbox and its files look like from outside, with an
+// unmodified SDK against a live server.
+//
+//   node inside.mjs <novita|e2b> [name...]
+//
+// Prints one line a scenario, as scenarios.mjs does.
+import assert from 'node:assert/strict'
+import https from 'node:https'
+
+const sdk = process.argv[2]
+const only = process.argv.slice(3)
+const { Sandbox } = await import({ novita: 'novita-sandbox', e2b: 'e2b' }[sdk])
+
+async function withSandbox(use) {
+  const sandbox = await Sandbox.create({ timeoutMs: 120_000 })
+  try {
+    return await use(sandbox)
+  } finally {
+    await sandbox.kill()
+  }
+}
+
+/** Posts a part of a form to a URL and breaks off. */
+function breakOff(url, part) {
+  return new Promise((resolve) => {
+    const head = '--b\r\nContent-Disposition: form-data; name="file"; filename="k"\r\n\r\n'
+    const req = https.request(url, {
+      method: 'POST',
+      headers: { 'Content-Type': 'multipart/form-data; boundary=b', 'Content-Length': 5 << 20 },
+    })
+    req.on('error', resolve)
+    req.write(head + part, () => setTimeout(() => req.destroy(), 300))
+  })
+}
+
+const scenarios = {
+  async 'an upload that breaks off leaves the old file whole'() {
+    await withSandbox(async (s) => {
+      await s.files.write('k', 'a'.repeat(5 << 20))
+      await breakOff(await s.uploadUrl('k'), 'b'.repeat(3 << 20))
+      await new Promise((r) => setTimeout(r, 500))
+      const got = await s.files.read('k')
+      assert.equal(got.length, 5 << 20)
+      assert.ok(!got.includes('b'))
+      assert.deepEqual((await s.files.list('.')).map((e) => e.name).filter((n) => n.includes('cordon')), [])
+    })
+  },
+
+  async 'output is cut between characters'() {
+    await withSandbox(async (s) => {
+      for (const [to, key] of [['stdout', 'stdout'], ['stderr', 'stderr']]) {
+        const pieces = []
+        const r = await s.commands.run(`python3 -c "import sys; print('漢'*100000, file=sys.${to})"`, {
+          onStdout: (p) => void pieces.push(p),
+          onStderr: (p) => void pieces.push(p),
+        })
+        assert.equal([...r[key]].length, 100001, to)
+        assert.ok(!r[key].includes('\ufffd'), to)
+        assert.ok(!pieces.join('').includes('\ufffd'), to)
+        const slow = await s.commands.run(
+          `python3 -c "import sys, time; [(sys.${to}.buffer.write(bytes([b])), sys.${to}.flush(), time.sleep(0.05)) for b in '漢é🙂'.encode()]"`,
+        )
+        assert.equal(slow[key], '漢é🙂', to)
+      }
+      assert.equal((await s.commands.run(`printf 'a\\346'`)).stdout, 'a\ufffd')
+    })
+  },
+}
+
+// ---- run
+
+let failed = 0
+for (const [name, scenario] of Object.entries(scenarios)) {
+  if (only.length && !only.some((o) => name.includes(o))) continue
+  const began = performance.now()
+  const took = () => `${Math.round(performance.now() - began)}`
+  try {
+    await scenario()
+    console.log(`ok ${name} ${took()}`)
+  } catch (err) {
+    failed++
+    console.log(`not ok ${name} ${took()}`)
+    console.log(String(err.stack ?? err).replace(/^/gm, '    '))
+  }
+}
+process.exit(failed ? 1 : 0)

@@ -1,0 +1,101 @@
+"""What a program in a sandbox and its files look like from outside, with an
+unmodified Python SDK against a live server.
+
+    python inside.py <novita|e2b> [name...]
+
+Prints one line a scenario, as scenarios.py does.
+"""
+import contextlib
+import http.client
+import re
+import sys
+import time
+import traceback
+import urllib.parse
+
+SDK = sys.argv[1]
+ONLY = sys.argv[2:]
+if SDK == "novita":
+    from novita_sandbox.core import CommandExitException, Sandbox
+else:
+    from e2b import CommandExitException, Sandbox
+
+scenarios = []
+
+
+def scenario(f):
+    scenarios.append(f)
+    return f
+
+
+@contextlib.contextmanager
+def sandbox():
+    s = Sandbox.create(timeout=120)
+    try:
+        yield s
+    finally:
+        s.kill()
+
+
+def break_off(url, part):
+    """Posts a part of a form to a URL and breaks off."""
+    u = urllib.parse.urlsplit(url)
+    c = http.client.HTTPSConnection(u.hostname, u.port or 443)
+    c.putrequest("POST", f"{u.path}?{u.query}")
+    c.putheader("Content-Type", "multipart/form-data; boundary=b")
+    c.putheader("Content-Length", str(5 << 20))
+    c.endheaders()
+    c.send(b'--b\r\nContent-Disposition: form-data; name="file"; filename="k"\r\n\r\n' + part)
+    time.sleep(0.3)
+    c.close()
+
+
+@scenario
+def an_upload_that_breaks_off_leaves_the_old_file_whole():
+    with sandbox() as s:
+        s.files.write("k", "a" * (5 << 20))
+        break_off(s.upload_url("k"), b"b" * (3 << 20))
+        time.sleep(0.5)
+        got = s.files.read("k")
+        assert len(got) == 5 << 20 and "b" not in got, (len(got), got.count("b"))
+        assert not [e.name for e in s.files.list(".") if "cordon" in e.name]
+
+
+@scenario
+def output_is_cut_between_characters():
+    with sandbox() as s:
+        for to in ("stdout", "stderr"):
+            pieces = []
+            r = s.commands.run(
+                f"python3 -c \"import sys; print('漢'*100000, file=sys.{to})\"",
+                on_stdout=pieces.append,
+                on_stderr=pieces.append,
+            )
+            assert len(getattr(r, to)) == 100001, (to, len(getattr(r, to)))
+            assert "\ufffd" not in getattr(r, to) and "\ufffd" not in "".join(pieces)
+            r = s.commands.run(
+                f'python3 -c "import sys, time; [(sys.{to}.buffer.write(bytes([b])), sys.{to}.flush(), time.sleep(0.05))'
+                " for b in '漢é🙂'.encode()]\""
+            )
+            assert getattr(r, to) == "漢é🙂", (to, getattr(r, to))
+        assert s.commands.run("printf 'a\\346'").stdout == "a\ufffd"
+
+
+def main():
+    failed = 0
+    for f in scenarios:
+        name = f.__name__.replace("_", " ")
+        if ONLY and not any(o in name for o in ONLY):
+            continue
+        began = time.monotonic()
+        try:
+            f()
+            print(f"ok {name} {(time.monotonic() - began) * 1000:.0f}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"not ok {name} {(time.monotonic() - began) * 1000:.0f}")
+            print(re.sub("^", "    ", traceback.format_exc(), flags=re.M), flush=True)
+    sys.exit(1 if failed else 0)
+
+
+main()
