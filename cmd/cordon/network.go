@@ -15,7 +15,7 @@ import (
 
 func networkCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{Use: "network", Short: "Change and explain what a sandbox may reach"}
-	cmd.AddCommand(networkSetCommand(a), networkExplainCommand(a), networkSuggestCommand(a))
+	cmd.AddCommand(networkSetCommand(a), networkExplainCommand(a), networkSuggestCommand(a), networkPresetsCommand(a))
 	return cmd
 }
 
@@ -27,6 +27,7 @@ func networkSetCommand(a *app) *cobra.Command {
 		Args: cobra.ExactArgs(1),
 		Example: `  cordon network set iabc… --deny-out 0.0.0.0/0 --allow-out 'example.com,*.github.com'
   cordon network set iabc… --deny-out 0.0.0.0/0 --allow-out db.example.com:5432,203.0.113.0/24
+  cordon network set iabc… --deny-out 0.0.0.0/0 --allow-out preset:python
   cordon network set iabc… --no-internet`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if noInternet {

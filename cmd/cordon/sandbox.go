@@ -23,7 +23,7 @@ func createCommand(a *app) *cobra.Command {
 		Use:   "create [template]",
 		Short: "Start a sandbox and print its ID",
 		Example: `  cordon create
-  cordon create --deny-out 0.0.0.0/0 --allow-out pypi.org --allow-out '*.pythonhosted.org'
+  cordon create --deny-out 0.0.0.0/0 --allow-out preset:python --allow-out '*.example.com'
   cordon create code-interpreter-v1 --timeout 1h --env LANG=C.UTF-8 --private`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -71,7 +71,7 @@ func createCommand(a *app) *cobra.Command {
 // ruleFlags are the egress rules as flags, in the words of the API.
 func ruleFlags(cmd *cobra.Command, n *client.Network) {
 	f := cmd.Flags()
-	f.StringSliceVar(&n.AllowOut, "allow-out", nil, "address, CIDR, domain or *.domain to allow; allow wins over deny")
+	f.StringSliceVar(&n.AllowOut, "allow-out", nil, "address, CIDR, domain, *.domain or preset:<name> to allow; allow wins over deny")
 	f.StringSliceVar(&n.DenyOut, "deny-out", nil, "address or CIDR to deny; 0.0.0.0/0 is everything")
 	f.StringVar(&n.DNS, "dns", "", "open or strict (default: strict when only domains open the resolver)")
 	f.StringVar(&n.OnDeny, "on-deny", "", "reset or explain")

@@ -19,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 
+	"github.com/cordonhq/cordon/api/gen/control"
 	"github.com/cordonhq/cordon/internal/api"
 	"github.com/cordonhq/cordon/internal/api/apitest"
 	"github.com/cordonhq/cordon/internal/auth"
@@ -855,6 +856,24 @@ func TestLimitReached(t *testing.T) {
 	}
 }
 
+func TestPresetsAreListed(t *testing.T) {
+	b := newBench(t)
+	r := b.do("GET", "/network/presets", "")
+	var got []control.Preset
+	if err := json.Unmarshal(r.Body.Bytes(), &got); r.Code != 200 || err != nil {
+		t.Fatalf("status %d, %v: %s", r.Code, err, r.Body)
+	}
+	for _, p := range got {
+		if p.Name == "python" {
+			if p.Version == "" || len(p.Hosts) == 0 || p.Hosts[0].Host != "pypi.org" || len(p.Hosts[0].Ports) != 1 || p.Hosts[0].Ports[0] != 443 {
+				t.Fatalf("python is listed as %+v", p)
+			}
+			return
+		}
+	}
+	t.Fatalf("python is not listed: %s", r.Body)
+}
+
 func TestExplain(t *testing.T) {
 	b := newBench(t)
 	id := b.create(`{"network":{"allowOut":["example.com","*.example.org","9.9.9.9"],"denyOut":["0.0.0.0/0"]}}`)
@@ -900,6 +919,7 @@ func TestExplain(t *testing.T) {
 		{`{"destination":"x.com","address":"here"}`, `address "here"`},
 		{`{"destination":"x.com","network":{"denyOut":["x"]}}`, "invalid denied CIDR x"},
 		{`{"destination":"x.com","network":{"denyOut":["1.1.1.1"]},"sandboxID":"` + id + `"}`, "not both"},
+		{`{"destination":"pypi.org","network":{"denyOut":["0.0.0.0/0"],"allowOut":["preset:pyhton"]}}`, `network.allowOut[0]: there is no preset "pyhton": use python, `},
 	} {
 		b.want(b.do("POST", "/network/explain", tt.body), 400, tt.message)
 	}

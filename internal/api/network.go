@@ -153,6 +153,23 @@ func (s *server) ExplainNetwork(ctx context.Context, r control.ExplainNetworkReq
 	return out, nil
 }
 
+// ListPresets returns the named lists of hosts that rules may use.
+func (s *server) ListPresets(context.Context, control.ListPresetsRequestObject) (control.ListPresetsResponseObject, error) {
+	out := control.ListPresets200JSONResponse{}
+	for _, p := range policy.Presets() {
+		preset := control.Preset{Name: p.Name, Version: p.Version, Aliases: p.Aliases}
+		for _, h := range p.Hosts {
+			host := control.PresetHost{Host: h.Host, Remark: h.Remark}
+			for _, port := range h.Ports {
+				host.Ports = append(host.Ports, int(port))
+			}
+			preset.Hosts = append(preset.Hosts, host)
+		}
+		out = append(out, preset)
+	}
+	return out, nil
+}
+
 func word(v policy.Verdict) flowlog.Verdict {
 	switch {
 	case v.Observed:

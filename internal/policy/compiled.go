@@ -120,22 +120,23 @@ func (c *Compiled) addOperator(op *Operator) error {
 		id    string
 		texts []string
 		set   *ruleSet
+		read  func(string) ([]listed, error)
 		add   func(*ruleSet, entry, ruleRef)
 	}{
-		{"floorOpen", "operator.open", op.FloorOpen, &c.floorOpen, (*ruleSet).add},
-		{"alwaysDeny", "operator.deny", op.AlwaysDeny, &c.opDeny, (*ruleSet).addDeny},
-		{"alwaysAllow", "operator.allow", op.AlwaysAllow, &c.opAllow, (*ruleSet).add},
+		{"floorOpen", "operator.open", op.FloorOpen, &c.floorOpen, expand, (*ruleSet).add},
+		{"alwaysDeny", "operator.deny", op.AlwaysDeny, &c.opDeny, expandDenied, (*ruleSet).addDeny},
+		{"alwaysAllow", "operator.allow", op.AlwaysAllow, &c.opAllow, expand, (*ruleSet).add},
 	}
 	for _, l := range lists {
 		for i, text := range l.texts {
-			e, err := parseEntry(text)
-			if err == nil && l.set == &c.floorOpen && e.wildcard {
+			list, err := l.read(text)
+			if err == nil && l.set == &c.floorOpen && (isPreset(text) || list[0].wildcard) {
 				err = errors.New("a hole in the floor needs an exact name")
 			}
 			if err != nil {
 				return errs.New(errs.Invalid, "operator %s[%d] is %q: %v", l.field, i, text, err)
 			}
-			l.add(l.set, e, c.rule(l.id, i, text))
+			c.addListed(list, l.id, i, func(e entry, r ruleRef) { l.add(l.set, e, r) })
 		}
 	}
 	for i, d := range op.SelfDomains {
@@ -160,6 +161,9 @@ func (c *Compiled) addOperator(op *Operator) error {
 
 func (c *Compiled) addDenied() error {
 	for i, text := range c.input.DenyOut {
+		if isPreset(text) {
+			return errs.New(errs.Invalid, "invalid denied CIDR %s in network.denyOut[%d]: a preset is a list of names, and names stand in allowOut, beside 0.0.0.0/0 in denyOut", text, i)
+		}
 		e, err := parseEntry(text)
 		if err != nil || !e.isAddr() {
 			return errs.New(errs.Invalid, "invalid denied CIDR %s", text)
@@ -177,16 +181,31 @@ func (c *Compiled) addDenied() error {
 
 func (c *Compiled) addAllowed() error {
 	for i, text := range c.input.AllowOut {
-		e, err := parseEntry(text)
-		if err != nil {
+		list, err := expand(text)
+		switch {
+		case err != nil && isPreset(text):
+			return errs.New(errs.Invalid, "invalid allowed address %s in network.allowOut[%d]: %v", text, i, err)
+		case err != nil:
 			return errs.New(errs.Invalid, "invalid allowed address %s", text)
 		}
-		c.allow.add(e, c.rule("allow", i, text))
+		c.addListed(list, "allow", i, c.allow.add)
 	}
 	if c.allow.hasNames() && !c.kernel.DenyAll {
 		return errs.New(errs.Invalid, "When specifying allowed domains in allow out, you must include 'ALL_TRAFFIC' in deny out to block all other traffic.")
 	}
 	return nil
+}
+
+// addListed adds what one text of a list stands for. Entries with one text, the
+// ports of a host, share a rule.
+func (c *Compiled) addListed(entries []listed, id string, i int, add func(entry, ruleRef)) {
+	var r ruleRef
+	for n, e := range entries {
+		if n == 0 || e.text != entries[n-1].text {
+			r = c.rule(id, i, e.text)
+		}
+		add(e.entry, r)
+	}
 }
 
 func (c *Compiled) rule(list string, i int, text string) ruleRef {

@@ -7,7 +7,7 @@ import (
 )
 
 func FuzzCompile(f *testing.F) {
-	for _, s := range []string{"1.2.3.4", "1.2.3.0/24:80", "[2001:db8::1]:443", "*.example.com", "bücher.example:5432", "*", "::ffff:1.2.3.4/100", "https://x", "a..b"} {
+	for _, s := range []string{"1.2.3.4", "1.2.3.0/24:80", "[2001:db8::1]:443", "*.example.com", "bücher.example:5432", "*", "::ffff:1.2.3.4/100", "https://x", "a..b", "preset:npm", "preset:npm@2026-12", "preset:x"} {
 		f.Add(s, "0.0.0.0/0", "1.2.3.4", "www.example.com")
 	}
 	f.Fuzz(func(t *testing.T, allow, deny, addr, name string) {
@@ -15,15 +15,17 @@ func FuzzCompile(f *testing.F) {
 		if err != nil {
 			return
 		}
-		e, err := parseEntry(allow)
+		entries, err := expand(allow)
 		if err != nil {
 			t.Fatalf("compiled %q, parse says %v", allow, err)
 		}
-		if e.isAddr() == (e.name != "" || e.wildcard) || e.isAddr() && e.prefix != e.prefix.Masked() {
-			t.Fatalf("%q parsed to %+v", allow, e)
-		}
-		if got, ok := CanonicalName(e.name); e.name != "" && (!ok || got != e.name) {
-			t.Fatalf("%q stored as %q, which is not canonical", allow, e.name)
+		for _, e := range entries {
+			if e.isAddr() == (e.name != "" || e.wildcard) || e.isAddr() && e.prefix != e.prefix.Masked() {
+				t.Fatalf("%q parsed to %+v", allow, e)
+			}
+			if got, ok := CanonicalName(e.name); e.name != "" && (!ok || got != e.name) {
+				t.Fatalf("%q stored as %q, which is not canonical", allow, e.name)
+			}
 		}
 		name, _ = CanonicalName(name)
 		a, _ := netip.ParseAddr(addr)

@@ -613,6 +613,25 @@ type NewSandbox struct {
 	VolumeMounts Unsupported `json:"volumeMounts,omitempty,omitzero"`
 }
 
+// Preset defines model for Preset.
+type Preset struct {
+	Aliases []string     `json:"aliases,omitempty,omitzero"`
+	Hosts   []PresetHost `json:"hosts"`
+	Name    string       `json:"name"`
+
+	// Version Of this list; preset:<name>@<version> means it and no later one.
+	Version string `json:"version"`
+}
+
+// PresetHost defines model for PresetHost.
+type PresetHost struct {
+	Host  string `json:"host"`
+	Ports []int  `json:"ports"`
+
+	// Remark What to know before this host is allowed.
+	Remark string `json:"remark,omitempty,omitzero"`
+}
+
 // Quota defines model for Quota.
 type Quota struct {
 	Limit struct {
@@ -1262,6 +1281,9 @@ type ServerInterface interface {
 	// ExplainNetwork cordon: what the rules of a sandbox, or rules not yet in force, decide about a flow.
 	// (POST /network/explain)
 	ExplainNetwork(w http.ResponseWriter, r *http.Request)
+	// ListPresets cordon: the named lists of hosts that rules may use as preset:<name>.
+	// (GET /network/presets)
+	ListPresets(w http.ResponseWriter, r *http.Request)
 	// ListRunningSandboxes All running sandboxes, newest first.
 	// (GET /sandboxes)
 	ListRunningSandboxes(w http.ResponseWriter, r *http.Request, params ListRunningSandboxesParams)
@@ -1445,6 +1467,20 @@ func (siw *ServerInterfaceWrapper) ExplainNetwork(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ExplainNetwork(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListPresets operation middleware
+func (siw *ServerInterfaceWrapper) ListPresets(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListPresets(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2811,6 +2847,7 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains/{domain}", wrapper.UnbindDomain)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains/{domain}", wrapper.BindDomain)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/network/explain", wrapper.ExplainNetwork)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/network/presets", wrapper.ListPresets)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/sandboxes/{sandboxID}/snapshots", wrapper.CreateSnapshot)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/snapshots", wrapper.ListSnapshots)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/sandboxes/{sandboxID}/fork", wrapper.ForkSandbox)
@@ -3005,6 +3042,44 @@ type ExplainNetworkdefaultJSONResponse struct {
 }
 
 func (response ExplainNetworkdefaultJSONResponse) VisitExplainNetworkResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListPresetsRequestObject struct {
+}
+
+type ListPresetsResponseObject interface {
+	VisitListPresetsResponse(w http.ResponseWriter) error
+}
+
+type ListPresets200JSONResponse []Preset
+
+func (response ListPresets200JSONResponse) VisitListPresetsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListPresetsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListPresetsdefaultJSONResponse) VisitListPresetsResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -4382,6 +4457,9 @@ type StrictServerInterface interface {
 	// ExplainNetwork cordon: what the rules of a sandbox, or rules not yet in force, decide about a flow.
 	// (POST /network/explain)
 	ExplainNetwork(ctx context.Context, request ExplainNetworkRequestObject) (ExplainNetworkResponseObject, error)
+	// ListPresets cordon: the named lists of hosts that rules may use as preset:<name>.
+	// (GET /network/presets)
+	ListPresets(ctx context.Context, request ListPresetsRequestObject) (ListPresetsResponseObject, error)
 	// ListRunningSandboxes All running sandboxes, newest first.
 	// (GET /sandboxes)
 	ListRunningSandboxes(ctx context.Context, request ListRunningSandboxesRequestObject) (ListRunningSandboxesResponseObject, error)
@@ -4651,6 +4729,30 @@ func (sh *strictHandler) ExplainNetwork(w http.ResponseWriter, r *http.Request) 
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(ExplainNetworkResponseObject); ok {
 		if err := validResponse.VisitExplainNetworkResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListPresets operation middleware
+func (sh *strictHandler) ListPresets(w http.ResponseWriter, r *http.Request) {
+	var request ListPresetsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListPresets(ctx, request.(ListPresetsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListPresets")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListPresetsResponseObject); ok {
+		if err := validResponse.VisitListPresetsResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
