@@ -269,11 +269,21 @@ func encryptedDNS(t *Trial) {
 
 func rebinding(t *Trial) {
 	open := t.Sandbox(everything())
-	names := []string{"private.test", "alias-private.test", "loopback.test", "host.test", "any.test"}
+	names := []string{"private.test", "alias-private.test", "host.test", "any.test"}
 	t.Try(Try{
-		What: "names that lead to private addresses, the loopback, the host", By: open,
+		What: "names that lead to private addresses, the host", By: open,
 		Orders: each(names, func(n string) probe.Order { return ask(addrDNS, n, dns.TypeA) }), Asks: names,
 		Answer: resolvesTo(), Log: denied("rebinding"),
+	})
+	t.Try(Try{
+		What: "a name that leads to the loopback: handed out, as it leads nowhere else", By: open,
+		Orders: []probe.Order{ask(addrDNS, "loopback.test", dns.TypeA)}, Asks: []string{"loopback.test"},
+		Answer: resolvesTo(netip.MustParseAddr("127.0.0.1")), Log: allowed("default"),
+	})
+	t.Try(Try{
+		What: "names that are the sandbox itself, whatever its rules", By: t.Sandbox(standard()),
+		Orders: []probe.Order{ask(addrDNS, "localhost", dns.TypeA), ask(addrDNS, "t1.localhost", dns.TypeA), ask(netip.MustParseAddr("1.1.1.1"), "t1.localhost", dns.TypeA)},
+		Answer: resolvesTo(netip.MustParseAddr("127.0.0.1")), Log: allowed("local"),
 	})
 	t.Try(Try{
 		What: "a public and a private address: the public one is left", By: open,
@@ -305,10 +315,10 @@ func rebinding(t *Trial) {
 			return err
 		}, Log: allowed("default"),
 	})
-	listed := t.Sandbox(only("private.test", "alias-private.test", "host.test", "private-mixed.test"))
+	listed := t.Sandbox(only("private.test", "alias-private.test", "loopback.test", "host.test", "private-mixed.test"))
 	t.Try(Try{
-		What: "listed, through the proxy", By: listed, Asks: names,
-		Orders: each([]string{"private.test", "alias-private.test", "host.test"}, func(n string) probe.Order { return http80(addrA, get(n, "/canary")) }),
+		What: "listed, through the proxy", By: listed, Asks: append(names, "loopback.test"),
+		Orders: each([]string{"private.test", "alias-private.test", "loopback.test", "host.test"}, func(n string) probe.Order { return http80(addrA, get(n, "/canary")) }),
 		Never:  []string{"canary"}, Answer: cut, Log: Want{Verdict: "fail", Reasons: []string{"resolve"}},
 	})
 	t.Try(Try{

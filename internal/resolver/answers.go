@@ -130,7 +130,7 @@ func (r *Resolver) fill(m *dns.Msg, q *query, found *answers) (removed int) {
 		rr = age(rr)
 		switch v := rr.(type) {
 		case *dns.A, *dns.AAAA:
-			if a := addrsOf([]dns.RR{rr}); len(a) != 1 || !q.policy.AnswerAllowed(q.name, a[0]) {
+			if a := addrsOf([]dns.RR{rr}); len(a) != 1 || !q.mayHave(a[0]) {
 				removed++
 				continue
 			}
@@ -189,6 +189,6 @@ func (r *Resolver) trimBinding(rr *dns.SVCB, q *query) bool {
 func (q *query) allowedHints(hints []net.IP) []net.IP {
 	return slices.DeleteFunc(slices.Clone(hints), func(ip net.IP) bool {
 		a, ok := netip.AddrFromSlice(ip)
-		return !ok || !q.policy.AnswerAllowed(q.name, a.Unmap())
+		return !ok || !q.mayHave(a.Unmap())
 	})
 }

@@ -130,32 +130,6 @@ func isLDH(s string) bool {
 	return true
 }
 
-// fixed answers the names whose answer is always the same and leaves the host
-// never: the service's own, and those by which clients look for another resolver.
-func (q *query) fixed(v policy.Verdict) (outcome, bool) {
-	if q.policy.IsSelf(q.name) {
-		out := q.local(dns.RcodeSuccess)
-		out.verdict = v
-		if asked := q.msg.Question[0]; asked.Qtype == dns.TypeA {
-			out.reply.Answer = []dns.RR{&dns.A{
-				Hdr: dns.RR_Header{Name: asked.Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60},
-				A:   policy.ServiceAddr4.AsSlice(),
-			}}
-		}
-		return out, true
-	}
-	for _, special := range []string{
-		"localhost",               // RFC 6761, section 6.3: /etc/hosts has it
-		"resolver.arpa",           // RFC 9462: discovery of encrypted resolvers
-		"use-application-dns.net", // keeps browsers on the system's resolver
-	} {
-		if q.name == special || strings.HasSuffix(q.name, "."+special) {
-			return q.local(dns.RcodeNameError), true
-		}
-	}
-	return outcome{}, false
-}
-
 // local answers without asking anyone.
 func (q *query) local(rcode int) outcome {
 	m := q.reply(rcode)

@@ -215,6 +215,9 @@ func (r *Resolver) decide(ctx context.Context, q *query, b *budget, wire []byte)
 		return out
 	}
 	asked := q.msg.Question[0]
+	if out, done := q.localhost(asked); done {
+		return out
+	}
 	// The kernel sends only allowed flows here; a policy may have changed meanwhile.
 	if v := q.policy.Decide(policy.Flow{Proto: q.proto, Dst: q.dst}); !v.Allow {
 		return r.denyServer(q, v)
@@ -291,6 +294,9 @@ func (r *Resolver) pin(q *query, m *dns.Msg) {
 	}
 	ttl := lifetime(m.Answer)
 	for _, a := range addrsOf(m.Answer) {
+		if a.IsLoopback() {
+			continue
+		}
 		if err := r.cfg.Pin(Pin{Sandbox: q.sandbox, Name: q.name, Addr: a, Ports: ports, TTL: ttl}); err != nil {
 			// The kernel then keeps refusing the address.
 			r.cfg.Log.Warn("dns answer not pinned", "sandbox", q.sandbox, "host", q.name, "dst", a, "err", err)

@@ -193,6 +193,15 @@ b.test.         60 IN A     198.51.100.20
 alias.test.     60 IN CNAME b.test.
 alias-priv.test. 60 IN CNAME private.test.
 private.test.   60 IN A     10.0.0.5
+loop.test.      60 IN A     127.0.0.1
+loop.test.      60 IN A     127.8.8.8
+loop.test.      60 IN AAAA  ::1
+loop.test.      60 IN HTTPS 1 . ipv4hint=127.0.0.1,10.0.0.5 ipv6hint=::1
+alias-loop.test. 60 IN CNAME loop.test.
+loop-priv.test. 60 IN A     127.0.0.1
+loop-priv.test. 60 IN A     10.0.0.5
+loop-mapped.test. 60 IN AAAA ::ffff:127.0.0.1
+printer.local.  60 IN A     198.51.100.10
 mixed.test.     60 IN A     10.0.0.5
 mixed.test.     60 IN A     198.51.100.10
 meta.test.      60 IN A     169.254.169.254
@@ -227,7 +236,7 @@ var (
 	sandboxAddr = netip.MustParseAddrPort("10.223.0.2:40000")
 	strictInput = policy.Input{
 		AllowOut: []string{"a.test", "*.wild.test", "alias.test", "alias-priv.test", "private.test", "mixed.test", "meta.test",
-			"mapped.test", "zero.test", "long.test", "ech.test", "must.test", "priv.test", "big.test", "gone.test", "db.wild.test:5432", "own.cordon.localhost"},
+			"mapped.test", "loop.test", "alias-loop.test", "loop-priv.test", "loop-mapped.test", "zero.test", "long.test", "ech.test", "must.test", "priv.test", "big.test", "gone.test", "db.wild.test:5432", "own.cordon.localhost"},
 		DenyOut: []string{"0.0.0.0/0"},
 	}
 )
@@ -381,15 +390,18 @@ func TestOpenModeAnswersEveryName(t *testing.T) {
 	for name, want := range map[string]int{
 		"b.test": 0, "under_score.test": 0, "8.8.8.8.in-addr.arpa": dns.RcodeNameError, ".": dns.RcodeNameError,
 		"10.0.0.1": dns.RcodeSuccess, `a\000.test`: dns.RcodeSuccess, // denied
-		"_dns.resolver.arpa": dns.RcodeNameError, "use-application-dns.net": dns.RcodeNameError, "x.localhost": dns.RcodeNameError,
+		"_dns.resolver.arpa": dns.RcodeNameError, "use-application-dns.net": dns.RcodeNameError, "x.localhost": 0,
+		"a.invalid": dns.RcodeNameError, "a.onion": dns.RcodeNameError, "a.alt": dns.RcodeNameError, "printer.local": dns.RcodeNameError,
 	} {
 		if r := f.send(t, ask(name, dns.TypeA)); r.Rcode != want {
 			t.Errorf("%s: got %s, want %s", name, dns.RcodeToString[r.Rcode], dns.RcodeToString[want])
 		}
 	}
 	asked := f.up.questions()
-	if slices.Contains(asked, "_dns.resolver.arpa. A") || slices.Contains(asked, "x.localhost. A") {
-		t.Errorf("a local name was asked for upstream: %v", asked)
+	for _, name := range []string{"_dns.resolver.arpa", "x.localhost", "a.invalid", "a.onion", "a.alt", "printer.local"} {
+		if slices.Contains(asked, name+". A") {
+			t.Errorf("a local name was asked for upstream: %v", asked)
+		}
 	}
 }
 
@@ -510,6 +522,12 @@ func TestPrivateAddressesAreRemoved(t *testing.T) {
 		{"meta.test", dns.TypeA, "", flowlog.Denied},
 		{"mapped.test", dns.TypeAAAA, "", flowlog.Denied},
 		{"alias-priv.test", dns.TypeA, "", flowlog.Denied},
+		{"loop.test", dns.TypeA, "127.0.0.1, 127.8.8.8", flowlog.Allowed},
+		{"loop.test", dns.TypeAAAA, "::1", flowlog.Allowed},
+		{"loop.test", dns.TypeHTTPS, `1 . ipv4hint="127.0.0.1" ipv6hint="::1"`, flowlog.Allowed},
+		{"alias-loop.test", dns.TypeA, "loop.test., 127.0.0.1, 127.8.8.8", flowlog.Allowed},
+		{"loop-priv.test", dns.TypeA, "127.0.0.1", flowlog.Allowed},
+		{"loop-mapped.test", dns.TypeAAAA, "", flowlog.Denied},
 		{"mixed.test", dns.TypeA, "198.51.100.10", flowlog.Allowed},
 		{"ech.test", dns.TypeHTTPS, `1 . alpn="h2" ipv4hint="198.51.100.50" ipv6hint="2001:db8:80::32"`, flowlog.Allowed},
 		{"must.test", dns.TypeHTTPS, "", flowlog.Allowed},
@@ -524,10 +542,55 @@ func TestPrivateAddressesAreRemoved(t *testing.T) {
 			t.Errorf("%s: reason %s", c.query, e.Reason)
 		}
 	}
-	for name, kind := range map[string]errs.Kind{"private.test": errs.Forbidden, "gone.test": errs.NotFound} {
+	for name, kind := range map[string]errs.Kind{"private.test": errs.Forbidden, "loop.test": errs.Forbidden, "gone.test": errs.NotFound} {
 		if a, err := f.Resolve(t.Context(), "s1", name); !errs.Is(err, kind) {
 			t.Errorf("Resolve(%s): %v, %v; want %v", name, a, err, kind)
 		}
+	}
+}
+
+func TestLocalhostIsTheSandboxItself(t *testing.T) {
+	for rules, in := range map[string]policy.Input{
+		"no rules": {}, "strict": strictInput, "no server allowed": {DenyOut: []string{"0.0.0.0/0"}},
+	} {
+		f := newFixture(t, in, func(c *Config) { c.IPv6 = false }) // the loopback has both families anyway
+		for _, c := range []struct {
+			query string
+			qtype uint16
+			want  string
+		}{
+			{"localhost", dns.TypeA, "127.0.0.1"}, {"T1.LocalHost", dns.TypeA, "127.0.0.1"}, {"a.b_c.localhost", dns.TypeAAAA, "::1"},
+			{"localhost", dns.TypeMX, ""}, {"_http._tcp.localhost", dns.TypeSRV, ""},
+		} {
+			r := f.send(t, ask(c.query, c.qtype))
+			if e := f.flows.last(t); r.Rcode != dns.RcodeSuccess || answersOf(r) != c.want || e.Verdict != flowlog.Allowed || e.Reason != ReasonLocal {
+				t.Errorf("%s: %s: got %v, logged %s %s", rules, c.query, r, e.Verdict, e.Reason)
+			}
+		}
+		for _, name := range []string{"notlocalhost", "localhost.test", "x.cordon.localhost"} {
+			if r := f.send(t, ask(name, dns.TypeA)); strings.Contains(answersOf(r), "127.") {
+				t.Errorf("%s: %s: got %v", rules, name, r)
+			}
+		}
+		for _, name := range f.up.questions() {
+			if strings.Contains(name, "localhost. ") && !strings.HasPrefix(name, "notlocalhost") {
+				t.Errorf("%s: upstream was asked for %s", rules, name)
+			}
+		}
+	}
+}
+
+func TestAListedNameBelowLocalIsAskedFor(t *testing.T) {
+	f := newFixture(t, policy.Input{AllowOut: []string{"*.local"}, DenyOut: []string{"0.0.0.0/0"}})
+	if r := f.send(t, ask("printer.local", dns.TypeA)); answersOf(r) != "198.51.100.10" {
+		t.Errorf("got %v", r)
+	}
+}
+
+func TestLoopbackAnswersAreNotPinned(t *testing.T) {
+	f := newFixture(t, policy.Input{AllowOut: []string{"loop.test:5432"}, DenyOut: []string{"0.0.0.0/0"}})
+	if r := f.send(t, ask("loop.test", dns.TypeA)); answersOf(r) != "127.0.0.1, 127.8.8.8" || f.pins != nil {
+		t.Errorf("got %v, pinned %v", r, f.pins)
 	}
 }
 
