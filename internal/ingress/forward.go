@@ -79,12 +79,12 @@ func (v *visit) forward(c *call) {
 	case result.Started, errors.Is(result.Err, relay.ErrClient) && !errors.Is(result.Err, relay.ErrReset):
 		v.abort()
 	default:
-		v.refuse(v.explain(b, to, result.Err))
+		v.refuse(v.explain(b, to, upgrade != "", result.Err))
 	}
 }
 
 // explain turns a failure before the first byte of an answer into ours.
-func (v *visit) explain(b *backend, to route, err error) *refusal {
+func (v *visit) explain(b *backend, to route, upgrade bool, err error) *refusal {
 	if errors.Is(err, relay.ErrReset) || b.gone() {
 		return notFound(to.id)
 	}
@@ -97,6 +97,9 @@ func (v *visit) explain(b *backend, to route, err error) *refusal {
 	var dial *relay.DialError
 	if errors.As(err, &dial) {
 		return portClosed(to.id, to.port)
+	}
+	if errors.Is(err, relay.ErrNoAnswer) {
+		return noAnswer(to.id, to.port, upgrade)
 	}
 	return badAnswer(to.id, to.port)
 }

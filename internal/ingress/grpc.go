@@ -67,7 +67,7 @@ func (v *visit) forwardGRPC(c *grpcCall) {
 		if v.err = err; v.r.Context().Err() != nil {
 			panic(http.ErrAbortHandler)
 		}
-		v.refuse(v.explain(c.b, c.to, err))
+		v.refuse(v.explain(c.b, c.to, false, err))
 		return
 	}
 	defer resp.Body.Close()

@@ -52,9 +52,23 @@ func portClosed(id string, port uint16) *refusal {
 }
 
 func badAnswer(id string, port uint16) *refusal {
-	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The service in the sandbox closed the connection or did not answer in HTTP",
+	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The service in the sandbox did not answer in HTTP, or broke its answer off",
 		title: "The service did not answer properly",
-		hint:  "It closed the connection or does not speak HTTP. Its own log in the sandbox may tell why."}
+		hint:  "It does not speak HTTP, or broke its answer off. Its own log in the sandbox may tell why."}
+}
+
+// noAnswer says whose refusal it is. Servers of WebSockets, Next.js among them, end
+// the connection like that when they do not like where the request comes from.
+func noAnswer(id string, port uint16, upgrade bool) *refusal {
+	f := &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The service in the sandbox closed the connection without an answer",
+		title: "The service closed the connection",
+		hint:  "The request reached the service, which closed the connection without an answer. Its own log in the sandbox may tell why."}
+	if upgrade {
+		f.Message += "; development servers do so for an Origin they do not allow"
+		f.hint = "The request reached the service, which closed the connection without an answer. Development servers do so for an Origin they do not allow: " +
+			"look into the service's log in the sandbox, and allow this address in its settings."
+	}
+	return f
 }
 
 func forbidden(id, message string) *refusal {

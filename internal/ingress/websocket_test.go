@@ -1,10 +1,13 @@
 package ingress
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -75,6 +78,46 @@ func (s *streamWS) say(t *testing.T, op byte, text string) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+// A service that closes an upgrade without a word refuses it: the answer says that it
+// was the service, and why such services do that.
+func TestAnUpgradeThatIsNotAnsweredIsTheServicesRefusal(t *testing.T) {
+	l := newLab(t)
+	a := l.sandbox(idA)
+	silent := a.raw(func(_ net.Conn, br *bufio.Reader) { http.ReadRequest(br) })
+	reset := a.raw(func(c net.Conn, br *bufio.Reader) {
+		http.ReadRequest(br)
+		c.(*net.TCPConn).SetLinger(0)
+	})
+	other := a.raw(func(c net.Conn, br *bufio.Reader) {
+		http.ReadRequest(br)
+		io.WriteString(c, "SSH-2.0-x\r\n\r\n")
+	})
+	const closed, origin = "closed the connection without an answer", "for an Origin they do not allow"
+	upgrade := []string{"Connection", "Upgrade", "Upgrade", "websocket", "Sec-WebSocket-Version", "13", "Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="}
+	for name, port := range map[string]int{"closed": silent, "reset": reset} {
+		t.Run(name, func(t *testing.T) {
+			resp, body := get(t, l.client(false), "https://"+a.host(port)+"/", upgrade...)
+			if resp.StatusCode != 502 || !strings.Contains(body, closed) || !strings.Contains(body, origin) || !json.Valid([]byte(body)) {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+			s := dialStream(t, l.h2(t), "https://"+a.host(port)+"/", "websocket", "Accept", "text/html")
+			if page, _ := io.ReadAll(s.down); s.resp.StatusCode != 502 || !strings.Contains(string(page), "<h1>") || strings.Count(string(page), closed) != 2 || strings.Count(string(page), origin) != 2 {
+				t.Errorf("got %d %s", s.resp.StatusCode, page)
+			}
+			resp, body = get(t, l.client(false), "https://"+a.host(port)+"/")
+			if resp.StatusCode != 502 || !strings.Contains(body, closed) || strings.Contains(body, "Origin") {
+				t.Errorf("without an upgrade: got %d %s", resp.StatusCode, body)
+			}
+		})
+	}
+	t.Run("another protocol", func(t *testing.T) {
+		resp, body := get(t, l.client(false), "https://"+a.host(other)+"/", upgrade...)
+		if resp.StatusCode != 502 || strings.Contains(body, closed) || !strings.Contains(body, "did not answer in HTTP") {
+			t.Errorf("got %d %s", resp.StatusCode, body)
+		}
+	})
 }
 
 func TestWebSocketOverHTTP2(t *testing.T) {

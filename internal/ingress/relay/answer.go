@@ -2,12 +2,14 @@ package relay
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math"
 	"net/http"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/ingress/h1"
@@ -82,6 +84,9 @@ func (x *exchange) readHead() (*http.Response, error) {
 	if err != nil {
 		if c.reused && x.replayable() && x.r.Context().Err() == nil && !x.pool.closed.Load() {
 			return nil, errStale
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+			return nil, fmt.Errorf("%w: %w", ErrNoAnswer, err)
 		}
 		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
 	}

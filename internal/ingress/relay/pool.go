@@ -84,6 +84,9 @@ var (
 	// ErrAnswer: the service closed the connection or answered something that
 	// is not HTTP.
 	ErrAnswer = errors.New("the service's answer is not usable")
+	// ErrNoAnswer: the service closed the connection before the first byte of an
+	// answer. It is an ErrAnswer too.
+	ErrNoAnswer = fmt.Errorf("%w: it closed the connection without one", ErrAnswer)
 )
 
 // DialError says that no connection to the port could be opened.
