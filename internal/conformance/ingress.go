@@ -31,6 +31,7 @@ func ingressCases() []Case {
 		{ID: 70, Group: group, Title: "cookies across ports and sandboxes", Run: cookies, Anywhere: true, Secure: true},
 		{ID: 71, Group: group, Title: "smuggling, hop-by-hop abuse, upgrades without a token", Run: smuggling, Anywhere: true, Within: 40 * time.Second},
 		{ID: 72, Group: group, Title: "slowloris, floods, wake storms", Run: floods, Anywhere: true, Within: 60 * time.Second},
+		{ID: 79, Group: group, Title: "forms of other sites with a private URL's cookie, preflights without it", Run: crossSite, Anywhere: true, Secure: true},
 	}
 }
 
@@ -371,23 +372,7 @@ func tokens(t *Trial) {
 func cookies(t *Trial) {
 	s, other := t.service(false, "one"), t.service(false, "two")
 	here := label(s, portOne)
-	var cookie string
-	t.calls("control: a browser is given a cookie for its token, bound to the host", func(_ call, a answer) error {
-		set := a.header.Get("Set-Cookie")
-		if a.status < 300 || a.status > 399 || strings.Contains(a.header.Get("Location"), s.TrafficToken) {
-			return errors.New("it was not sent back without the token")
-		}
-		for _, want := range []string{"__Host-", "; Path=/", "; HttpOnly", "; Secure"} {
-			if !strings.Contains(set, want) {
-				return fmt.Errorf("the cookie %q lacks %q", set, want)
-			}
-		}
-		if strings.Contains(strings.ToLower(set), "domain=") || strings.Contains(set, s.TrafficToken) {
-			return fmt.Errorf("the cookie %q is for a domain, or holds the token", set)
-		}
-		cookie, _, _ = strings.Cut(set, ";")
-		return nil
-	}, call{host: here, line: "GET /?cordon_token=" + s.TrafficToken + " HTTP/1.1", extra: []string{"Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document", "Accept: text/html"}})
+	cookie := t.cookieOf(s)
 	if cookie == "" {
 		return // said by the control
 	}
@@ -405,6 +390,65 @@ func cookies(t *Trial) {
 	name, value, _ := strings.Cut(cookie, "=")
 	t.calls("changed: another expiry, another link, a cut signature, another name", statusIs(403), with(here, name+"="+strings.Replace(value, ".", ".9", 1)),
 		with(here, name+"="+strings.Replace(value, "..", ".link.", 1)), with(here, name+"="+value[:len(value)-2]), with(here, strings.TrimPrefix(name, "__Host-")+"="+value), with(here, name+"="))
+}
+
+// cookieOf returns the cookie that a browser is given for the sandbox's token at its
+// first port, "" when a step failed.
+func (t *Trial) cookieOf(s *Subject) (cookie string) {
+	here := label(s, portOne)
+	t.calls("control: a browser is given a cookie for its token, bound to the host", func(_ call, a answer) error {
+		set := a.header.Get("Set-Cookie")
+		if a.status < 300 || a.status > 399 || strings.Contains(a.header.Get("Location"), s.TrafficToken) {
+			return errors.New("it was not sent back without the token")
+		}
+		for _, want := range []string{"__Host-", "; Path=/", "; HttpOnly", "; Secure"} {
+			if !strings.Contains(set, want) {
+				return fmt.Errorf("the cookie %q lacks %q", set, want)
+			}
+		}
+		if strings.Contains(strings.ToLower(set), "domain=") || strings.Contains(set, s.TrafficToken) {
+			return fmt.Errorf("the cookie %q is for a domain, or holds the token", set)
+		}
+		cookie, _, _ = strings.Cut(set, ";")
+		return nil
+	}, call{host: here, line: "GET /?cordon_token=" + s.TrafficToken + " HTTP/1.1", extra: []string{"Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document", "Accept: text/html"}})
+	return cookie
+}
+
+// crossSite: to a browser that another site leads to a private URL the cookie goes
+// along. A link may open it; a form may not make its service do something. What a
+// browser asks beforehand is answered without a token, and opens nothing.
+func crossSite(t *Trial) {
+	s := t.service(false, "one")
+	here := label(s, portOne)
+	cookie := t.cookieOf(s)
+	if cookie == "" {
+		return // said by the control
+	}
+	from := func(method, site, mode, origin string) call {
+		c := call{host: here, line: method + " /canary-79 HTTP/1.1", extra: []string{"Cookie: " + cookie, "Sec-Fetch-Dest: document"}}
+		for name, value := range map[string]string{"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Origin": origin} {
+			if value != "" {
+				c.extra = append(c.extra, name+": "+value)
+			}
+		}
+		if method == "POST" || method == "PUT" {
+			c.extra = append(c.extra, "Content-Length: 0")
+		}
+		return c
+	}
+	const other = "https://attacker.test"
+	t.calls("control: its own form, and a link of another site", by(s, portOne), from("POST", "same-origin", "navigate", "https://"+here), from("GET", "cross-site", "navigate", ""))
+	t.calls("a form of another site, with its origin, without, in a browser that says no more", statusIs(403), from("POST", "cross-site", "navigate", other),
+		from("POST", "cross-site", "navigate", "null"), from("POST", "cross-site", "navigate", ""), from("POST", "", "", other), from("PUT", "cross-site", "navigate", other))
+	ask := []string{"Origin: " + other, "Access-Control-Request-Method: PUT", "Access-Control-Request-Headers: e2b-traffic-access-token"}
+	t.calls("a preflight without a token: answered, and not by the service", func(c call, a answer) error {
+		if a.header.Get("Access-Control-Allow-Credentials") != "" || a.header.Get("Access-Control-Allow-Methods") != "PUT" {
+			return fmt.Errorf("it permits %v", a.header)
+		}
+		return statusIs(204)(c, a)
+	}, call{host: here, line: "OPTIONS / HTTP/1.1", extra: ask})
+	t.calls("the request behind it without a token", statusIs(403), call{host: here, line: "PUT / HTTP/1.1", extra: []string{"Origin: " + other, "Content-Length: 0"}})
 }
 
 func smuggling(t *Trial) {

@@ -74,7 +74,11 @@ func (v *visit) admit(t *Target, to route) (pass, *refusal) {
 	if t.Public {
 		return pass{target: to.target}, nil
 	}
-	return v.admitToken(t, to)
+	p, refused := v.admitToken(t, to)
+	if preflight(v.r) && (refused != nil || t.State != Running) {
+		return pass{preflight: true}, nil
+	}
+	return p, refused
 }
 
 // admitAgent lets requests to the agent pass, which has its own access token and
@@ -89,6 +93,8 @@ func (v *visit) admitAgent(t *Target, to route) (pass, *refusal) {
 		return p, &refusal{Code: http.StatusNotFound, Message: "not found"}
 	case t.AccessToken == "" && !t.allows(v.caller()):
 		return p, notListed(t.ID)
+	case t.State != Running && preflight(v.r): // the agent would permit every page as well
+		return pass{preflight: true}, nil
 	case t.State != Running && !t.agentAdmits(v.r, to.target):
 		return p, notFound(t.ID)
 	}

@@ -58,7 +58,7 @@ func (v *visit) forward(c *call) {
 	told := access{sandbox: t.ID, port: to.port, src: info.addr, start: v.access.start}
 	result := b.pool.Forward(v.w, v.r, &relay.Out{
 		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade, Stream: v.stream,
-		Answer: func(_ int, h http.Header) { v.answer(t, to, h) },
+		Answer: func(code int, h http.Header) { v.answer(t, to, code, h) },
 		Client: info.http1Conn(v.r),
 		Done: func(tunnel *relay.Octets) {
 			b.depart(g)
@@ -193,11 +193,16 @@ func upgradeOf(r *http.Request) string {
 }
 
 // answer changes what must be changed in a service's header.
-func (v *visit) answer(t *Target, to route, h http.Header) {
+func (v *visit) answer(t *Target, to route, code int, h http.Header) {
 	v.publish(t, to.port, h)
-	if v.mode == TLS && v.in.cfg.HSTS > 0 {
+	if last := code >= 200 || code == http.StatusSwitchingProtocols; last && v.mode == TLS && v.in.cfg.HSTS > 0 {
 		if _, own := h["Strict-Transport-Security"]; !own {
 			h.Set("Strict-Transport-Security", v.in.hsts())
+		}
+	}
+	if clear := h["Clear-Site-Data"]; len(clear) > 0 {
+		if h["Clear-Site-Data"] = keepCookies(clear); len(h["Clear-Site-Data"]) == 0 {
+			delete(h, "Clear-Site-Data")
 		}
 	}
 	if cookies := h["Set-Cookie"]; len(cookies) > 0 {
@@ -227,6 +232,29 @@ func ownCookies(cookies []string, host string) []string {
 			return strings.EqualFold(strings.TrimSpace(k), "domain") && !strings.EqualFold(v, host)
 		})
 		out = append(out, strings.Join(append(parts[:1], kept...), ";"))
+	}
+	return out
+}
+
+// keepCookies takes what clears cookies out of Clear-Site-Data: browsers clear those of
+// the whole site, which all sandboxes are one of. The rest concerns one origin.
+func keepCookies(lines []string) []string {
+	var out []string
+	for _, line := range lines {
+		var kept []string
+		for part := range strings.SplitSeq(line, ",") {
+			part = strings.TrimSpace(part)
+			switch strings.ToLower(strings.Trim(part, `"`)) {
+			case "", "cookies":
+			case "*":
+				kept = append(kept, `"cache"`, `"storage"`, `"executionContexts"`)
+			default:
+				kept = append(kept, part)
+			}
+		}
+		if len(kept) > 0 {
+			out = append(out, strings.Join(kept, ", "))
+		}
 	}
 	return out
 }

@@ -154,7 +154,7 @@ func (c *grpcCall) answer(v *visit, resp *http.Response) error {
 	for name := range resp.Trailer {
 		h.Add("Trailer", name)
 	}
-	v.answer(c.t, c.to, h)
+	v.answer(c.t, c.to, resp.StatusCode, h)
 	c.started.Store(true)
 	if c.b.gone() {
 		return relay.ErrReset

@@ -3,6 +3,7 @@ package ingress
 import (
 	"fmt"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -33,8 +34,17 @@ func TestACookieIsNotForPagesOfOtherSandboxes(t *testing.T) {
 		{"a page of another port of the sandbox", "POST", []string{"Origin", "https://" + a.host(8080), "Sec-Fetch-Site", "same-site"}, 200},
 		{"an image in such a page", "GET", []string{"Referer", "https://" + a.host(8080) + "/x?y", "Sec-Fetch-Site", "same-site", "Sec-Fetch-Mode", "no-cors"}, 200},
 		{"a page at the sandbox's own domain", "POST", []string{"Origin", "https://a.example", "Sec-Fetch-Site", "cross-site"}, 200},
-		{"a page of another site, which the browser keeps apart", "POST", []string{"Origin", "https://app.example", "Sec-Fetch-Site", "cross-site"}, 200},
-		{"a page on the developer's machine", "POST", []string{"Origin", "http://localhost:5173", "Sec-Fetch-Site", "cross-site"}, 200},
+		{"a request of a page of another site around a frame", "POST", []string{"Origin", "https://app.example", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "cors"}, 200},
+		{"a page on the developer's machine", "POST", []string{"Origin", "http://localhost:5173", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "no-cors"}, 200},
+		{"a form of the sandbox's own domain", "POST", []string{"Origin", "https://a.example", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate"}, 200},
+		{"a form, in a browser that says no more", "POST", []string{"Origin", own}, 200},
+		{"a link in a page of another site", "GET", []string{"Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document"}, 200},
+		{"a form in a page of another site", "POST", []string{"Origin", "https://app.example", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document"}, 403},
+		{"one that leads to a frame", "POST", []string{"Origin", "https://app.example", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "iframe"}, 403},
+		{"one that hides its origin", "POST", []string{"Origin", "null", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate"}, 403},
+		{"one without an origin", "POST", []string{"Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate"}, 403},
+		{"one whose mode is not said", "POST", []string{"Origin", "https://app.example", "Sec-Fetch-Site", "cross-site"}, 403},
+		{"one in a browser that says no more", "POST", []string{"Origin", "https://app.example"}, 403},
 		{"a frame in a page of another site", "GET", []string{"Referer", "https://app.example/", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "iframe"}, 200},
 		{"a link in a page of another sandbox", "GET", []string{"Referer", other + "/", "Sec-Fetch-Site", "same-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document"}, 200},
 		{"a page of another sandbox", "POST", []string{"Origin", other, "Sec-Fetch-Site", "same-site"}, 403},
@@ -58,6 +68,38 @@ func TestACookieIsNotForPagesOfOtherSandboxes(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestASandboxDoesNotClearTheCookiesOfTheSite(t *testing.T) {
+	l := newLab(t)
+	a := l.sandbox(idA)
+	port := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header()["Clear-Site-Data"] = r.Header["Want"]
+		if r.URL.Path == "/early" {
+			w.Header().Set("Set-Cookie", "a=b; Domain="+domain)
+			w.WriteHeader(103)
+		}
+	}))
+	for _, tt := range []struct{ sent, want string }{
+		{`"cookies"`, ""},
+		{`"cache", "cookies","storage"`, `"cache", "storage"`},
+		{`"*"`, `"cache", "storage", "executionContexts"`},
+		{` "COOKIES" , * `, `"cache", "storage", "executionContexts"`},
+		{`cookies`, ""},
+		{`"storage"`, `"storage"`},
+	} {
+		l.both(t, func(t *testing.T, c *http.Client) {
+			if resp, _ := get(t, c, "https://"+a.host(port)+"/", "Want", tt.sent); resp.Header.Get("Clear-Site-Data") != tt.want {
+				t.Errorf("%s: got %q, want %q", tt.sent, resp.Header["Clear-Site-Data"], tt.want)
+			}
+		})
+	}
+	t.Run("nor by an early answer", func(t *testing.T) {
+		got := l.plain(t, "GET /early HTTP/1.1\r\nHost: "+a.host(port)+"\r\nWant: \"cookies\"\r\nConnection: close\r\n\r\n")
+		if !strings.HasPrefix(got, "HTTP/1.1 103") || strings.Contains(got, "Clear-Site-Data") || strings.Contains(got, "Domain=") {
+			t.Errorf("got %s", got)
+		}
+	})
 }
 
 // A page may open a WebSocket to anywhere: only the server can say no.

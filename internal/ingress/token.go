@@ -87,6 +87,8 @@ type pass struct {
 	target string       // request target, without our token
 	cookie *http.Cookie // when the client is a browser that gets it by a redirect to target
 	ticket ticket
+	// preflight: it is one without a token, to be answered by permit alone.
+	preflight bool
 }
 
 // admitToken decides by token, header, query and cookie in this order: what a
@@ -118,6 +120,9 @@ func (v *visit) admitToken(t *Target, to route) (pass, *refusal) {
 		if bad == genuine {
 			if v.planted(t.ID) {
 				return p, forbidden(t.ID, securedPrefix+"A page of another sandbox does not get to use its cookie")
+			}
+			if v.formElsewhere(t.ID) {
+				return p, forbidden(t.ID, securedPrefix+"The cookie does not count for a form of another site")
 			}
 			p.ticket = ticket
 			return p, nil

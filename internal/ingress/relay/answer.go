@@ -48,6 +48,9 @@ func (x *exchange) hint(resp *http.Response) {
 		h = http.Header{}
 	}
 	copyHeader(h, resp.Header)
+	if x.out.Answer != nil {
+		x.out.Answer(resp.StatusCode, h)
+	}
 	x.sendHead(resp.StatusCode, h)
 	clear(h)
 }

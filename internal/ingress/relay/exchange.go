@@ -32,7 +32,8 @@ type Out struct {
 	// Stream is what the client sends after the switch when it asked for it on an
 	// HTTP/2 stream (RFC 8441); what it gets is the answer's body. Nil elsewhere.
 	Stream io.ReadCloser
-	// Answer, when not nil, may change the answer's header before it is sent on.
+	// Answer, when not nil, may change the header of an answer, an interim one too,
+	// before it is sent on.
 	Answer func(status int, h http.Header)
 	// Client is the client's connection when it speaks HTTP/1, so that it can be
 	// reset; nil for HTTP/2, where the stream is.
