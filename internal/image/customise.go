@@ -8,7 +8,6 @@ import (
 	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -88,6 +87,24 @@ func (t tree) resolve(name string) (string, error) {
 		return done, nil
 	}
 	return path.Join(done, rest[0]), nil
+}
+
+// follow returns what a name leads to when it is a link itself.
+func (t tree) follow(name string) (string, error) {
+	for range 40 { // as the kernel: path_resolution(7)
+		rel, err := t.resolve(name)
+		if err != nil {
+			return "", err
+		}
+		target, err := t.root.Readlink(rel)
+		if err != nil {
+			return "/" + rel, nil
+		}
+		if name = target; !path.IsAbs(target) {
+			name = path.Join("/", path.Dir(rel), target)
+		}
+	}
+	return "", fmt.Errorf("%s: too many links", name)
 }
 
 // write creates or replaces a file.
@@ -239,147 +256,6 @@ func (t tree) empty(dir string) error {
 		}
 	}
 	return nil
-}
-
-// addUser makes sure that the user commands run as exists, with a home, and may
-// become root where sudo is installed. An image that has the user keeps it.
-func (t tree) addUser() error {
-	passwd, err := t.read("/etc/passwd")
-	if err != nil {
-		return err
-	}
-	uid := userID
-	if line, ok := entry(passwd, userName); ok {
-		if uid, err = strconv.Atoi(line[2]); err != nil || uid < 0 || len(line) < 7 {
-			return fmt.Errorf("/etc/passwd of the image has a malformed entry for %s", userName)
-		}
-	} else {
-		group, err := t.read("/etc/group")
-		if err != nil {
-			return err
-		}
-		for taken(passwd, uid) || taken(group, uid) {
-			uid++
-		}
-		if err := t.enroll(passwd, group, uid); err != nil {
-			return err
-		}
-	}
-	if err := t.home(uid); err != nil {
-		return err
-	}
-	if _, err := t.root.Stat("etc/sudoers.d"); err != nil {
-		return nil // no sudo here
-	}
-	return t.write(file{"/etc/sudoers.d/" + userName, 0o440, sudoRule})
-}
-
-// enroll adds the user and its group of the same number.
-func (t tree) enroll(passwd, group string, uid int) error {
-	if passwd == "" {
-		passwd = "root:x:0:0:root:/root:/bin/sh\n"
-	}
-	if group == "" {
-		group = "root:x:0:\n"
-	}
-	shell := "/bin/bash"
-	if _, err := t.root.Stat("bin/bash"); err != nil {
-		shell = "/bin/sh"
-	}
-	edits := []struct {
-		name, text, line string
-		mode             uint32
-	}{
-		{"/etc/passwd", passwd, fmt.Sprintf("%s:x:%d:%d::%s:%s", userName, uid, uid, userHome, shell), 0o644},
-		{"/etc/group", group, fmt.Sprintf("%s:x:%d:", userName, uid), 0o644},
-		{"/etc/shadow", "", userName + ":*:19000:0:99999:7:::", 0o640},
-		{"/etc/gshadow", "", userName + ":!::", 0o640},
-	}
-	for _, e := range edits {
-		if e.text == "" {
-			var err error
-			if e.text, err = t.read(e.name); err != nil {
-				return err
-			}
-			if e.text == "" {
-				continue // an image without shadow passwords does without
-			}
-		}
-		if !strings.HasSuffix(e.text, "\n") {
-			e.text += "\n"
-		}
-		if err := t.write(file{e.name, e.mode, e.text + e.line + "\n"}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// home makes the user's home, with the files of /etc/skel when it is new.
-func (t tree) home(uid int) error {
-	rel, err := t.resolve(userHome)
-	if err != nil {
-		return step("make home", err)
-	}
-	if fi, err := t.root.Lstat(rel); err != nil {
-		if err := t.mkdir(rel); err != nil {
-			return step("make home", err)
-		}
-		if err := t.copySkel(rel, uid); err != nil {
-			return step("copy /etc/skel", err)
-		}
-	} else if !fi.IsDir() {
-		return fmt.Errorf("make home: %s is no directory in the image", userHome)
-	}
-	return step("own home", t.root.Lchown(rel, uid, uid))
-}
-
-// copySkel copies the plain files of /etc/skel.
-func (t tree) copySkel(home string, uid int) error {
-	entries, err := fs.ReadDir(t.root.FS(), "etc/skel")
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if !e.Type().IsRegular() {
-			continue
-		}
-		text, err := t.read("/etc/skel/" + e.Name())
-		if err != nil {
-			return err
-		}
-		name := path.Join(home, e.Name())
-		if err := t.write(file{name, 0o644, text}); err != nil {
-			return err
-		}
-		if err := t.root.Lchown(name, uid, uid); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// entry returns the fields of a name's line in passwd(5) or group(5).
-func entry(text, name string) ([]string, bool) {
-	for line := range strings.Lines(text) {
-		if f := strings.Split(strings.TrimSpace(line), ":"); f[0] == name && len(f) > 2 {
-			return f, true
-		}
-	}
-	return nil, false
-}
-
-// taken reports whether a number is used in passwd(5) or group(5).
-func taken(text string, id int) bool {
-	for line := range strings.Lines(text) {
-		if f := strings.Split(line, ":"); len(f) > 2 && f[2] == strconv.Itoa(id) {
-			return true
-		}
-	}
-	return false
 }
 
 // step wraps err with what was being done.

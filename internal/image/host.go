@@ -153,7 +153,7 @@ func (h hostSource) fill(dir string) (err error) {
 			return err
 		}
 	}
-	return t.addUser()
+	return t.addUser(nil)
 }
 
 // directories makes the empty tree and the links into /usr.

@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -31,7 +32,7 @@ import (
 )
 
 const (
-	importVersion = 2 // of what Import makes of an image; part of its key
+	importVersion = 3 // of what Import makes of an image; part of its key
 	importLimit   = 30 * time.Minute
 	maxLayers     = 512
 	maxConfig     = 8 << 20 // bytes of an image's configuration
@@ -303,16 +304,48 @@ func (l *Library) unpack(ctx context.Context, j job, c content) (man Manifest, e
 			return man, err
 		}
 	}
-	t := tree{root}
-	if err := t.adopt(); err != nil {
+	return l.adapt(tree{root}, c)
+}
+
+// adapt makes a sandbox's root of an unpacked image. What its configuration says
+// holds, or the import is refused.
+func (l *Library) adapt(t tree, c content) (Manifest, error) {
+	man := Manifest{Kind: OCI, Source: c.source, Platform: "linux/" + runtime.GOARCH, Env: environment(c.config.Config.Env)}
+	who, err := t.login(c.config.Config.User)
+	if err != nil {
+		return man, err
+	}
+	if err := t.adopt(who); err != nil {
 		return man, errs.New(errs.Invalid, "image cannot be adapted: %v", err)
 	}
-	man = Manifest{Kind: OCI, Source: c.source, Platform: "linux/" + runtime.GOARCH, Env: environment(c.config.Config.Env), Workdir: c.config.Config.WorkingDir}
-	if man.Workdir == "" || man.Workdir == "/" {
-		man.Workdir = userHome
+	man.User = who.name
+	if err := t.keepEnvironment(man.Env); err != nil {
+		return man, errs.New(errs.Invalid, "image cannot be adapted: %v", err)
 	}
-	man.User, err = t.account(c.config.Config.User)
+	man.Workdir, err = t.workdir(who, c.config.Config.WorkingDir)
 	return man, err
+}
+
+// workdir returns where commands start, made where the image only names it. Without
+// one it is the user's home.
+func (t tree) workdir(who login, dir string) (string, error) {
+	switch dir = path.Clean("/" + dir); {
+	case dir != "/":
+	case who.name == userName || who.uid == 0 && !who.add:
+		return userHome, nil
+	default:
+		return "~", nil
+	}
+	rel, err := t.resolve(dir)
+	if err == nil {
+		if _, missing := t.root.Stat(rel); errors.Is(missing, fs.ErrNotExist) {
+			err = t.mkdir(rel)
+		}
+	}
+	if err != nil {
+		return "", errs.New(errs.Invalid, "image's working directory is %q, which cannot be made: %v", dir, err)
+	}
+	return dir, nil
 }
 
 // verified applies a layer and compares both its digests: of the compressed
@@ -373,8 +406,8 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 	return io.NopCloser(b), nil
 }
 
-// adopt adds what a sandbox needs and an image may lack.
-func (t tree) adopt() error {
+// adopt adds what a sandbox needs and an image may lack, and who its commands run as.
+func (t tree) adopt(who login) error {
 	for _, dir := range []string{"dev", "proc", "sys", "etc", "run", "tmp", "home"} {
 		fi, err := t.root.Lstat(dir)
 		if err == nil && fi.IsDir() {
@@ -400,26 +433,7 @@ func (t tree) adopt() error {
 			return err
 		}
 	}
-	return t.addUser()
-}
-
-// account returns the user that commands run as: the image's, if it has a name
-// there, else ours.
-func (t tree) account(user string) (string, error) {
-	user, _, _ = strings.Cut(user, ":")
-	if user == "" {
-		return userName, nil
-	}
-	passwd, err := t.read("/etc/passwd")
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(passwd) {
-		if f := strings.Split(line, ":"); len(f) > 2 && (f[0] == user || f[2] == user) {
-			return f[0], nil
-		}
-	}
-	return userName, nil
+	return t.enrol(who)
 }
 
 // environment turns an image's environment into a map, with the defaults it lacks.

@@ -581,8 +581,12 @@ func FuzzLayer(f *testing.F) {
 		defer r.Close()
 		u := newUnpacker(t.Context(), root, 1<<20, 100)
 		if err := u.layer(r); err == nil {
-			if err := u.t.adopt(); err == nil {
-				_, _ = u.t.account("user")
+			for _, user := range []string{"", "app", "1001:0"} {
+				who, err := u.t.login(user)
+				if err == nil && u.t.adopt(who) == nil {
+					_ = u.t.keepEnvironment(defaultEnv())
+					_, _ = u.t.workdir(who, "srv/app")
+				}
 			}
 		}
 		entries, err := os.ReadDir(dir)

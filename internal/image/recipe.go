@@ -162,5 +162,5 @@ func (r recipe) customise(rootfs string) (err error) {
 			return err
 		}
 	}
-	return t.addUser()
+	return t.addUser(nil)
 }
