@@ -207,13 +207,9 @@ func (s *server) makeManager(context.Context) error {
 		AccessChanged: func(id sandbox.ID) { s.ingress.Recheck(string(id)) },
 		InUse:         func(id sandbox.ID) bool { return s.ingress.InUse(string(id)) },
 		PolicyChanged: func(id sandbox.ID) { s.egress.Revoke(string(id)) },
-		Gone: func(id sandbox.ID) {
-			s.egress.Cut(string(id))
-			if _, paused := s.manager.Endpoint(id); !paused {
-				s.flows.Forget(string(id))
-			}
-		},
-		Log: s.log,
+		Stopped:       func(id sandbox.ID) { s.egress.Cut(string(id)) },
+		Gone:          func(id sandbox.ID) { s.flows.Forget(string(id)) },
+		Log:           s.log,
 	})
 	return nil
 }

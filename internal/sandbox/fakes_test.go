@@ -281,6 +281,7 @@ func (s fakeStore) PutSnapshot(_ context.Context, snap Snapshot) error {
 	if err := s.step("put snapshot"); err != nil {
 		return err
 	}
+	time.Sleep(2 * time.Millisecond) // as a disk: others get to run
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.snaps[snap.ID] = snap

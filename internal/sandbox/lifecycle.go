@@ -54,6 +54,7 @@ func (m *Manager) removeHeld(ctx context.Context, e *entry, why Event) (err erro
 		}
 		m.forget(id)
 	}
+	m.cfg.Gone(id)
 	m.event(ctx, &v.rec, why)
 	m.cfg.Log.Info("sandbox ended", "sandbox", id, "why", why.Name, "lived", time.Since(v.rec.Created))
 	return err
@@ -83,7 +84,7 @@ func (m *Manager) stop(ctx context.Context, v *view) error {
 		if err := m.cfg.Network.Release(ctx, v.rec.Lease); err != nil {
 			failed = append(failed, fmt.Errorf("release network: %w", err))
 		}
-		m.cfg.Gone(v.rec.ID)
+		m.cfg.Stopped(v.rec.ID)
 	}
 	if err := m.cfg.Runtime.Destroy(ctx, v.rec.ID); err != nil {
 		failed = append(failed, fmt.Errorf("destroy: %w", err))

@@ -64,10 +64,12 @@ type Config struct {
 	// StartTimeout is how long a sandbox may take until its agent answers; 0 means 30 s.
 	StartTimeout time.Duration
 
-	// PolicyChanged is called after a new policy is in force, Gone after a
-	// sandbox's network was withdrawn: proxies judge their live flows anew, or
-	// cut them. Both may be nil.
+	// PolicyChanged is called after a new policy is in force, Stopped after a
+	// sandbox's network was withdrawn, because it was paused or has ended: proxies
+	// judge their live flows anew, or cut them. Gone is called when it has ended for
+	// good, paused or not: what was kept about it can go. Each may be nil.
 	PolicyChanged func(ID)
+	Stopped       func(ID)
 	Gone          func(ID)
 	// AccessChanged is called when who may reach a sandbox has changed: whoever
 	// speaks to it is judged anew. May be nil.
@@ -90,6 +92,9 @@ func (c *Config) setDefaults() {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.PolicyChanged == nil {
 		c.PolicyChanged = func(ID) {}
+	}
+	if c.Stopped == nil {
+		c.Stopped = func(ID) {}
 	}
 	if c.Gone == nil {
 		c.Gone = func(ID) {}
@@ -116,6 +121,8 @@ type Manager struct {
 	vault   *vault
 	warm    *warm
 	history *history
+
+	naming sync.Mutex // held while a snapshot's name or record changes hands, before mu
 
 	mu        sync.Mutex // guards live to hoarded
 	live      map[ID]*entry

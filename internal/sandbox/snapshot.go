@@ -74,7 +74,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 		return Snapshot{}, err
 	}
 	snap := Snapshot{
-		ID: "s" + string(NewID()[1:]), Sandbox: id, Owner: rec.Owner, Created: time.Now().UTC(),
+		ID: "s" + string(NewID()[1:]), Sandbox: id, Owner: rec.Owner,
 		Checkpoint: checkpoint, Bytes: size, Image: rec.image(), ImageRef: rec.ImageRef,
 		Runtime: m.cfg.Runtime.Name(), Resources: rec.Resources,
 	}
@@ -136,8 +136,12 @@ func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size in
 	return name, man.bytes(), errors.Join(m.diskFull(err), read.close())
 }
 
-// publish stores a snapshot's record and shows it.
+// publish stores a snapshot's record and shows it. Of two that get one name at once,
+// the later has it and the checkpoint of the earlier is dropped.
 func (m *Manager) publish(ctx context.Context, snap Snapshot) (Snapshot, error) {
+	m.naming.Lock()
+	defer m.naming.Unlock()
+	snap.Created = time.Now().UTC()
 	m.mu.Lock()
 	var old Snapshot
 	for _, s := range m.snapshots {
@@ -237,6 +241,8 @@ func (s *Snapshot) place() place { return place{s.Created, s.ID} }
 // DeleteSnapshot forgets a snapshot, named by ID or name. Sandboxes made from it
 // live on; those being made still get it.
 func (m *Manager) DeleteSnapshot(ctx context.Context, owner, name string) error {
+	m.naming.Lock() // the record may else be replaced between the look-up and its end
+	defer m.naming.Unlock()
 	snap, ok := m.snapshot(owner, name)
 	if !ok {
 		return errs.New(errs.NotFound, "Snapshot %q doesn't exist or you don't have access to it", name)

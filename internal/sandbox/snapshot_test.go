@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -191,6 +192,111 @@ func TestSnapshots(t *testing.T) {
 			t.Errorf("pages hold %v", ids)
 		}
 	})
+}
+
+// TestSnapshotsOfOneNameAtOnce takes snapshots of several sandboxes under one name at
+// the same time, and deletes that name meanwhile.
+func TestSnapshotsOfOneNameAtOnce(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	var recs []Record
+	for range 6 {
+		recs = append(recs, create(t, m, CreateRequest{Owner: "me", Egress: noInternet()}))
+	}
+	check := func(atMost int) {
+		t.Helper()
+		page, _, err := m.ListSnapshots(t.Context(), SnapshotsRequest{Owner: "me", Name: "one"})
+		if err != nil || len(page) > atMost || atMost == 1 && len(page) == 0 {
+			t.Fatalf("%d snapshots have the name (%v)", len(page), err)
+		}
+		var want []string
+		for _, s := range page {
+			want = append(want, s.Checkpoint)
+		}
+		if got := onDisk(t, m); !slices.Equal(got, want) {
+			t.Errorf("checkpoints on disk: %v, want %v", got, want)
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if len(w.snaps) != len(page) {
+			t.Errorf("%d records in the store, want %d", len(w.snaps), len(page))
+		}
+	}
+	var wg sync.WaitGroup
+	take := func(rec Record) {
+		if _, err := m.CreateSnapshot(t.Context(), "me", rec.ID, "one"); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, rec := range recs {
+		wg.Go(func() { take(rec) })
+	}
+	wg.Wait()
+	check(1)
+	for _, rec := range recs {
+		wg.Go(func() { take(rec) })
+		wg.Go(func() {
+			if err := m.DeleteSnapshot(t.Context(), "me", "one"); err != nil && !errs.Is(err, errs.NotFound) {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := m.DeleteSnapshot(t.Context(), "me", "one"); err != nil && !errs.Is(err, errs.NotFound) {
+		t.Error(err)
+	}
+	check(0)
+}
+
+// TestStoppedAndGoneAreDifferent looks at what is told of a sandbox that is paused,
+// and then killed, resumed or killed as it runs.
+func TestStoppedAndGoneAreDifferent(t *testing.T) {
+	var mu sync.Mutex
+	var told []string
+	note := func(what string) func(ID) {
+		return func(ID) { mu.Lock(); told = append(told, what); mu.Unlock() }
+	}
+	w := newWorld()
+	m := newManager(t, w, func(c *Config) { c.Stopped, c.Gone = note("stopped"), note("gone") })
+	runManager(t, m)
+	for _, c := range []struct {
+		name string
+		do   []func(id ID) error
+		want []string
+	}{
+		{"killed as it runs", []func(ID) error{func(id ID) error { return m.Kill(t.Context(), "", id) }}, []string{"stopped", "gone"}},
+		{"paused", []func(ID) error{func(id ID) error { return m.Pause(t.Context(), "", id) }}, []string{"stopped"}},
+		{"paused and killed", []func(ID) error{
+			func(id ID) error { return m.Pause(t.Context(), "", id) },
+			func(id ID) error { return m.Kill(t.Context(), "", id) },
+		}, []string{"stopped", "gone"}},
+		{"killed as its record cannot be written at first", []func(ID) error{func(id ID) error {
+			w.failAt("delete", true)
+			defer w.failAt("delete", false)
+			if err := m.Kill(t.Context(), "", id); err == nil {
+				t.Error("killed without its record")
+			}
+			return nil
+		}, func(id ID) error { return m.Kill(t.Context(), "", id) }}, []string{"stopped", "stopped", "gone"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			rec := create(t, m, CreateRequest{})
+			mu.Lock()
+			told = nil
+			mu.Unlock()
+			for _, do := range c.do {
+				if err := do(rec.ID); err != nil {
+					t.Fatal(err)
+				}
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if !slices.Equal(told, c.want) {
+				t.Errorf("told %v, want %v", told, c.want)
+			}
+		})
+	}
 }
 
 func TestSnapshotsThatAreRefused(t *testing.T) {
