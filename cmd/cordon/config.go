@@ -21,6 +21,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/network"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/resolver"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -122,10 +123,12 @@ type sandboxConfig struct {
 
 // networkConfig is the operator's layer over every sandbox's rules.
 type networkConfig struct {
-	Subnet4     netip.Prefix `yaml:"subnet4" env:"SUBNET4"` // sandbox addresses, a /30 each
-	ProxyPort   uint16       `yaml:"proxy_port" env:"PROXY_PORT"`
-	DNSPort     uint16       `yaml:"dns_port" env:"DNS_PORT"`
-	LogGroup    uint16       `yaml:"log_group" env:"LOG_GROUP"` // netlink group of the kernel's verdicts
+	Subnet4   netip.Prefix `yaml:"subnet4" env:"SUBNET4"` // sandbox addresses, a /30 each
+	ProxyPort uint16       `yaml:"proxy_port" env:"PROXY_PORT"`
+	DNSPort   uint16       `yaml:"dns_port" env:"DNS_PORT"`
+	LogGroup  uint16       `yaml:"log_group" env:"LOG_GROUP"` // netlink group of the kernel's verdicts
+	// SourcePorts are those that connections of sandboxes have outside.
+	SourcePorts string       `yaml:"source_ports" env:"SOURCE_PORTS"`
 	Upstreams   []string     `yaml:"upstreams" env:"UPSTREAMS"` // DNS servers; default: the host's
 	DNSDeny     string       `yaml:"dns_deny" env:"DNS_DENY"`   // the answer for denied names: nodata, refused
 	FloorOpen   []string     `yaml:"floor_open" env:"FLOOR_OPEN"`
@@ -261,6 +264,7 @@ func (c *config) setDefaults() {
 	n.DNSPort = cmp.Or(n.DNSPort, 15053)
 	n.LogGroup = cmp.Or(n.LogGroup, 5223)
 	n.DNSDeny = cmp.Or(n.DNSDeny, string(resolver.DenialNoData))
+	n.SourcePorts = cmp.Or(n.SourcePorts, network.DefaultSourcePorts.String())
 	n.Limits.Connections = cmp.Or(n.Limits.Connections, 8192)
 	n.Limits.NewConnections = cmp.Or(n.Limits.NewConnections, 10_000)
 	n.Limits.DNSQueries = cmp.Or(n.Limits.DNSQueries, 100)
@@ -368,6 +372,11 @@ func (n *networkConfig) validate() error {
 	}
 	if _, err := resolver.ParseDenial(n.DNSDeny); err != nil {
 		return wrong("network.dns_deny", n.DNSDeny, `use "nodata" or "refused"`)
+	}
+	if ports, err := network.ParseSourcePorts(n.SourcePorts); err != nil {
+		return wrong("network.source_ports", n.SourcePorts, err.Error())
+	} else if ports.Has(n.ProxyPort) || ports.Has(n.DNSPort) {
+		return wrong("network.source_ports", n.SourcePorts, "network.proxy_port and network.dns_port must be outside of it")
 	}
 	for _, up := range n.Upstreams {
 		if _, err := upstream(up); err != nil {

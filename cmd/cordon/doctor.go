@@ -77,6 +77,7 @@ func examine(ctx context.Context, cfg *config) []finding {
 		return []finding{root, checkKernel(), checkCgroups(), checkMmdebstrap(), checkNames(ctx, cfg)}
 	}
 	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
+	out = append(out, checkSourcePorts(ctx, cfg))
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3), checkImages(cfg.imagesDir()))
 }
@@ -182,6 +183,27 @@ func checkForward(cfg *config) finding {
 		}
 	}
 	f.ok, f.say = true, "no other firewall drops forwarded packets"
+	return f
+}
+
+// checkSourcePorts looks for services of this machine among the ports that sandboxes'
+// connections have outside.
+func checkSourcePorts(ctx context.Context, cfg *config) finding {
+	f := finding{name: "source ports", warn: true}
+	ports, err := network.ParseSourcePorts(cfg.Network.SourcePorts)
+	if err != nil {
+		f.say = err.Error()
+		return f
+	}
+	found := network.CheckSourcePorts(ports)
+	if serves(ctx, cfg) {
+		found = append(found, network.CheckReserved(ports)...)
+	}
+	if len(found) > 0 {
+		f.say = strings.Join(found, " ")
+		return f
+	}
+	f.ok, f.say = true, "no service of this machine listens in "+ports.String()
 	return f
 }
 

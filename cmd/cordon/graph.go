@@ -127,9 +127,13 @@ func (s *server) makeFlows(context.Context) (err error) {
 
 func (s *server) makeNetwork(context.Context) (err error) {
 	n := s.cfg.Network
+	ports, err := network.ParseSourcePorts(n.SourcePorts)
+	if err != nil {
+		return err
+	}
 	s.network, err = network.New(network.Config{
 		Name: s.cfg.Name, RunDir: s.cfg.RunDir, Subnet4: n.Subnet4,
-		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup,
+		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup, SourcePorts: ports,
 		Sandboxes: s.cfg.Sandboxes.Max,
 		MaxFlows:  clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
 		Flows: s.flows, Log: s.log,

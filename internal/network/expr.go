@@ -232,6 +232,27 @@ func ctReply() []expr.Any {
 	return []expr.Any{&expr.Ct{Register: reg1, Key: expr.CtKeyDIRECTION}, cmpEq([]byte{1})}
 }
 
+// ctReplyPortOutside matches a connection whose answers are addressed to a port outside
+// of a range. The library writes the direction as four octets in network order, of
+// which the kernel reads the first.
+func ctReplyPortOutside(r PortRange) []expr.Any {
+	const reply = 1 << 24
+	return []expr.Any{
+		&expr.Ct{Register: reg1, Key: expr.CtKeyPROTODST, Direction: reply},
+		&expr.Range{Op: expr.CmpOpNeq, Register: reg1, FromData: big16(r.First), ToData: big16(r.Last)},
+	}
+}
+
+// opensTCP matches a TCP packet that begins a connection: SYN without ACK.
+func opensTCP() []expr.Any {
+	const syn, ack = 0x02, 0x10 // RFC 9293, 3.1
+	return when(l4proto(policy.TCP), []expr.Any{
+		payload(expr.PayloadBaseTransportHeader, 13, 1, reg1),
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 1, Mask: []byte{syn | ack}, Xor: []byte{0}},
+		cmpEq([]byte{syn}),
+	})
+}
+
 // ctMark matches a connection's mark. It does not match a packet that belongs to
 // no connection.
 func ctMark(v, mask uint32) []expr.Any {

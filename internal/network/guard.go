@@ -71,6 +71,9 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // ensureTable makes the table anew if it is gone.
 func (n *Network) ensureTable() error {
 	there, err := n.hasTable()
+	if err == nil && there && !n.hidden.Load() {
+		return n.hide() // it failed when the table was put back
+	}
 	if err != nil || there {
 		return err
 	}

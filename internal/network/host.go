@@ -77,6 +77,9 @@ func (n *Network) prepareHost() error {
 		}
 	}
 	n.share()
+	if err := n.reserveSourcePorts(); err != nil {
+		return err
+	}
 	if err := n.routeMarked(lo); err != nil {
 		return err
 	}
@@ -167,7 +170,7 @@ func (n *Network) unprepareHost() error {
 			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
 		}
 	}
-	return errors.Join(all, n.unshutRoutes())
+	return errors.Join(all, n.unshutRoutes(), n.unreserveSourcePorts())
 }
 
 // Check looks for what would keep sandboxes from the network although our own
@@ -202,6 +205,7 @@ func (n *Network) Check() []string {
 			break
 		}
 	}
+	out = append(append(out, CheckSourcePorts(n.cfg.SourcePorts)...), CheckReserved(n.cfg.SourcePorts)...)
 	return append(out, n.checkKernel()...)
 }
 
@@ -223,6 +227,9 @@ func (n *Network) checkKernel() []string {
 	}
 	if read("net/netfilter/nf_conntrack_tcp_loose") == "0" {
 		out = append(out, "net.netfilter.nf_conntrack_tcp_loose is 0: flows that outlive a conntrack flush end instead of continuing.")
+	}
+	if read("net/netfilter/nf_conntrack_helper") == "1" {
+		out = append(out, "net.netfilter.nf_conntrack_helper is 1: what a sandbox sends to the port of an old protocol, as FTP's, can make the kernel expect a connection at a port of this machine, which then misses it. Set it to 0.")
 	}
 	if n.cfg.IPv6 == IPv6Auto && !n.v6 {
 		out = append(out, "This machine has no IPv6 default route: sandboxes get IPv4 only.")

@@ -60,6 +60,9 @@ type Config struct {
 	// number derived from Name.
 	Mark       uint32
 	RouteTable int
+	// SourcePorts are the ports that flows of sandboxes have outside; nothing of the
+	// host may listen there. Default DefaultSourcePorts.
+	SourcePorts PortRange
 	// NFLogGroup is the netfilter log group that refused packets go to; default
 	// derived from Name. Groups belong to a whole network namespace.
 	NFLogGroup uint16
@@ -110,6 +113,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.RouteTable == 0 {
 		c.RouteTable = 0xc0d0000 | int(h&0xffff)
 	}
+	if c.SourcePorts == (PortRange{}) {
+		c.SourcePorts = DefaultSourcePorts
+	}
 	if c.NFLogGroup == 0 {
 		c.NFLogGroup = uint16(h%60000) + 1000
 	}
@@ -135,6 +141,10 @@ func (c Config) check() error {
 		return errs.New(errs.Invalid, "network.subnet6 %s: give a unique local /48, for example fd12:3456:789a::/48", c.Subnet6)
 	case c.Mark&(c.Mark-1) != 0:
 		return errs.New(errs.Invalid, "network.mark %#x: give exactly one bit", c.Mark)
+	case c.SourcePorts.First < 1024 || c.SourcePorts.Len() < leastSourcePorts:
+		return errs.New(errs.Invalid, "network.source_ports %s: give a range of at least %d ports above 1023, for example %s", c.SourcePorts, leastSourcePorts, DefaultSourcePorts)
+	case c.SourcePorts.Has(c.ProxyPort) || c.SourcePorts.Has(c.DNSPort):
+		return errs.New(errs.Invalid, "network.source_ports %s: the proxy's port %d and the resolver's %d must be outside of it", c.SourcePorts, c.ProxyPort, c.DNSPort)
 	case !strings.HasPrefix(c.RunDir, "/"):
 		return errs.New(errs.Invalid, "network.runDir %q: give an absolute path", c.RunDir)
 	case c.Flows == nil || c.Log == nil:
@@ -162,7 +172,8 @@ type Network struct {
 	ct   *tracker
 	v6   bool // new slots get IPv6
 
-	shutter *shutter // nil before Reconcile, or where the kernel lacks it
+	hidden  atomic.Bool // the table's rules for source ports are in force
+	shutter *shutter    // nil before Reconcile, or where the kernel lacks it
 
 	addrs  atomic.Pointer[map[netip.Addr]struct{}] // the machine's own
 	owners []atomic.Pointer[owner]                 // by slot number: who may be asked about without a lock

@@ -220,6 +220,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 		}
 		all = append(all, b)
 	}
+	n.hidden.Store(false)
 	err := n.kern.do(func(tx *transaction) {
 		n.addTable(tx)
 		for _, b := range all {
@@ -243,7 +244,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 			b.slot.pins.adopt(b.live, b.prog)
 		}
 	}
-	return nil
+	return n.hide()
 }
 
 // publish makes the kept leases known and opens the network for new ones.

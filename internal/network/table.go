@@ -22,7 +22,8 @@ import (
 //	s<n> (one per slot under a policy, rules.go)
 //	    the flow carries the slot's mark: accepted before under this policy → on
 //	    link, screen, floor, rules → ok, proxy or no_…
-//	link    an answer to what the host opened, neighbour discovery → on
+//	link    an answer to what the host opened → answer; neighbour discovery → on
+//	answer  opens a TCP connection → drop; → on
 //	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
 //	        mark the flow → on
 //	proxy, dns   a new flow too many → no_limit
@@ -30,11 +31,13 @@ import (
 //	no_…    log at a bounded rate, then refuse: TCP reset; UDP port unreachable, the one
 //	        ICMP error that gVisor hands to a socket; else ICMP prohibited
 //	fwd (forward)
-//	    to one of our links: only answers to flows that ok has marked
+//	    to one of our links: only answers to flows that ok has marked, by a port of
+//	    the range that their flows have outside
 //	    from one of our links: only such flows
 //	inp (input)   the proxy's ports: only by the transparent path
 //	out (output)   to one of our links: only answers, and what root opens
-//	post (postrouting)   what leaves the host from a slot gets the host's address
+//	post (postrouting)   what leaves the host from a slot gets the host's address, and
+//	    a random port of the range that is kept for it (masquerade.go)
 //
 // Only the first packets of a flow walk a slot's chain. Afterwards the mark
 // decides, in one comparison; a new policy has a new mark, so the next packet of
@@ -42,6 +45,8 @@ import (
 const (
 	chainPin, chainPre, chainFwd, chainInp, chainOut, chainPost = "pin", "pre", "fwd", "inp", "out", "post"
 
+	chainAnswer     = "answer"      // an answer by a flow that the other end opened
+	chainHide       = "hide"        // gets the host's address
 	chainLink       = "link"        // what needs no policy: answers to the host, neighbour discovery
 	chainScreen     = "screen"      // what no policy can allow; returns for the rest
 	chainInward     = "inward"      // forwarded to a slot
@@ -168,7 +173,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainProxy, chainProxied, chainDNS, chainOK, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
+		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
@@ -253,10 +258,13 @@ func (n *Network) addShared(tx *transaction) {
 		when(brief(), setCtMark(0), accept()),
 		when(drop()))
 	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
+	// The tracker takes the packet that opens a connection for an answer where both
+	// ends send one at the same time. Only one end of our flows opens them.
+	tx.rules(n.chain(chainAnswer), when(opensTCP(), drop()), when(accept()))
 	tx.rules(n.chain(chainLink),
 		// Not what is only related: the tracker finds the flow of an ICMP error by what
 		// the error quotes, whoever sends it, and a quote can be of anybody's flow.
-		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED), accept()),
+		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED), goTo(chainAnswer)),
 		when(neighbour(135), accept()),
 		when(neighbour(136), accept()),
 		when(saddrIn(linkLocal), drop())) // good for nothing else
@@ -312,8 +320,12 @@ func (n *Network) addHooks(tx *transaction) {
 		when(oifStarts(ours), goTo(chainInward)),
 		when(forwarded, accept()),
 		when(iifStarts(ours), drop()))
+	// A datagram has no sign of whether it opens a flow. One that is addressed to a port
+	// outside of the range may be meant for a service of the host: the flow that the
+	// tracker takes it for an answer to got its port from another table.
 	tx.rules(n.chain(chainInward),
-		when(forwarded, ctReply(), accept()),
+		when(l4proto(policy.UDP), ctReplyPortOutside(n.cfg.SourcePorts), drop()),
+		when(forwarded, ctReply(), goTo(chainAnswer)),
 		when(drop()))
 	inp := tx.AddChain(n.hook(chainInp, nftables.ChainHookInput, *nftables.ChainPriorityFilter))
 	tx.rules(inp,
@@ -327,10 +339,11 @@ func (n *Network) addHooks(tx *transaction) {
 		when(ownedByRoot(), accept()),
 		when(l4proto(policy.TCP), rejectTCP()),
 		when(reject(unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED)))
-	post := tx.AddChain(n.hook(chainPost, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource))
+	post := tx.AddChain(n.hook(chainPost, nftables.ChainHookPostrouting, *beforeOthers))
 	tx.rules(post,
-		when(saddrIn(n.cfg.Subnet4), oifStartsNot(ours), load(&expr.Masq{})),
-		when(saddrIn(n.cfg.Subnet6), oifStartsNot(ours), load(&expr.Masq{})))
+		when(saddrIn(n.cfg.Subnet4), oifStartsNot(ours), goTo(chainHide)),
+		when(saddrIn(n.cfg.Subnet6), oifStartsNot(ours), goTo(chainHide)))
+	tx.rules(n.chain(chainHide), when(drop())) // until hide has filled it
 }
 
 // ownKey loads link, hardware address and network address, as own4 and own6 have them.
