@@ -31,20 +31,26 @@ func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
 	p.rule(ctMark(mark, ^uint32(0)), accept())
 	p.rule(ctMark(mark|markProxied, ^uint32(0)), goTo(chainProxied))
 	p.rule(jump(chainScreen))
-	if k.NameRules || !k.DenyAll {
+	p.list("opdeny", k.OperatorDeny, goTo(classDeny.chain()))
+	if k.Service {
 		p.ports(k.ProxyPorts, daddrIn(netip.PrefixFrom(policy.ServiceAddr4, 32)), goTo(chainProxy))
 	}
-	p.list("open", k.FloorOpen, goTo(chainOK))
+	hole := goTo(chainOK)
+	if k.OperatorNames {
+		hole = goTo(chainHole)
+	}
+	p.list("open", k.FloorOpen, hole)
+	p.list("openhost", k.HostOpen, when(daddrTypeIn(setHost), hole))
 	if k.FloorNames {
 		p.ports(k.ProxyPorts, nil, jump(chainFloorNames))
 	}
 	p.rule(jump(chainFloor))
-	if !k.Observe {
-		p.list("opdeny", k.OperatorDeny, goTo(classDeny.chain()))
+	if k.OperatorNames {
+		p.ports(k.ProxyPorts, nil, goTo(chainProxy))
 	}
 	p.list("opallow", k.OperatorAllow, goTo(chainOK))
 	p.list("allow", k.Allow, goTo(chainOK))
-	if k.NameRules {
+	if k.NameRules && !k.OperatorNames {
 		p.ports(k.ProxyPorts, nil, goTo(chainProxy))
 	}
 	if k.Pins {

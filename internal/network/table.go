@@ -21,7 +21,7 @@ import (
 //	    link @slots → s<n>; no entry: link, then drop
 //	s<n> (one per slot under a policy, rules.go)
 //	    the flow carries the slot's mark: accepted before under this policy → on
-//	    link, screen, floor, rules → ok, proxy or no_…
+//	    link, screen, the operator's denials, floor, rules → ok, proxy or no_…
 //	link    an answer to what the host opened → answer; neighbour discovery → on
 //	answer  opens a TCP connection → drop; → on
 //	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
@@ -52,6 +52,7 @@ const (
 	chainInward     = "inward"      // forwarded to a slot
 	chainFloor      = "floor"       // returns unless the destination is in the floor
 	chainFloorNames = "floor_names" // the same, for policies where a name may open it
+	chainHole       = "hole"        // ok, but for what the proxy must look at
 	chainOK         = "ok"
 	chainProxy      = "proxy"
 	chainProxied    = "proxied" // proxy for a flow that is marked already
@@ -173,7 +174,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
+		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
@@ -257,6 +258,7 @@ func (n *Network) addShared(tx *transaction) {
 		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
 		when(brief(), setCtMark(0), accept()),
 		when(drop()))
+	tx.rules(n.chain(chainHole), when(l4proto(policy.TCP), dport(80), goTo(chainProxy)), when(l4proto(policy.TCP), dport(443), goTo(chainProxy)), when(goTo(chainOK)))
 	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
 	// The tracker takes the packet that opens a connection for an answer where both
 	// ends send one at the same time. Only one end of our flows opens them.

@@ -4,8 +4,9 @@ import (
 	"net/netip"
 )
 
-// Decide judges a flow: floor, operator, then allow, then deny, then default
-// allow. Port 53 is judged like any other: whether the resolver may be spoken to.
+// Decide judges a flow: the operator's denials, the floor, the operator's
+// permissions, then allow, then deny, then default allow. No mode changes what the
+// operator and the floor deny. Port 53 is judged like any other: whether the resolver may be spoken to.
 func (c *Compiled) Decide(f Flow) Verdict {
 	port := f.Dst.Port()
 	switch f.Proto {
@@ -18,10 +19,7 @@ func (c *Compiled) Decide(f Flow) Verdict {
 		return Verdict{Rule: Rule{ID: "protocol", Text: "only TCP, UDP and ICMP are forwarded"}, Reason: ReasonProtocol}
 	}
 	dst := plain(f.Dst.Addr())
-	if v, settled := c.decideFloor(f.Name, dst, port); settled {
-		return v
-	}
-	if v, settled := c.decideOperator(f.Name, dst, port); settled {
+	if v, settled := c.decideAbove(f.Name, dst, port); settled {
 		return v
 	}
 	if r := c.allow.matchAddr(dst, port); r != 0 {
@@ -56,10 +54,7 @@ func (c *Compiled) whyDenied(f Flow, port uint16) Reason {
 // allowed by name: only the floor and the operator's denials can still refuse it.
 func (c *Compiled) DecideAddr(name string, dst netip.AddrPort) Verdict {
 	addr, port := plain(dst.Addr()), dst.Port()
-	if v, settled := c.decideFloor(name, addr, port); settled {
-		return v
-	}
-	if v, settled := c.decideOperator(name, addr, port); settled {
+	if v, settled := c.decideAbove(name, addr, port); settled {
 		return v
 	}
 	if r := c.allow.matchName(name, port); r != 0 {
@@ -73,7 +68,7 @@ func (c *Compiled) DecideAddr(name string, dst netip.AddrPort) Verdict {
 func (c *Compiled) DecideQuery(name string) Verdict {
 	if c.opDeny.names != nil {
 		if r := c.opDeny.names.match(name); r != 0 {
-			return c.denied(r, ReasonOperator)
+			return c.forbidden(r)
 		}
 	}
 	if r := c.floorOpen.listsName(name); r != 0 {
@@ -150,19 +145,22 @@ func (c *Compiled) inFloor(a netip.Addr) (Rule, bool) {
 	return Rule{}, false
 }
 
-// decideOperator settles a flow that the operator's lists name, deny first.
-func (c *Compiled) decideOperator(name string, dst netip.Addr, port uint16) (v Verdict, settled bool) {
-	r := c.opDeny.matchDenied(dst, port)
-	if r == 0 {
-		r = c.opDeny.matchName(name, port)
+// decideAbove settles a flow that the layers above the sandbox's own rules speak of:
+// the operator's denials, the floor with its holes, the operator's permissions.
+func (c *Compiled) decideAbove(name string, dst netip.Addr, port uint16) (v Verdict, settled bool) {
+	if r := c.opDeny.matchDenied(dst, port).or(c.opDeny.matchName(name, port)); r != 0 {
+		return c.forbidden(r), true
 	}
-	if r != 0 {
-		return c.denied(r, ReasonOperator), true
+	if v, settled := c.decideFloor(name, dst, port); settled {
+		return v, true
 	}
-	if r = c.opAllow.matchAddr(dst, port); r == 0 {
-		r = c.opAllow.matchName(name, port)
-	}
+	r := c.opAllow.matchAddr(dst, port).or(c.opAllow.matchName(name, port))
 	return c.allowed(r, ReasonOperator), r != 0
+}
+
+// forbidden is a denial of the operator's, in every mode.
+func (c *Compiled) forbidden(r ruleRef) Verdict {
+	return Verdict{Rule: c.rules[r], Reason: ReasonOperator}
 }
 
 func (c *Compiled) allowed(r ruleRef, why Reason) Verdict {

@@ -269,8 +269,8 @@ func TestOperatorStandsAboveTheSandbox(t *testing.T) {
 			"tcp 192.0.0.8:443 3000-x.cordon.localhost": "allow allow-name allow[0]",
 			"tcp 192.0.0.8:443 3001-x.cordon.localhost": "deny name-denied deny[0]",
 		}},
-		{"observe spares the operator's denials too", Input{Mode: ModeObserve}, checks{
-			"tcp 6.6.6.9:443": "observe operator operator.deny[0]",
+		{"observe spares nothing that the operator denies", Input{Mode: ModeObserve}, checks{
+			"tcp 6.6.6.9:443": "deny operator operator.deny[0]",
 		}},
 	}
 	for _, tt := range tests {

@@ -6,23 +6,29 @@ import "net/netip"
 // are sorted by port and address, merged and disjoint for each port; IPv4 and
 // IPv6 are mixed. They are shared: do not write to them. The kernel applies, in order:
 //
-//  1. FloorOpen → accept; with FloorNames TCP ProxyPorts to the floor → the
-//     proxy; the floor (Floor and the host's addresses) → reject
-//  2. OperatorDeny → reject, OperatorAllow → accept
-//  3. Allow, AllowPorts → accept
-//  4. NameRules: TCP ProxyPorts → the proxy
+//  1. OperatorDeny → reject
+//  2. Service: TCP ProxyPorts to ServiceAddr4 → the proxy
+//  3. FloorOpen, and HostOpen where the destination is the host's → accept, but with
+//     OperatorNames TCP ProxyPorts → the proxy; with FloorNames TCP ProxyPorts to the
+//     floor → the proxy; the floor (Floor and the host's addresses) → reject
+//  4. OperatorNames: TCP ProxyPorts → the proxy
+//  5. OperatorAllow, Allow → accept
+//  6. NameRules: TCP ProxyPorts → the proxy
 //     Pins: TCP to a pinned address and port → the proxy
-//  5. AutoDNS: UDP and TCP 53 to DefaultNameserver → the resolver
-//  6. Deny, DenyPorts → reject; everything else → accept
+//  7. AutoDNS: UDP and TCP 53 to DefaultNameserver → the resolver
+//  8. Deny → reject; everything else → accept
 //
-// Accepted UDP and TCP 53 always goes to the resolver. In ModeObserve steps 2
-// and 6 log instead of rejecting. Deny lists hold the NAT64 and 6to4 forms of
-// their IPv4 prefixes.
+// Accepted UDP and TCP 53 always goes to the resolver. In ModeObserve step 8 logs
+// instead of rejecting. Deny lists hold the NAT64 and 6to4 forms of their IPv4
+// prefixes. Decide follows the same order.
 type KernelRules struct {
 	Generation    uint64
-	FloorOpen     []PrefixPort
-	FloorNames    bool // FloorOpen holds a name for a proxy port: only the proxy can tell
+	Service       bool         // a name shown at ServiceAddr4 may be allowed
+	FloorOpen     []PrefixPort // what holes open of Floor
+	HostOpen      []PrefixPort // what they may open of the host's addresses beside
+	FloorNames    bool         // a hole is a name for a proxy port: only the proxy can tell
 	OperatorDeny  []PrefixPort
+	OperatorNames bool // the operator denies a name on ProxyPorts: no address is let past the proxy there
 	OperatorAllow []PrefixPort
 	Allow         []PrefixPort
 	Deny          []PrefixPort
@@ -46,9 +52,10 @@ func (c *Compiled) Kernel() KernelRules { return c.kernel }
 func (c *Compiled) deriveKernel() {
 	k := &c.kernel
 	k.Generation = c.generation
-	k.FloorOpen = merge(c.floorOpen.prefixes)
+	k.FloorOpen, k.HostOpen = holes(c.floorOpen.prefixes)
 	k.FloorNames = c.floorOpen.proxied()
 	k.OperatorDeny = merge(translated(c.opDeny.prefixes))
+	k.OperatorNames = c.opDeny.proxied()
 	k.OperatorAllow = merge(c.opAllow.prefixes)
 	k.Allow = merge(c.allow.prefixes)
 	if k.DenyAll {
@@ -58,8 +65,14 @@ func (c *Compiled) deriveKernel() {
 	}
 	k.Observe = c.input.Mode == ModeObserve
 	// Whoever observes wants to know the names, so the proxy has a look at them.
-	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || c.opDeny.proxied() || k.Observe
+	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || k.OperatorNames || k.Observe
 	k.ProxyPorts = []uint16{80, 443}
+	k.Service = k.NameRules || !k.DenyAll
+	for _, port := range k.ProxyPorts {
+		for _, allow := range []*ruleSet{&c.floorOpen, &c.opAllow, &c.allow} {
+			k.Service = k.Service || allow.matchAddr(ServiceAddr4, port) != 0
+		}
+	}
 	k.AutoDNS = c.autoDNS
 	k.Pins = c.allow.pins() || c.opAllow.pins() || c.floorOpen.pins()
 	// The tries decide from here on.
@@ -77,4 +90,28 @@ func translated(in []PrefixPort) []PrefixPort {
 		}
 	}
 	return out
+}
+
+// holes cuts the operator's holes to what they open: a hole in the floor says nothing
+// of an address outside of it. What of a hole is outside of Floor may still be the
+// host's.
+func holes(in []PrefixPort) (floor, host []PrefixPort) {
+	for _, p := range in {
+		whole := false
+		for _, r := range Floor() {
+			if !r.Prefix.Overlaps(p.Prefix) {
+				continue
+			}
+			part := p.Prefix
+			if part.Bits() < r.Prefix.Bits() {
+				part = r.Prefix
+			}
+			whole = whole || part == p.Prefix
+			floor = append(floor, PrefixPort{part, p.Port})
+		}
+		if !whole {
+			host = append(host, p)
+		}
+	}
+	return merge(floor), merge(host)
 }

@@ -101,6 +101,7 @@ func TestKernelRules(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.want.Generation, tt.want.ProxyPorts = 7, []uint16{80, 443}
+			tt.want.Service = tt.want.NameRules || !tt.want.DenyAll
 			got := mustCompile(t, tt.in, tt.op).Kernel()
 			if diff := cmp.Diff(tt.want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(slices.Equal[[]PrefixPort])); diff != "" {
 				t.Error(diff)
