@@ -25,7 +25,12 @@ type extension struct {
 	data []byte
 }
 
-const extServerName = 0 // RFC 6066 section 3
+const (
+	extServerName      = 0  // RFC 6066 section 3
+	extSupportedGroups = 10 // RFC 8446 section 4.2.7
+	extKeyShare        = 51 // RFC 8446 section 4.2.8
+	groupX25519        = 29
+)
 
 // newHello returns the hello that crypto/tls sends for a name.
 func newHello(name string) clientHello {
@@ -81,6 +86,39 @@ func (h clientHello) named(exts ...extension) clientHello {
 // pre-shared key.
 func (h clientHello) with(exts ...extension) clientHello {
 	return clientHello{head: h.head, exts: append(slices.Clone(exts), h.exts...)}
+}
+
+// offering limits the hello to X25519, with a share of a key or, for nil, without one:
+// then a server has to ask for it.
+func (h clientHello) offering(share []byte) clientHello {
+	out := clientHello{head: h.head}
+	for _, e := range h.exts {
+		switch e.kind {
+		case extSupportedGroups:
+			e.data = vector16(nil, []byte{0, groupX25519})
+		case extKeyShare:
+			e.data = vector16(nil, share)
+		}
+		out.exts = append(out.exts, e)
+	}
+	return out
+}
+
+// x25519Share returns the entry of key_share for X25519.
+func (h clientHello) x25519Share() []byte {
+	for _, e := range h.exts {
+		if e.kind != extKeyShare {
+			continue
+		}
+		for list := e.data[2:]; len(list) >= 4; {
+			size := 4 + int(binary.BigEndian.Uint16(list[2:]))
+			if binary.BigEndian.Uint16(list) == groupX25519 {
+				return slices.Clone(list[:size])
+			}
+			list = list[size:]
+		}
+	}
+	panic("crypto/tls offers no X25519")
 }
 
 // bytes puts the hello into one record.

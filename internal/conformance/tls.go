@@ -31,6 +31,7 @@ func tlsCases() []Case {
 		{ID: 13, Group: group, Title: "QUIC", Run: quic},
 		{ID: 14, Group: group, Title: "STARTTLS on mail ports", Run: startTLS},
 		{ID: 73, Group: group, Title: "a record or a preamble before the hello", Run: beforeHello},
+		{ID: 74, Group: group, Title: "another name in a second hello", Run: secondHello},
 	}
 }
 
@@ -505,5 +506,49 @@ func beforeHello(t *Trial) {
 	t.Try(Try{
 		What: "control: the handshake of its own name", By: s, Orders: []probe.Order{o},
 		Reaches: []Arrival{{At: addrShared, Port: 8443}}, Answer: served(addrShared, nameShared+":8443"), Log: allowed("allow-name"),
+	})
+}
+
+// secondHello: the hello that follows a server's retry request shows the name of the
+// first. The one for B here has no key, as the first has none: no server goes on with it.
+func secondHello(t *Trial) {
+	s := t.Sandbox(standard())
+	h := newHello(nameA)
+	first, second := h.offering(nil), h.offering(h.x25519Share())
+	other := first.named(hostName(nameB))
+	retried := func(part clientHello) probe.Order {
+		again := part.bytes()
+		again[2] = 3 // RFC 8446 section 5.1
+		o := tcp(addrAttacker, 443, first.bytes(), again)
+		o.Turns, o.HalfClose = true, true
+		return o
+	}
+	t.Try(Try{
+		What: "control: a server asks for a second hello, gets it and answers", By: s, Orders: []probe.Order{retried(second)},
+		Reaches: []Arrival{{At: addrA, Port: 443, Text: nameA}}, Log: allowed("allow-name"),
+		Answer: func(got probe.Outcome) error {
+			if bytes.Count(got.Received, []byte{22, 3, 3}) < 2 {
+				return errors.New("not two answers came")
+			}
+			return serverHello(got)
+		},
+	})
+	t.Try(Try{
+		What: "A's, then B's when the server asks for a second", By: s, Orders: []probe.Order{retried(other)},
+		Reaches: []Arrival{{At: addrA, Port: 443, Text: nameA}}, Never: []string{nameB}, Log: Want{"deny", []string{"bad-hello"}, nameB},
+		Answer: func(got probe.Outcome) error {
+			if !bytes.HasSuffix(got.Received, accessDenied) {
+				return errors.New("no access_denied alert came")
+			}
+			return nil
+		},
+	})
+	t.Try(Try{
+		What: "A's and B's in one segment, alone and with early data between", By: s,
+		Orders: []probe.Order{
+			tcp(addrA, 443, append(first.bytes(), other.bytes()...)),
+			tcp(addrA, 443, slices.Concat(first.bytes(), []byte("\x17\x03\x03\x00\x05early"), other.bytes())),
+		},
+		Reaches: []Arrival{{At: addrA, Port: 443, Text: nameA}}, Never: []string{nameB}, Log: Want{"deny", []string{"bad-hello"}, nameB},
 	})
 }

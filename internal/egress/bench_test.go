@@ -23,7 +23,7 @@ func BenchmarkReadHello(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		s := source{conn: &replay{r: bytes.NewReader(records)}, pool: pool}
-		if name, err := readHello(&s); err != nil || name != "www.example.com" {
+		if name, _, err := readHello(&s); err != nil || name != "www.example.com" {
 			b.Fatal(name, err)
 		}
 		s.release()

@@ -31,11 +31,12 @@ type flow struct {
 
 	bytesOut, bytesIn atomic.Int64
 	pumps             atomic.Int32 // directions still copied
+	settled           atomic.Bool  // the TLS server's answer asks for no second hello
 	headRequest       bool         // the request going on is HEAD: an answer has no body
 
 	mu       sync.Mutex // guards the rest
 	begun    bool       // an upstream was reached: a Closed event is due
-	ruled    bool       // ruling is set: Revoke may judge it
+	judged   bool       // ruling is set: Revoke may judge it
 	ruling   ruling
 	upAddr   netip.AddrPort // what was dialled; invalid for our own ingress
 	upstream net.Conn
@@ -95,7 +96,7 @@ func (f *flow) judgeBy(rule func(*policy.Compiled) ruling) (ruling, bool) {
 		}
 		r := rule(owner.Policy)
 		f.mu.Lock()
-		f.ruling, f.ruled = r, true
+		f.ruling, f.judged = r, true
 		killed := f.killed != ""
 		f.mu.Unlock()
 		if killed {
@@ -112,14 +113,14 @@ func (f *flow) judgeBy(rule func(*policy.Compiled) ruling) (ruling, bool) {
 // rejudge cuts the flow if the policy now in force refuses it.
 func (f *flow) rejudge() {
 	f.mu.Lock()
-	ruled, old, up := f.ruled, f.ruling, f.upAddr
+	judged, old, up := f.judged, f.ruling, f.upAddr
 	f.mu.Unlock()
 	owner, known := f.p.cfg.Owner(f.src.Addr())
 	if !known || owner.Sandbox != f.sandbox || owner.Policy == nil {
 		f.kill(ReasonRevoked)
 		return
 	}
-	if !ruled || !old.Allow {
+	if !judged || !old.Allow {
 		return // its name is still to come and meets the new policy, or it is ending
 	}
 	now := rule(owner.Policy, f.dst, old.name)
@@ -245,7 +246,7 @@ func denialReason(v policy.Verdict, why policy.Reason) policy.Reason {
 
 // serveTLS reads the ClientHello, judges its name and splices.
 func (f *flow) serveTLS(ctx context.Context) bool {
-	name, err := readHello(&f.in)
+	name, size, err := readHello(&f.in)
 	if err != nil {
 		return f.unreadable(ctx, err)
 	}
@@ -262,7 +263,7 @@ func (f *flow) serveTLS(ctx context.Context) bool {
 		f.deny(r.policy, denial{rule: r.Rule, reason: r.Reason, name: name, whole: true})
 		return false
 	}
-	return f.pass(ctx, r)
+	return f.passFirst(ctx, r, size)
 }
 
 // unreadable denies a flow whose first bytes cannot be read. Only observe mode,
@@ -292,18 +293,29 @@ func (f *flow) unreadable(ctx context.Context, err error) bool {
 
 // pass connects an allowed flow and hands it over to the copying goroutines.
 func (f *flow) pass(ctx context.Context, r ruling) (handedOver bool) {
+	return f.passFirst(ctx, r, len(f.in.pending()))
+}
+
+// passFirst is pass that sends only the first n bytes of what is pending; the rest is
+// for the goroutines to look at.
+func (f *flow) passFirst(ctx context.Context, r ruling, n int) (handedOver bool) {
 	up, ok := f.connect(ctx, r)
 	if !ok {
 		return false
 	}
 	f.recordAllowed(r, "")
-	if !f.send(up, f.in.pending()) {
+	if !f.send(up, f.in.pending()[:n]) {
 		f.record(flowlog.Failed, event{policy: r.policy, name: r.name, rule: r.Rule, reason: f.killedOr(ReasonUpstream), detail: "the upstream took no bytes"})
 		f.kill(ReasonUpstream)
 		return false
 	}
-	f.in.release()
-	f.splice(up)
+	f.in.consume(n)
+	f.in.rest()
+	if f.proto == "tls" && r.name != "" {
+		f.spliceTLS(up)
+	} else {
+		f.splice(up)
+	}
 	return true
 }
 

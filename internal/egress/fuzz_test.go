@@ -59,8 +59,8 @@ func FuzzClientHello(f *testing.F) {
 	f.Add(reframe(hello{names: [][]byte{a}}.records(), 3), 5)
 	f.Add(realHello(f, "www.example.com"), 4096)
 	f.Fuzz(func(t *testing.T, b []byte, step int) {
-		name, err := readHello(fromBytes(b, step))
-		again, errAgain := readHello(fromBytes(b, 1+step/2))
+		name, _, err := readHello(fromBytes(b, step))
+		again, _, errAgain := readHello(fromBytes(b, 1+step/2))
 		if name != again || (err == nil) != (errAgain == nil) {
 			t.Fatalf("%q, %v in one split and %q, %v in another", name, err, again, errAgain)
 		}

@@ -84,27 +84,28 @@ func (h *helloReader) add(payload []byte) (done bool, err error) {
 	return done, nil
 }
 
-// readHello reads a ClientHello and leaves it pending in s. The name is
-// canonical, or empty when the hello shows none.
-func readHello(s *source) (name string, err error) {
+// readHello reads a ClientHello and leaves it pending in s, with size bytes. The
+// name is canonical, or empty when the hello shows none.
+func readHello(s *source) (name string, size int, err error) {
 	var h helloReader
 	for {
 		done, err := h.feed(s.pending())
 		if err != nil {
-			return "", err
+			return "", 0, err
 		}
 		if done {
 			break
 		}
 		if err := s.fill(maxHelloRaw); err != nil {
-			return "", sniffFailed(err, badHello("the connection ended inside the ClientHello"))
+			return "", 0, sniffFailed(err, badHello("the connection ended inside the ClientHello"))
 		}
 	}
 	shown, err := parseHello(h.msg[4:])
 	if err != nil || shown == "" {
-		return "", err
+		return "", h.next, err
 	}
-	return nameShown(shown)
+	name, err = nameShown(shown)
+	return name, h.next, err
 }
 
 // nameShown turns a server_name into the canonical name it must be.

@@ -151,8 +151,13 @@ func (f *flow) serveLate(ctx context.Context, up net.Conn) bool {
 		return true
 	}
 	kind, err := f.classify()
-	if err == nil && (kind == showsNothing || kind == showsTLS && f.helloAllowed()) {
+	if err == nil && kind == showsNothing {
 		return f.forward(up)
+	}
+	if err == nil && kind == showsTLS {
+		if size, ok := f.helloAllowed(); ok {
+			return f.forwardHello(up, back, size)
+		}
 	}
 	spoke := f.silence(up, back)
 	f.dropUpstream()
@@ -193,19 +198,43 @@ func (f *flow) silence(up net.Conn, back <-chan error) (spoke bool) {
 }
 
 // helloAllowed judges the name of a ClientHello that came after the server was
-// connected. The address was pinned for an allowed name, so with another allowed
-// name it may stay.
-func (f *flow) helloAllowed() bool {
-	name, err := readHello(&f.in)
+// connected, and returns the size of the hello. The address was pinned for an allowed
+// name, so with another allowed name it may stay.
+func (f *flow) helloAllowed() (size int, ok bool) {
+	name, size, err := readHello(&f.in)
 	if err != nil || name == "" {
-		return false
+		return 0, false
 	}
 	r, ok := f.judge(name)
 	if !ok || !r.Allow || r.route == routeSelf {
-		return false
+		return 0, false
 	}
 	f.proto = "tls"
 	f.recordAllowed(r, "")
+	return size, true
+}
+
+// forwardHello sends the hello and lets both directions flow as a guarded flow's; the
+// server's was not one so far.
+func (f *flow) forwardHello(up net.Conn, back <-chan error, size int) bool {
+	_ = up.SetReadDeadline(time.Unix(1, 0))
+	alive := errors.Is(<-back, os.ErrDeadlineExceeded)
+	_ = up.SetReadDeadline(time.Time{})
+	_ = f.client.SetDeadline(time.Time{})
+	if err := f.passPending(up, size); err != nil {
+		if alive {
+			f.pumped(f.client, up, err)
+		}
+		f.pumped(up, f.client, err)
+		return true
+	}
+	f.in.rest()
+	if alive {
+		f.p.conns.Add(1)
+		go f.pumpAnswer(up)
+	}
+	f.p.conns.Add(1)
+	go f.pumpHellos(up)
 	return true
 }
 

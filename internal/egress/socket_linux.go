@@ -3,7 +3,9 @@ package egress
 import (
 	"errors"
 	"net"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +27,13 @@ func peek(c net.Conn) (n int, err error) {
 		n, _, failed = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	})
 	return n, errors.Join(err, failed)
+}
+
+// peekAt is peek for a descriptor. unix.Recvfrom does the same, but reads an address
+// as well, for which the stack of a waiting goroutine would have to grow.
+func peekAt(fd int, b []byte) (int, syscall.Errno) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
+	return int(n), errno
 }
 
 // silent reports whether an idle connection is open with nothing to read.

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -39,8 +40,17 @@ func (p *pipe) close() {
 // for bytes: two of them, with four descriptors and 20 KiB of kernel memory, for
 // every idle flow. The speed is the same (BenchmarkSplice).
 type pipes struct {
+	answers sync.Pool // of *answer, empty
+
 	mu   sync.Mutex // guards free
 	free []*pipe
+}
+
+func (ps *pipes) getAnswer() *answer {
+	if a, ok := ps.answers.Get().(*answer); ok {
+		return a
+	}
+	return new(answer)
 }
 
 func (ps *pipes) get() (*pipe, error) {
@@ -84,20 +94,34 @@ func (ps *pipes) copy(dst, src net.Conn) (int64, error) {
 // copyN moves limit bytes from src to dst, or fewer without an error if src ends
 // before; inside the kernel where both are TCP connections.
 func (ps *pipes) copyN(dst, src net.Conn, limit int64) (int64, error) {
+	s := splicing{ps: ps}
+	return s.run(dst, src, limit)
+}
+
+// move is copy for a direction of a guarded flow. held is set when the guard wants
+// what the client sent to be looked at; nothing of it was taken then.
+func (ps *pipes) move(dst, src net.Conn, settled *atomic.Bool, from side) (n int64, held bool, err error) {
+	if _, ok := dst.(*net.TCPConn); !ok && from == fromClient && !settled.Load() {
+		return 0, true, nil // no kernel to look in
+	}
+	s := splicing{ps: ps, settled: settled, side: from}
+	n, err = s.run(dst, src, math.MaxInt64)
+	return n, s.held, err
+}
+
+func (s *splicing) run(dst, src net.Conn, limit int64) (int64, error) {
 	to, ok1 := dst.(*net.TCPConn)
 	from, ok2 := src.(*net.TCPConn)
 	if !ok1 || !ok2 {
 		return io.Copy(dst, &io.LimitedReader{R: src, N: limit})
 	}
-	in, err := from.SyscallConn()
-	if err != nil {
+	var err error
+	if s.in, err = from.SyscallConn(); err != nil {
 		return 0, err
 	}
-	out, err := to.SyscallConn()
-	if err != nil {
+	if s.out, err = to.SyscallConn(); err != nil {
 		return 0, err
 	}
-	s := splicing{ps: ps, in: in, out: out}
 	for s.total < limit {
 		n, err := s.take(min(limit-s.total, pipeSize))
 		if n == 0 || err != nil {
@@ -109,7 +133,7 @@ func (ps *pipes) copyN(dst, src net.Conn, limit int64) (int64, error) {
 		}
 	}
 	if s.pipe != nil {
-		ps.put(s.pipe)
+		s.ps.put(s.pipe)
 	}
 	return s.total, nil
 }
@@ -120,6 +144,10 @@ type splicing struct {
 	in, out syscall.RawConn
 	pipe    *pipe // lent while there are bytes to move
 	total   int64
+	settled *atomic.Bool // of a guarded flow
+	answer  *answer      // lent while more of it may come
+	side    side
+	held    bool // what the client sent has to be looked at
 }
 
 const spliceFlags = unix.SPLICE_F_NONBLOCK | unix.SPLICE_F_MOVE
@@ -129,12 +157,19 @@ const spliceFlags = unix.SPLICE_F_NONBLOCK | unix.SPLICE_F_MOVE
 func (s *splicing) take(limit int64) (n int64, err error) {
 	var failed error
 	err = s.in.Read(func(fd uintptr) bool {
+		most := limit
+		if s.side != unguarded {
+			var wait bool
+			if most, wait = s.look(int(fd), limit); wait || s.held {
+				return s.held
+			}
+		}
 		if s.pipe == nil {
 			if s.pipe, failed = s.ps.get(); failed != nil {
 				return true
 			}
 		}
-		n, failed = splice(int(fd), s.pipe.w, limit)
+		n, failed = splice(int(fd), s.pipe.w, most)
 		if n > 0 {
 			return true
 		}
