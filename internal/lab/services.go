@@ -28,6 +28,7 @@ type services struct {
 	journal *Journal
 	log     *slog.Logger
 	ipv6    bool
+	sites   sync.Map // host name -> http.Handler: the web servers' own sites
 
 	wg      sync.WaitGroup
 	mu      sync.Mutex // guards the fields below

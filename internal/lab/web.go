@@ -14,6 +14,8 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/coder/websocket"
@@ -39,11 +41,12 @@ type web struct {
 	journal *Journal
 	zone    *zone
 	stop    context.Context // ends endless responses
+	sites   *sync.Map       // host name -> http.Handler
 }
 
 // serveWeb starts HTTP on 80 and 8080, and HTTPS on 443 and 8443.
 func (s *services) serveWeb(z *zone) error {
-	h := (&web{journal: s.journal, zone: z, stop: s.ctx}).handler()
+	h := (&web{journal: s.journal, zone: z, stop: s.ctx, sites: &s.sites}).handler()
 	for _, network := range s.networks("tcp") {
 		for _, port := range []int{80, 8080} {
 			l, err := s.listen(network, port)
@@ -130,9 +133,21 @@ func (w *web) handler() http.Handler {
 			http.Redirect(rw, r, target, code)
 			return
 		}
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = r.Host
+		}
+		if site, ok := w.sites.Load(strings.ToLower(strings.TrimSuffix(host, "."))); ok {
+			site.(http.Handler).ServeHTTP(rw, r)
+			return
+		}
 		mux.ServeHTTP(rw, r)
 	})
 }
+
+// Site makes the web servers answer requests for a host by h, on all their ports;
+// the host's name has to be in the zone, or in Config.Names.
+func (l *Lab) Site(host string, h http.Handler) { l.services.sites.Store(host, h) }
 
 func localOf(r *http.Request) netip.AddrPort {
 	a, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)

@@ -44,6 +44,8 @@ type Options struct {
 	Network string
 	// Listen is more YAML for the listen section, indented by two.
 	Listen string
+	// Sandboxes is more YAML for the sandboxes section, indented by two.
+	Sandboxes string
 	// LogLevel is the server's; empty means debug.
 	LogLevel string
 }
@@ -106,8 +108,9 @@ network:
 sandboxes:
   extra_ca: %[4]s
   spares: {base: %[5]d}
+%[9]s
 log: {level: %[7]s}
-`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"), o.Listen)
+`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"), o.Listen, o.Sandboxes)
 }
 
 // Binary is the server's program, which make build makes; TEST_BINARY names another.

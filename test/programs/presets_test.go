@@ -1,0 +1,296 @@
+package programs_test
+
+import (
+	"archive/tar"
+	"archive/zip"
+	"bytes"
+	"compress/gzip"
+	"crypto/md5"  //nolint:gosec // Debian's index of packages has it
+	"crypto/sha1" //nolint:gosec // npm's and Maven's sums
+	"crypto/sha256"
+	"crypto/sha512"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cordonhq/cordon/client"
+)
+
+// installation is what a preset's program does with its own defaults, and the
+// hosts it must have reached, by redirects too.
+type installation struct {
+	preset, name string
+	script       string
+	needs        string
+	hosts        []string
+}
+
+func installations() []installation {
+	npm := "/usr/bin/node " + modules
+	return []installation{
+		{"python", "pip 23.0", "/usr/bin/python3 -m pip install --no-cache-dir --target lib small && test -e lib/small.py", "", []string{"pypi.org", "files.pythonhosted.org"}},
+		{"python", "pip 26.3", "PYTHONPATH=TOOLS/python /usr/bin/python3 -m pip install --no-cache-dir --target lib small && test -e lib/small.py", "", []string{"pypi.org", "files.pythonhosted.org"}},
+		{"pip", "uv", "TOOLS/python/bin/uv pip install --python /usr/bin/python3 --no-cache --target lib small && test -e lib/small.py", "", []string{"pypi.org", "files.pythonhosted.org"}},
+		{"npm", "npm", emptyJS + npm + "npm/bin/npm-cli.js install small && test -e node_modules/small/index.js", "", []string{"registry.npmjs.org"}},
+		{"pnpm", "pnpm", emptyJS + npm + "pnpm/bin/pnpm.cjs add small && test -e node_modules/small/index.js", "", []string{"registry.npmjs.org"}},
+		{"yarn", "yarn 1", emptyJS + npm + "yarn/bin/yarn.js add small && test -e node_modules/small/index.js", "", []string{"registry.yarnpkg.com"}},
+		{"yarn", "yarn 4", emptyJS + "touch yarn.lock; export YARN_NODE_LINKER=node-modules YARN_HTTPS_CA_FILE_PATH=/etc/ssl/certs/ca-certificates.crt; " + npm + "@yarnpkg/cli-dist/bin/yarn.js add small && test -e node_modules/small/index.js", "", []string{"registry.yarnpkg.com"}},
+		{"cargo", "cargo", "mkdir src; touch src/lib.rs; printf '[package]\\nname=\"x\"\\nversion=\"1.0.0\"\\n[dependencies]\\nsmall=\"1\"\\n' >Cargo.toml; export CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt; cargo fetch && ls cargo/registry/src/*/small-1.0.0/src/lib.rs",
+			tools + "/rust/bin/cargo", []string{"index.crates.io", "static.crates.io"}},
+		{"go", "go", "printf 'module x\\n\\ngo 1.21\\n\\nrequire small.test/small v1.0.0\\n' >go.mod; GONOSUMDB='small.test/*' go mod download && test -e gopath/pkg/mod/small.test/small@v1.0.0/small.go",
+			tools + "/go/bin/go", []string{"proxy.golang.org", "storage.googleapis.com"}},
+		{"debian", "apt, http", debianScript("http"), "", []string{"deb.debian.org"}},
+		{"apt", "apt, https", debianScript("https"), "", []string{"deb.debian.org"}},
+		{"maven", "mvn", pom + "keytool -importcert -noprompt -alias lab -file TOOLS/../ca.pem -keystore trust.p12 -storetype PKCS12 -storepass changeit >/dev/null 2>&1; " +
+			"MAVEN_OPTS='-Djavax.net.ssl.trustStore=trust.p12 -Djavax.net.ssl.trustStorePassword=changeit' /usr/share/maven/bin/mvn -B -q -Dmaven.repo.local=repo validate && test -e repo/org/small/small/1.0/small-1.0.pom",
+			"/usr/share/maven/bin/mvn", []string{"repo.maven.apache.org"}},
+		{"github", "git clone", "git clone -q https://github.com/small/small.git && test -e small/README", "", []string{"github.com"}},
+		{"git", "archive and release by curl", "curl -fsSL -o a.tgz https://github.com/small/small/archive/main.tar.gz && curl -fsSL -o b https://github.com/small/small/releases/download/v1/small && test -s a.tgz -a -s b",
+			"", []string{"github.com", "codeload.github.com", "release-assets.githubusercontent.com"}},
+	}
+}
+
+// debianScript installs as far as a user without root gets: the index and the package.
+func debianScript(scheme string) string {
+	options := "-o Dir::State=$PWD/r -o Dir::State::status=$PWD/r/status -o Dir::Cache=$PWD/r -o Dir::Etc=$PWD/r/etc -o Dir::Etc::sourcelist=$PWD/r/list -o Debug::NoLocking=1 -o APT::Update::Error-Mode=any -o APT::Architecture=amd64"
+	return "mkdir -p r/lists/partial r/archives/partial r/etc; touch r/status; echo 'deb [trusted=yes] " + scheme + "://deb.debian.org/debian stable main' >r/list; " +
+		"apt-get " + options + " update && apt-get " + options + " download small && test -s small_1.0_all.deb"
+}
+
+// TestPresetsInstall installs a package with each program's own defaults, under
+// the program's preset and nothing else, from registries that the lab plays with
+// their redirects; and a name that is not in the preset is refused.
+func TestPresetsInstall(t *testing.T) {
+	m := newMachine(t)
+	registries(t, m)
+	ca, err := os.ReadFile(m.lab.CAFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Files.Write(t.Context(), tools+"/../ca.pem", bytes.NewReader(ca)); err != nil {
+		t.Fatal(err)
+	}
+	for _, in := range installations() {
+		t.Run(in.name, func(t *testing.T) {
+			if in.needs != "" && !m.has(in.needs) {
+				t.Skipf("the machine lacks %s", in.needs)
+			}
+			m.rules(client.Network{DenyOut: []string{client.AllTraffic}, AllowOut: []string{"preset:" + in.preset}})
+			mark := m.lab.Recorder().Mark()
+			p := program{name: in.name, script: in.script}
+			o, err := m.run("install", p.at("https", "none.test"), limit)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if o.Exit != 0 {
+				t.Errorf("exit %d after %.1f s:\n%s", o.Exit, o.Seconds, o.output)
+			}
+			m.reached(t, in)
+			for _, url := range []string{"https://denied.test/", "https://upload.pypi.org/", "http://denied.test/"} {
+				o, err := m.run("other", "curl -fsS --max-time 20 "+url, limit)
+				if err != nil || o.Exit == 0 {
+					t.Errorf("%s is reached under preset:%s: %v %s", url, in.preset, err, o.output)
+				}
+			}
+			if seen := m.lab.Recorder().Since(mark); seen.Err() != nil || seen.AskedFor("denied.test") || seen.AskedFor("upload.pypi.org") {
+				t.Errorf("a name outside of preset:%s left the machine (%v)", in.preset, seen.Err())
+			}
+		})
+	}
+}
+
+// reached looks the hosts up in the flow log, where the rule names them.
+func (m *machine) reached(t *testing.T, in installation) {
+	t.Helper()
+	missing := map[string]bool{}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		events, err := m.Events(t.Context(), client.EventOptions{Limit: 1 << 20})
+		if err != nil {
+			t.Fatal(err)
+		}
+		clear(missing)
+		for _, h := range in.hosts {
+			missing["preset:"+in.preset+" "+h] = true
+		}
+		for i := range events {
+			if e := &events[i]; e.Verdict == client.Allowed && e.Protocol != "dns" && e.Rule.Id == "allow[0]" {
+				delete(missing, e.Rule.Text)
+			}
+		}
+		if len(missing) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			break
+		}
+	}
+	for rule := range missing {
+		t.Errorf("no flow was allowed by allow[0] %s", rule)
+	}
+}
+
+// registries makes the lab's web play the package registries, with one package.
+func registries(t *testing.T, m *machine) {
+	t.Helper()
+	site := func(host string, files map[string][]byte) { m.lab.Site(host, static(files)) }
+	wheel := zipped(t, map[string]string{"small.py": "", "small-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n",
+		"small-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: lab\nRoot-Is-Purelib: true\nTag: py3-none-any\n", "small-1.0.dist-info/RECORD": "small.py,,\n"})
+	const wheelName = "small-1.0-py3-none-any.whl"
+	site("pypi.org", map[string][]byte{"/simple/small/": fmt.Appendf(nil, `<!DOCTYPE html><html><body><a href="https://files.pythonhosted.org/packages/%s#sha256=%x">%[1]s</a></body></html>`, wheelName, sha256.Sum256(wheel))})
+	site("files.pythonhosted.org", map[string][]byte{"/packages/" + wheelName: wheel})
+
+	tgz := tarred(t, map[string]string{"package/package.json": `{"name":"small","version":"1.0.0"}`, "package/index.js": ""})
+	sum512, sum1 := sha512.Sum512(tgz), sha1.Sum(tgz) //nolint:gosec // as npm has it
+	meta, err := json.Marshal(map[string]any{"name": "small", "dist-tags": map[string]string{"latest": "1.0.0"},
+		"time": map[string]string{"1.0.0": "2020-01-01T00:00:00.000Z"}, // without it yarn 4 thinks the version too young
+		"versions": map[string]any{"1.0.0": map[string]any{
+			"name": "small", "version": "1.0.0", "dist": map[string]string{"tarball": "https://registry.npmjs.org/small/-/small-1.0.0.tgz",
+				"integrity": "sha512-" + base64.StdEncoding.EncodeToString(sum512[:]), "shasum": hex.EncodeToString(sum1[:])}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	npm := map[string][]byte{"/small": meta, "/small/-/small-1.0.0.tgz": tgz}
+	site("registry.npmjs.org", npm)
+	site("registry.yarnpkg.com", npm)
+
+	crate := tarred(t, map[string]string{"small-1.0.0/Cargo.toml": "[package]\nname = \"small\"\nversion = \"1.0.0\"\n", "small-1.0.0/src/lib.rs": ""})
+	site("index.crates.io", map[string][]byte{"/config.json": []byte(`{"dl":"https://static.crates.io/crates","api":"https://crates.io"}`),
+		"/sm/al/small": fmt.Appendf(nil, `{"name":"small","vers":"1.0.0","deps":[],"cksum":"%x","features":{},"yanked":false}`+"\n", sha256.Sum256(crate))})
+	site("static.crates.io", map[string][]byte{"/crates/small/1.0.0/download": crate})
+
+	const mod = "module small.test/small\n\ngo 1.21\n"
+	archive := zipped(t, map[string]string{"small.test/small@v1.0.0/go.mod": mod, "small.test/small@v1.0.0/small.go": "package small\n"})
+	golang := static(map[string][]byte{"/small.test/small/@v/v1.0.0.mod": []byte(mod), "/small.test/small/@v/v1.0.0.info": []byte(`{"Version":"v1.0.0","Time":"2026-01-01T00:00:00Z"}`)})
+	m.lab.Site("proxy.golang.org", redirecting(golang, "/small.test/small/@v/v1.0.0.zip", "https://storage.googleapis.com/proxy-golang-org-prod/small.zip?Signature=x"))
+	site("storage.googleapis.com", map[string][]byte{"/proxy-golang-org-prod/small.zip": archive})
+
+	parent := "<project><modelVersion>4.0.0</modelVersion><groupId>org.small</groupId><artifactId>small</artifactId><version>1.0</version><packaging>pom</packaging></project>"
+	site("repo.maven.apache.org", map[string][]byte{"/maven2/org/small/small/1.0/small-1.0.pom": []byte(parent),
+		"/maven2/org/small/small/1.0/small-1.0.pom.sha1": fmt.Appendf(nil, "%x", sha1.Sum([]byte(parent)))}) //nolint:gosec // as Maven has it
+	site("deb.debian.org", debian(t))
+	site("debian.map.fastlydns.net", map[string][]byte{})
+	github(t, m)
+}
+
+// github plays a repository for git's dumb protocol, its archive and a release.
+func github(t *testing.T, m *machine) {
+	t.Helper()
+	dir := t.TempDir()
+	script := `git init -q -b main w && cd w && echo small >README && git add README && git -c user.name=x -c user.email=x@x.test commit -qm x && cd .. && git clone -q --bare w small.git && git -C small.git update-server-info`
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", script)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("make a repository: %v\n%s", err, out)
+	}
+	files := http.StripPrefix("/small/", http.FileServer(http.Dir(filepath.Join(dir))))
+	m.lab.Site("github.com", redirecting(redirecting(files, "/small/small/archive/main.tar.gz", "https://codeload.github.com/small/small/tar.gz/main"),
+		"/small/small/releases/download/v1/small", "https://release-assets.githubusercontent.com/small?sig=x"))
+	m.lab.Site("codeload.github.com", static(map[string][]byte{"/small/small/tar.gz/main": []byte("archive")}))
+	m.lab.Site("release-assets.githubusercontent.com", static(map[string][]byte{"/small": []byte("release")}))
+}
+
+// debian is an archive with one package.
+func debian(t *testing.T) map[string][]byte {
+	t.Helper()
+	root := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(root, "DEBIAN"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	control := "Package: small\nVersion: 1.0\nArchitecture: all\nMaintainer: x <x@x.test>\nDescription: small\n"
+	if err := os.WriteFile(filepath.Join(root, "DEBIAN", "control"), []byte(control), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "small.deb")
+	if out, err := exec.CommandContext(t.Context(), "dpkg-deb", "--build", "--root-owner-group", root, file).CombinedOutput(); err != nil {
+		t.Fatalf("make a package: %v\n%s", err, out)
+	}
+	deb, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packages := fmt.Appendf(nil, "%sFilename: pool/small_1.0_all.deb\nSize: %d\nMD5sum: %x\nSHA256: %x\n", control, len(deb), md5.Sum(deb), sha256.Sum256(deb)) //nolint:gosec // as Debian has it
+	release := fmt.Appendf(nil, "Origin: Debian\nSuite: stable\nCodename: stable\nDate: Tue, 01 Dec 2026 00:00:00 UTC\nArchitectures: all amd64\nComponents: main\nSHA256:\n %x %d main/binary-amd64/Packages\n %[1]x %d main/binary-all/Packages\n",
+		sha256.Sum256(packages), len(packages), len(packages))
+	return map[string][]byte{"/debian/dists/stable/Release": release, "/debian/dists/stable/main/binary-amd64/Packages": packages,
+		"/debian/dists/stable/main/binary-all/Packages": packages, "/debian/pool/small_1.0_all.deb": deb}
+}
+
+// static serves files by path; a path with more behind a query is the same.
+func static(files map[string][]byte) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		data, ok := files[r.URL.Path]
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		switch {
+		case strings.HasPrefix(r.URL.Path, "/simple/"):
+			w.Header().Set("Content-Type", "text/html")
+		case bytes.HasPrefix(data, []byte("{")):
+			w.Header().Set("Content-Type", "application/json")
+		default:
+			w.Header().Set("Content-Type", "application/octet-stream")
+		}
+		_, _ = w.Write(data)
+	})
+}
+
+func redirecting(h http.Handler, path, to string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == path {
+			http.Redirect(w, r, to, http.StatusFound)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+func zipped(t *testing.T, files map[string]string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	z := zip.NewWriter(&b)
+	for name, content := range files {
+		w, err := z.Create(name)
+		if err == nil {
+			_, err = w.Write([]byte(content))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func tarred(t *testing.T, files map[string]string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	g := gzip.NewWriter(&b)
+	w := tar.NewWriter(g)
+	for name, content := range files {
+		err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(content)), Typeflag: tar.TypeReg})
+		if err == nil {
+			_, err = w.Write([]byte(content))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
