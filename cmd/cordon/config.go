@@ -108,6 +108,7 @@ type sandboxConfig struct {
 	CPUs            int            `yaml:"cpus" env:"CPUS"`
 	MemoryMB        int64          `yaml:"memory_mb" env:"MEMORY_MB"`
 	DiskMB          int64          `yaml:"disk_mb" env:"DISK_MB"`
+	ReserveMemoryMB int64          `yaml:"reserve_memory_mb" env:"RESERVE_MEMORY_MB"` // of the machine, not sandboxes'; 0: an eighth
 	Processes       int64          `yaml:"processes" env:"PROCESSES"`
 	Max             int            `yaml:"max" env:"MAX"`
 	MaxPerKey       int            `yaml:"max_per_key" env:"MAX_PER_KEY"`               // running ones of one key; a quarter of max
@@ -341,7 +342,7 @@ func (c *config) validNumbers() error {
 		value int64
 	}{
 		{"sandboxes.cpus", int64(l.CPUs)}, {"sandboxes.memory_mb", l.MemoryMB}, {"sandboxes.disk_mb", l.DiskMB},
-		{"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)},
+		{"sandboxes.reserve_memory_mb", l.ReserveMemoryMB}, {"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)},
 		{"sandboxes.max_per_key", int64(l.MaxPerKey)}, {"sandboxes.max_paused", int64(l.MaxPaused)}, {"sandboxes.max_paused_per_key", int64(l.MaxPausedPerKey)},
 		{"sandboxes.max_snapshots", int64(l.MaxSnapshots)},
 		{"sandboxes.max_timeout", int64(l.MaxTimeout)},

@@ -32,6 +32,7 @@ import (
 	"github.com/cordonhq/cordon/internal/resolver"
 	"github.com/cordonhq/cordon/internal/runtime/gvisor"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/share"
 	"github.com/cordonhq/cordon/internal/store"
 )
 
@@ -54,6 +55,7 @@ type server struct {
 	egress   *egress.Proxy
 	ingress  *ingress.Ingress
 
+	pools       []*share.Pool
 	closers     []io.Closer // in the order of acquisition
 	ingressOn   []ingress.Listener
 	egressOn    []net.Listener
@@ -92,6 +94,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err er
 			return nil, fmt.Errorf("%s: %w", step.name, err)
 		}
 	}
+	s.metrics.MustRegister(share.NewCollector(s.pools...))
 	return s, nil
 }
 
@@ -171,7 +174,12 @@ func operatorPolicy(cfg *config) *policy.Operator {
 }
 
 func (s *server) makeManager(context.Context) error {
+	all, err := gvisor.All(s.cfg.Sandboxes.ReserveMemoryMB << 20)
+	if err != nil {
+		return err
+	}
 	run, err := gvisor.New(gvisor.Config{
+		All:      all,
 		StateDir: filepath.Join(s.cfg.RunDir, "gvisor"), DataDir: filepath.Join(s.cfg.StateDir, "layers"),
 		CgroupParent: "/cordon/" + s.cfg.Name, LogDir: filepath.Join(s.cfg.StateDir, "log"), Log: s.log,
 	})
@@ -205,6 +213,7 @@ func (s *server) makeManager(context.Context) error {
 		CommandEnv:  map[string]string{"NODE_EXTRA_CA_CERTS": guestBundle},
 		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
+		Host: all, HostFree: hostFree,
 		Spares: s.cfg.Sandboxes.Spares, MaxSandboxes: s.cfg.Sandboxes.Max, MaxTimeout: s.cfg.Sandboxes.MaxTimeout,
 		MaxSnapshots: s.cfg.Sandboxes.MaxSnapshots, MinFree: s.cfg.Sandboxes.MinFreeDiskMB << 20,
 		MaxPaused: s.cfg.Sandboxes.MaxPaused, Allowance: s.allowance,
@@ -215,7 +224,24 @@ func (s *server) makeManager(context.Context) error {
 		Gone:          func(id sandbox.ID) { s.flows.Forget(string(id)) },
 		Log:           s.log,
 	})
+	s.pools = append(s.pools, s.manager.Pools()...)
 	return nil
+}
+
+// hostFree is how much memory the machine has for sandboxes, whatever else uses it. Half
+// of the smallest reserve stays out of reach, for what begins at the same time.
+func hostFree() int64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return math.MaxInt64 // the groups' limits still hold
+	}
+	_, after, _ := strings.Cut(string(b), "MemAvailable:")
+	line, _, _ := strings.Cut(after, "kB")
+	kib, err := strconv.ParseInt(strings.TrimSpace(line), 10, 64)
+	if err != nil {
+		return math.MaxInt64
+	}
+	return kib<<10 - 256<<20
 }
 
 // allowance is how many sandboxes a key may have. What a key that was revoked left

@@ -45,6 +45,17 @@ type Runtime interface {
 	Wait(ctx context.Context, id ID) error
 	// Stats reads the resources in use.
 	Stats(ctx context.Context, id ID) (Stats, error)
+	// Assign makes a sandbox that exists draw from its owner's part of the host's CPU
+	// time, disk I/O and memory. It may be called again, also after a server was killed
+	// meanwhile.
+	Assign(ctx context.Context, id ID, owner string) error
+	// Use reads what the sandboxes of an owner hold together, UseOfAll what all do.
+	Use(ctx context.Context, owner string) (Use, error)
+	UseOfAll(ctx context.Context) (Use, error)
+	// Limit sets how much the sandboxes of an owner may hold together. What they hold
+	// already is not taken away. When they want more memory, one of them ends; it is
+	// none of another owner's.
+	Limit(ctx context.Context, owner string, most Use) error
 	// Destroy kills the sandbox and frees all it held. It is idempotent:
 	// destroying an absent sandbox is not an error.
 	Destroy(ctx context.Context, id ID) error
@@ -53,11 +64,18 @@ type Runtime interface {
 }
 
 // ErrOutOfMemory says why a sandbox ended.
-var ErrOutOfMemory = errors.New("the sandbox used more memory than it has, all at once")
+var ErrOutOfMemory = errors.New("the sandbox used more memory than it has, all at once, or its key's sandboxes more than their share")
+
+// Use is what sandboxes hold of the host.
+type Use struct {
+	Memory  int64 // bytes, less the page cache that the kernel can drop
+	Threads int64
+}
 
 // RuntimeSpec is what a runtime needs to make a sandbox.
 type RuntimeSpec struct {
 	ID        ID
+	Owner     string // whose part of the host it draws from; "": a spare
 	Rootfs    string // read-only directory shared by all sandboxes of the image
 	NetNS     string // path of the network namespace, already configured
 	Hostname  string

@@ -60,6 +60,9 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	if err := m.open(ctx, &rec, compiled, place); err != nil {
 		return Record{}, err
 	}
+	if up.spare {
+		m.spawn(func(ctx context.Context) { m.assign(ctx, rec.ID, rec.Owner) })
+	}
 	m.event(ctx, &rec, Event{Name: "create"})
 	m.cfg.Log.Info("sandbox started", "sandbox", rec.ID, "template", rec.Template, "spare", up.spare, "took", time.Since(began))
 	return rec, nil
@@ -181,6 +184,11 @@ func (m *Manager) commandEnv(img Image) map[string]string {
 // on where they were.
 func (m *Manager) acquire(ctx context.Context, o *origin, p *policy.Compiled) (*started, error) {
 	if o.dir == "" {
+		fits, err := m.fit(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		fits() // a spare has its memory already
 		if up := m.spares.take(o.img); up != nil {
 			return up, nil
 		}

@@ -36,6 +36,9 @@ type world struct {
 	events  []Event
 	agents  map[netip.Addr]AgentInit
 	nextIP  byte
+	owners  map[ID]string
+	memory  map[ID]int64 // bytes that each uses
+	limits  map[string]Use
 	kills   chan Kill // for want of memory, as the agents tell them
 }
 
@@ -43,6 +46,7 @@ func newWorld() *world {
 	return &world{
 		fail: map[string]bool{}, running: map[ID]chan struct{}{}, slots: map[ID]*policy.Compiled{},
 		stored: map[ID]Record{}, paused: map[ID]bool{}, snaps: map[string]Snapshot{}, agents: map[netip.Addr]AgentInit{}, nextIP: 1, kills: make(chan Kill),
+		owners: map[ID]string{}, memory: map[ID]int64{}, limits: map[string]Use{},
 	}
 }
 
@@ -91,7 +95,54 @@ type fakeRuntime struct{ *world }
 
 func (fakeRuntime) Name() string { return "memory/1" }
 
-func (r fakeRuntime) Create(_ context.Context, s RuntimeSpec) error { return r.step("create") }
+func (r fakeRuntime) Create(_ context.Context, s RuntimeSpec) error {
+	r.assign(s.ID, s.Owner)
+	return r.step("create")
+}
+
+// assign notes whose part of the host a sandbox draws from.
+func (r fakeRuntime) assign(id ID, owner string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.owners[id] = owner
+}
+
+func (r fakeRuntime) Assign(_ context.Context, id ID, owner string) error {
+	if err := r.step("assign"); err != nil {
+		return err
+	}
+	r.assign(id, owner)
+	return nil
+}
+
+func (r fakeRuntime) Use(_ context.Context, owner string) (u Use, _ error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, o := range r.owners {
+		if o == owner {
+			u.Memory += r.memory[id]
+			u.Threads++
+		}
+	}
+	return u, nil
+}
+
+func (r fakeRuntime) UseOfAll(context.Context) (u Use, _ error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id := range r.owners {
+		u.Memory += r.memory[id]
+		u.Threads++
+	}
+	return u, nil
+}
+
+func (r fakeRuntime) Limit(_ context.Context, owner string, most Use) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.limits[owner] = most
+	return nil
+}
 
 func (r fakeRuntime) Start(_ context.Context, id ID) error {
 	if err := r.step("start"); err != nil {
@@ -135,6 +186,7 @@ func (r fakeRuntime) Restore(ctx context.Context, s RuntimeSpec, dir string) err
 	if b, err := os.ReadFile(filepath.Join(dir, "memory")); err != nil || !ID(b).Valid() {
 		return fmt.Errorf("wrong snapshot: %q, %w", b, err)
 	}
+	r.assign(s.ID, s.Owner)
 	return r.Start(ctx, s.ID)
 }
 
@@ -165,6 +217,8 @@ func (r fakeRuntime) Destroy(_ context.Context, id ID) error {
 		delete(r.running, id)
 	}
 	delete(r.paused, id)
+	delete(r.owners, id)
+	delete(r.memory, id)
 	r.steps = append(r.steps, "destroy")
 	return nil
 }

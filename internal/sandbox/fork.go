@@ -59,7 +59,8 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 		return Record{}, nil, err
 	}
 	defer place.release()
-	written, err := m.hoard(m.footprint(ctx, id))
+	size := m.footprint(ctx, id)
+	written, err := m.hoard(size)
 	if err != nil {
 		return Record{}, nil, err
 	}
@@ -74,7 +75,7 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 	if err != nil {
 		return Record{}, nil, m.diskFull(err)
 	}
-	return rec, &origin{img: img, resources: rec.Resources, dir: dir, token: rec.ControlToken, close: remove}, nil
+	return rec, &origin{owner: rec.Owner, img: img, resources: rec.Resources, dir: dir, memory: size, token: rec.ControlToken, close: remove}, nil
 }
 
 // twin starts one copy.

@@ -52,6 +52,11 @@ type Config struct {
 	Defaults Resources
 	// Spares says how many running spares to keep for each template.
 	Spares map[string]int
+	// Host is what all running sandboxes may hold of the machine; 0 is no limit.
+	Host Use
+	// HostFree returns how many bytes of memory the machine could still give to sandboxes,
+	// whatever else uses it. May be nil.
+	HostFree func() int64
 	// MaxSandboxes limits running sandboxes; 0 means 1,000.
 	MaxSandboxes int
 	// Allowance returns how many one owner may have; nil: as many as the server.
@@ -121,6 +126,7 @@ type Manager struct {
 	vault   *vault
 	warm    *warm
 	history *history
+	meters  meters
 
 	naming sync.Mutex // held while a snapshot's name or record changes hands, before mu
 
@@ -162,6 +168,7 @@ func New(cfg Config) *Manager {
 		live:   map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
 		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
+		meters: newMeters(cfg.Host),
 	}
 	m.warm = newWarm(m.vault)
 	return m
@@ -177,6 +184,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	owned.Go(func() { m.fillSpares(ctx) })
 	owned.Go(func() { every(ctx, sampleEvery, m.sample) })
 	owned.Go(func() { every(ctx, guardTick, m.guardDisk) })
+	owned.Go(func() { every(ctx, balanceEvery, m.balance) })
 	for _, e := range m.entries() {
 		if v := e.view.Load(); v.rec.State == Running {
 			owned.Go(func() { m.watch(ctx, v.rec.ID) })

@@ -17,12 +17,14 @@ import (
 // origin is what a sandbox starts from: an image, and where dir is set a
 // checkpoint of a sandbox of that image.
 type origin struct {
+	owner     string // of what is started from it; "": a spare
 	img       Image
 	resources Resources
 	snapshot  *Snapshot // that dir belongs to, if any
 
-	dir   string // of the checkpoint; empty for a cold start
-	token string // the control token that the agent in the checkpoint answers to
+	dir    string // of the checkpoint; empty for a cold start
+	memory int64  // how much of it there is, in bytes
+	token  string // the control token that the agent in the checkpoint answers to
 	// verify compares the checkpoint with what was written, beside the restore;
 	// nil where there is no need.
 	verify func(context.Context) error
@@ -43,7 +45,7 @@ func (m *Manager) kept(img Image, name string, r Resources) (*origin, error) {
 	if err := m.cfg.Runtime.Restorable(read.dir); err != nil {
 		return nil, errors.Join(err, read.close())
 	}
-	return &origin{img: img, resources: r, dir: read.dir, token: read.Token, verify: read.verify, close: read.close}, nil
+	return &origin{img: img, resources: r, dir: read.dir, memory: read.bytes(), token: read.Token, verify: read.verify, close: read.close}, nil
 }
 
 // finish closes an origin that nothing is started from any more.
@@ -58,13 +60,15 @@ func (m *Manager) finish(o *origin) {
 func (m *Manager) from(ctx context.Context, owner, template string) (*origin, error) {
 	template = cmp.Or(template, m.cfg.DefaultTemplate)
 	if snap, ok := m.snapshot(owner, template); ok {
-		return m.fromSnapshot(ctx, snap)
+		return m.fromSnapshot(ctx, owner, snap)
 	}
 	img, err := m.cfg.Images.Resolve(ctx, template)
 	if err != nil {
 		return nil, err
 	}
-	return m.cold(img), nil
+	o := m.cold(img)
+	o.owner = owner
+	return o, nil
 }
 
 // started is a running sandbox that belongs to nobody yet: no identity, and
@@ -86,6 +90,11 @@ type started struct {
 func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled) (_ *started, err error) {
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.StartTimeout)
 	defer cancel()
+	fits, err := m.fit(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer fits()
 	select {
 	case m.starts <- struct{}{}:
 		defer func() { <-m.starts }()
@@ -119,7 +128,7 @@ func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled
 // launch runs the processes and waits for the agent. What a damaged checkpoint
 // runs is never handed to anybody.
 func (m *Manager) launch(ctx context.Context, up *started, o *origin) error {
-	spec, agent := m.runtimeSpec(up, o.img), up.lease.agent(up.controlToken)
+	spec, agent := m.runtimeSpec(up, o), up.lease.agent(up.controlToken)
 	if o.dir == "" {
 		if err := m.cfg.Runtime.Create(ctx, spec); err != nil {
 			return fmt.Errorf("create: %w", err)
@@ -157,14 +166,14 @@ func (m *Manager) discard(ctx context.Context, up *started) error {
 	)
 }
 
-func (m *Manager) runtimeSpec(up *started, img Image) RuntimeSpec {
+func (m *Manager) runtimeSpec(up *started, o *origin) RuntimeSpec {
 	hash := sha256.Sum256([]byte(up.controlToken))
 	return RuntimeSpec{
-		ID: up.id, Rootfs: img.Rootfs, NetNS: up.lease.NetNS, Hostname: string(up.id),
+		ID: up.id, Owner: o.owner, Rootfs: o.img.Rootfs, NetNS: up.lease.NetNS, Hostname: string(up.id),
 		Resources: up.resources,
 		Args:      append(append([]string{}, m.cfg.AgentArgs...), "--control-hash", hex.EncodeToString(hash[:])),
 		Env:       m.cfg.Env,
-		Binds:     append(append([]Bind{}, img.Binds...), m.cfg.Binds...),
+		Binds:     append(append([]Bind{}, o.img.Binds...), m.cfg.Binds...),
 	}
 }
 

@@ -46,6 +46,11 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 		return fmt.Errorf("reconcile network: %w", err)
 	}
 	m.thaw(ctx, kept)
+	for _, rec := range records {
+		if _, ok := kept[rec.ID]; ok {
+			m.assign(ctx, rec.ID, rec.Owner) // it is no news but after an upgrade or a crash
+		}
+	}
 	// What is left is nobody's: spares, half-made sandboxes, half-killed ones.
 	var failed []error
 	for id := range running {

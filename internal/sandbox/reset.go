@@ -62,7 +62,7 @@ func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
 	if !ok {
 		return nil, errs.New(errs.Conflict, "Sandbox %q cannot start over: the snapshot it was made from (%s) was deleted", string(rec.ID), rec.TemplateID)
 	}
-	return m.fromSnapshot(ctx, snap)
+	return m.fromSnapshot(ctx, rec.Owner, snap)
 }
 
 // startOver replaces the processes of a sandbox. A paused one is given up only

@@ -99,6 +99,7 @@ func (m *Manager) paused(ctx context.Context, rec *Record) (*origin, error) {
 	if err == nil {
 		var o *origin
 		if o, err = m.kept(img, rec.Checkpoint, rec.Resources); err == nil {
+			o.owner = rec.Owner
 			return o, nil
 		}
 	}

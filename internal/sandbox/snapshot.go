@@ -192,7 +192,7 @@ func (m *Manager) ambiguous(name string) bool {
 }
 
 // fromSnapshot is the origin of sandboxes made from a snapshot.
-func (m *Manager) fromSnapshot(ctx context.Context, snap Snapshot) (*origin, error) {
+func (m *Manager) fromSnapshot(ctx context.Context, owner string, snap Snapshot) (*origin, error) {
 	img, err := m.imageOf(ctx, snap.Image, snap.ImageRef)
 	if err != nil {
 		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
@@ -201,7 +201,7 @@ func (m *Manager) fromSnapshot(ctx context.Context, snap Snapshot) (*origin, err
 	if err != nil {
 		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
 	}
-	o.snapshot = &snap
+	o.owner, o.snapshot = owner, &snap
 	return o, nil
 }
 

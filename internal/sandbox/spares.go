@@ -108,7 +108,7 @@ func (m *Manager) makeSpare(ctx context.Context, template string) error {
 		return err
 	}
 	m.waitQuiet(ctx)
-	up, err := m.start(ctx, NewID(), img)
+	up, err := m.start(ctx, NewID(), m.cold(img))
 	if err != nil {
 		return err
 	}

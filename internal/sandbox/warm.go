@@ -125,19 +125,20 @@ func (m *Manager) startFrom(ctx context.Context, id ID, o *origin, p *policy.Com
 	if o.dir != "" {
 		return m.boot(ctx, id, o, p)
 	}
-	return m.start(ctx, id, o.img)
+	return m.start(ctx, id, o)
 }
 
 // start starts a nameless sandbox of an image: cold, or from the checkpoint that
 // was made when its start command was ready. A checkpoint that is refused, after
 // a change of the runtime say, is replaced by a new one.
-func (m *Manager) start(ctx context.Context, id ID, img Image) (*started, error) {
+func (m *Manager) start(ctx context.Context, id ID, o *origin) (*started, error) {
+	img := o.img
 	if len(img.Start) == 0 {
-		return m.boot(ctx, id, m.cold(img), nil)
+		return m.boot(ctx, id, o, nil)
 	}
 	key := m.warmKey(img)
 	if name, ok := m.warm.find(key); ok {
-		up, err := m.startWarm(ctx, id, img, name)
+		up, err := m.startWarm(ctx, id, o, name)
 		if err == nil || ctx.Err() != nil {
 			return up, err
 		}
@@ -146,16 +147,17 @@ func (m *Manager) start(ctx context.Context, id ID, img Image) (*started, error)
 			m.cfg.Log.Warn("warm checkpoint not removed", "template", img.Name, "err", err)
 		}
 	}
-	return m.warmUp(ctx, id, img, key)
+	return m.warmUp(ctx, id, o, key)
 }
 
-func (m *Manager) startWarm(ctx context.Context, id ID, img Image, name string) (*started, error) {
-	o, err := m.kept(img, name, m.resources(img))
+func (m *Manager) startWarm(ctx context.Context, id ID, o *origin, name string) (*started, error) {
+	from, err := m.kept(o.img, name, m.resources(o.img))
 	if err != nil {
 		return nil, err
 	}
-	defer m.finish(o)
-	return m.boot(ctx, id, o, nil)
+	defer m.finish(from)
+	from.owner = o.owner
+	return m.boot(ctx, id, from, nil)
 }
 
 // readyTimeout is how long a start command may take where its image does not say.
@@ -163,9 +165,9 @@ const readyTimeout = time.Minute
 
 // warmUp starts a sandbox cold, runs its image's start command and, once that is
 // ready, keeps a checkpoint for the next ones.
-func (m *Manager) warmUp(ctx context.Context, id ID, img Image, key string) (_ *started, err error) {
-	began := time.Now()
-	up, err := m.boot(ctx, id, m.cold(img), nil)
+func (m *Manager) warmUp(ctx context.Context, id ID, o *origin, key string) (_ *started, err error) {
+	began, img := time.Now(), o.img
+	up, err := m.boot(ctx, id, o, nil)
 	if err != nil {
 		return nil, err
 	}

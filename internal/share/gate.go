@@ -95,7 +95,7 @@ func (g *Gate) full(key string) *Full {
 	if p.used >= p.r.Whole {
 		return &Full{p.r, Server, p.r.Whole}
 	}
-	return &Full{p.r, Key, max(p.keys[key], p.most(p.keys[key]))}
+	return &Full{p.r, Key, max(p.keys[key], p.r.Most(p.keys[key], p.used))}
 }
 
 // leave ends one operation and lets in what has room now.

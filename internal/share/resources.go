@@ -26,7 +26,9 @@ var (
 	Exchanges = Resource{Name: "exchanges", What: "requests and tunnels to sandboxes", Alpha: 1,
 		Answer: "429"}
 	Memory = Resource{Name: "memory", What: "memory of running sandboxes", Bytes: true, Alpha: 9,
-		Answer: "429"}
+		Answer: "429; a sandbox whose key's sandboxes grow beyond it ends"}
+	Threads = Resource{Name: "threads", What: "threads of running sandboxes", Alpha: 3,
+		Answer: "a process inside does not start, or the sandbox ends"}
 	Disk = Resource{Name: "disk", What: "disk space of files, snapshots and paused sandboxes", Bytes: true, Alpha: 3,
 		Answer: "429; when the disk is nearly full, a sandbox of the key that uses most is killed"}
 	Events = Resource{Name: "events", What: "events kept in the history", Bytes: true, Alpha: 1,
@@ -36,5 +38,5 @@ var (
 // All returns the resources, in the order of the documentation.
 func All() []Resource {
 	return []Resource{ProxyConnections, SniffMemory, SourcePorts, Tracker, DNSHandlers, DNSRate, DNSConnections,
-		RuleUpdates, Starts, Requests, Exchanges, Memory, Disk, Events}
+		RuleUpdates, Starts, Requests, Exchanges, Memory, Threads, Disk, Events}
 }

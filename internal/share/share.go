@@ -45,6 +45,13 @@ func (r Resource) Alone() int64 {
 	return r.Alpha * (r.Whole + 1) / (r.Alpha + 1)
 }
 
+// Most is what a key that holds held of the used can hold while the others hold what they
+// do now.
+func (r Resource) Most(held, used int64) int64 {
+	r.Whole = max(r.Whole-(used-held), 0)
+	return r.Alone()
+}
+
 // Scope says whose limit was reached.
 type Scope string
 
@@ -135,7 +142,7 @@ func (p *Pool) take(key, sandbox string, n int64) *Full {
 	case n > free:
 		return &Full{p.r, Server, p.r.Whole}
 	case held+n > p.r.Alpha*(free-n+1): // each unit by itself is at most Alpha times what was free before it
-		return &Full{p.r, Key, max(held, p.most(held))}
+		return &Full{p.r, Key, max(held, p.r.Most(held, p.used))}
 	}
 	p.used += n
 	p.keys[key] = held + n
@@ -143,13 +150,6 @@ func (p *Pool) take(key, sandbox string, n int64) *Full {
 		p.sandboxes[sandbox] += n
 	}
 	return nil
-}
-
-// most is what a key that holds held could hold now, others unchanged. It needs p.mu.
-func (p *Pool) most(held int64) int64 {
-	r := p.r
-	r.Whole -= p.used - held
-	return r.Alone()
 }
 
 // Give takes n away from what key and its sandbox hold.

@@ -237,3 +237,36 @@ func BenchmarkTakeGive(b *testing.B) {
 		p.Give("key", "sandbox", 1)
 	}
 }
+
+func TestAMeterAddsWhatWasPromisedToWhatWasMeasured(t *testing.T) {
+	m := NewMeter(Resource{Name: "x", What: "memory", Bytes: true, Alpha: 1}.Of(100, 0))
+	m.Measured(40, map[string]int64{"a": 30, "b": 10})
+	release, err := m.Promise("b", 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m.pool.Used() != 60 || m.pool.Held("b") != 30 {
+		t.Errorf("used %d, b holds %d, want 60 and 30", m.pool.Used(), m.pool.Held("b"))
+	}
+	var full *Full
+	if _, err := m.Promise("a", 10); !errors.As(err, &full) || full.Scope != Key {
+		t.Errorf("a holds 30 of 60, 40 are free: %v", err)
+	}
+	m.Measured(55, map[string]int64{"a": 30, "b": 25}) // half of the 20 is in use now
+	if m.pool.Used() != 75 || m.pool.Held("b") != 45 {
+		t.Errorf("used %d, b holds %d, want 75 and 45 until the promise ends", m.pool.Used(), m.pool.Held("b"))
+	}
+	release()
+	release()
+	if m.pool.Used() != 55 || m.pool.Held("b") != 25 {
+		t.Errorf("used %d, b holds %d, want 55 and 25", m.pool.Used(), m.pool.Held("b"))
+	}
+	m.MeasuredOne(90, "c", 5)
+	if _, err := m.Promise("c", 20); !errors.As(err, &full) || full.Scope != Server {
+		t.Errorf("10 are free, 20 are wanted: %v", err)
+	}
+	m.Measured(0, nil)
+	if m.pool.Used() != 0 || m.pool.Held("a") != 0 {
+		t.Errorf("left: used %d, a holds %d", m.pool.Used(), m.pool.Held("a"))
+	}
+}

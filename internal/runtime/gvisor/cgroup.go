@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -24,6 +25,8 @@ type cgroups struct {
 	unified bool     // version 2
 	mounts  []string // of each hierarchy that has a controller we use
 	parent  string   // from the root of each hierarchy
+	places  *places  // where in it sandboxes are
+	mkdir   func(dir string) error
 }
 
 // findCgroups looks for the hierarchies that are mounted: one of version 2, or
@@ -34,7 +37,7 @@ func findCgroups(parent string) (cgroups, error) {
 		return cgroups{}, fmt.Errorf("find cgroups: %w", err)
 	}
 	defer f.Close()
-	g := cgroups{parent: filepath.Clean(parent)}
+	g := cgroups{parent: filepath.Clean(parent), places: newPlaces(), mkdir: makeCgroup}
 	var v2 string
 	has := map[string]bool{}
 	for sc := bufio.NewScanner(f); sc.Scan(); {
@@ -73,14 +76,24 @@ func findCgroups(parent string) (cgroups, error) {
 	return g, nil
 }
 
-// path is a sandbox's cgroup from the root of each hierarchy.
-func (g cgroups) path(id sandbox.ID) string { return filepath.Join(g.parent, string(id)) }
+// paths are a sandbox's cgroups from the root of each hierarchy, the latest first:
+// one, or two while it moves.
+func (g cgroups) paths(id sandbox.ID) []string {
+	groups := g.groupsOf(id)
+	out := make([]string, len(groups))
+	for i, group := range groups {
+		out[i] = filepath.Join(g.parent, group, string(id))
+	}
+	return out
+}
 
-// dirs are the directories of a sandbox's cgroup.
+// dirs are the directories of a sandbox's cgroups.
 func (g cgroups) dirs(id sandbox.ID) []string {
-	out := make([]string, len(g.mounts))
-	for i, m := range g.mounts {
-		out[i] = filepath.Join(m, g.path(id))
+	var out []string
+	for _, path := range g.paths(id) {
+		for _, m := range g.mounts {
+			out = append(out, filepath.Join(m, path))
+		}
 	}
 	return out
 }
@@ -110,9 +123,10 @@ func (g cgroups) holds(id sandbox.ID, pid int) bool {
 	if err != nil {
 		return false
 	}
+	paths := g.paths(id)
 	for line := range strings.Lines(string(b)) {
 		// Inside a container the line may have the container's own path in front.
-		if strings.HasSuffix(strings.TrimSpace(line), g.path(id)) {
+		if slices.ContainsFunc(paths, func(path string) bool { return strings.HasSuffix(strings.TrimSpace(line), path) }) {
 			return true
 		}
 	}
@@ -184,19 +198,28 @@ func (g cgroups) remove(ctx context.Context, id sandbox.ID) error {
 }
 
 func (g cgroups) rmdir(id sandbox.ID) error {
-	var failed error
-	for _, dir := range g.dirs(id) {
-		if err := unix.Rmdir(dir); err != nil && err != unix.ENOENT {
-			failed = fmt.Errorf("remove %s: %w", dir, err)
+	groups := g.groupsOf(id)
+	for _, group := range groups {
+		for _, m := range g.mounts {
+			dir := filepath.Join(m, g.parent, group, string(id))
+			if err := unix.Rmdir(dir); err != nil && err != unix.ENOENT {
+				return fmt.Errorf("remove %s: %w", dir, err)
+			}
 		}
 	}
-	return failed
+	g.leave(id, groups)
+	return nil
 }
 
-// value reads a number from a file of the sandbox's cgroup: the whole file when
-// key is "", otherwise the line that begins with key.
+// value reads a number from a file of the sandbox's cgroup; see valueIn.
 func (g cgroups) value(id sandbox.ID, file, key string) (int64, error) {
-	for _, dir := range g.dirs(id) {
+	return valueIn(g.dirs(id), file, key)
+}
+
+// valueIn reads a number from the first of some directories that has the file: the
+// whole file when key is "", otherwise the line that begins with key.
+func valueIn(dirs []string, file, key string) (int64, error) {
+	for _, dir := range dirs {
 		b, err := os.ReadFile(filepath.Join(dir, file))
 		if err != nil {
 			continue
@@ -212,7 +235,7 @@ func (g cgroups) value(id sandbox.ID, file, key string) (int64, error) {
 			return strconv.ParseInt(text, 10, 64)
 		}
 	}
-	return 0, fmt.Errorf("cgroup %s: no file %s", g.path(id), file)
+	return 0, fmt.Errorf("cgroups %s: no file %s: %w", strings.Join(dirs, ", "), file, os.ErrNotExist)
 }
 
 // limitMemory changes how many bytes of memory a sandbox may use; swap stays as
@@ -240,7 +263,7 @@ func (g cgroups) limitMemory(id sandbox.ID, bytes int64) error {
 		}
 	}
 	if !set {
-		return fmt.Errorf("cgroup %s: no file %s", g.path(id), names[len(names)-1])
+		return fmt.Errorf("cgroup %s: no file %s", strings.Join(g.paths(id), ", "), names[len(names)-1])
 	}
 	return nil
 }
@@ -267,16 +290,18 @@ func (g cgroups) cpuTime(id sandbox.ID) (time.Duration, error) {
 }
 
 // memory is what the sandbox uses, less the page cache the kernel can drop.
-func (g cgroups) memory(id sandbox.ID) (int64, error) {
+func (g cgroups) memory(id sandbox.ID) (int64, error) { return g.memoryIn(g.dirs(id)) }
+
+func (g cgroups) memoryIn(dirs []string) (int64, error) {
 	file, key := "memory.usage_in_bytes", "total_inactive_file"
 	if g.unified {
 		file, key = "memory.current", "inactive_file"
 	}
-	used, err := g.value(id, file, "")
+	used, err := valueIn(dirs, file, "")
 	if err != nil {
 		return 0, err
 	}
-	cache, err := g.value(id, "memory.stat", key)
+	cache, err := valueIn(dirs, "memory.stat", key)
 	if err != nil {
 		return 0, err
 	}

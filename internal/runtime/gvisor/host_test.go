@@ -302,9 +302,16 @@ func TestSandboxesOutliveTheServer(t *testing.T) {
 // clean fails when anything of a sandbox is left on the host.
 func clean(t *testing.T, r *Runtime, cfg Config, id sandbox.ID) {
 	t.Helper()
-	for _, dir := range r.groups.dirs(id) {
-		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("left the cgroup %s (%v)", dir, err)
+	for _, m := range r.groups.mounts {
+		for _, pattern := range []string{"*", "*/" + string(id)} { // groups without sandboxes go, too
+			left, err := filepath.Glob(filepath.Join(m, cfg.CgroupParent, pattern))
+			must(t, err)
+			for _, dir := range left {
+				inside, _ := filepath.Glob(filepath.Join(dir, "i*")) // other sandboxes of the test
+				if fi, err := os.Stat(dir); err == nil && fi.IsDir() && len(inside) == 0 {
+					t.Errorf("left the cgroup %s", dir)
+				}
+			}
 		}
 	}
 	for _, dir := range []string{cfg.StateDir, cfg.DataDir} {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -89,8 +90,15 @@ func (r *Runtime) reapExited(id sandbox.ID) {
 		pids = append(pids, c.Sandbox.Pid.Load())
 	}
 	for _, pid := range pids {
-		if pid > 0 {
-			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) // ECHILD: somebody else's
+		// One that has left its cgroup takes a moment until it can be collected.
+		for range 20 {
+			if pid <= 0 {
+				break
+			}
+			if got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); got != 0 || err != nil { // ECHILD: another process's
+				break
+			}
+			time.Sleep(time.Millisecond)
 		}
 	}
 }

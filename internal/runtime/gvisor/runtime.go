@@ -48,6 +48,9 @@ type Config struct {
 	// root of the hierarchy: "/cordon/main". No two Runtimes may share it
 	// unless they share StateDir.
 	CgroupParent string
+	// All is what all sandboxes together may hold of the host; fields that are 0 are
+	// no limit.
+	All sandbox.Use
 	// LogDir, if set, holds a file for each sandbox that the sentry writes to
 	// when it panics; what it says is logged when the sandbox is destroyed. With
 	// Debug, it keeps the logs of all sentries and gofers: they contain what
@@ -96,6 +99,10 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	groups, err := findCgroups(cfg.CgroupParent)
 	if err != nil {
+		return nil, err
+	}
+	groups.sweepGroups()
+	if err := groups.limitAll(cfg.All); err != nil {
 		return nil, err
 	}
 	if err := tableOnce(); err != nil {
@@ -174,6 +181,9 @@ func (r *Runtime) Create(ctx context.Context, s sandbox.RuntimeSpec) (err error)
 	// limits are not set on a cgroup that is there already.
 	if err := r.groups.remove(ctx, s.ID); err != nil {
 		return fmt.Errorf("clear a former cgroup: %w", err)
+	}
+	if err := r.groups.enter(s.ID, s.Owner); err != nil {
+		return err
 	}
 	flags := r.flags(s)
 	if err := r.writeBundle(s, flags); err != nil {

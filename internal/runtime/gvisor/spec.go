@@ -146,7 +146,7 @@ func (r *Runtime) ociSpec(s sandbox.RuntimeSpec) *specs.Spec {
 		},
 		Mounts: mounts(s),
 		Linux: &specs.Linux{
-			CgroupsPath: r.groups.path(s.ID),
+			CgroupsPath: r.groups.path(s.ID, s.Owner),
 			Namespaces:  namespaces(s.NetNS),
 			Resources:   limits(s.Resources),
 		},

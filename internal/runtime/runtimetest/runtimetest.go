@@ -69,6 +69,9 @@ func Run(t *testing.T, open func(*testing.T) sandbox.Runtime) {
 		{"the limit of processes refuses more", s.processLimit},
 		{"the CPU limit slows it down", s.cpuLimit},
 		{"many start at once", s.concurrent},
+		{"a spare takes its limits along to its owner", s.assign},
+		{"owners get the same CPU time whatever they run", s.ownersCPU},
+		{"what an owner may not hold ends one of its own", s.ownersMemory},
 	} {
 		t.Run(c.name, c.test)
 	}
