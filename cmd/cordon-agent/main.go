@@ -15,6 +15,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"syscall"
 
@@ -74,6 +75,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	if first { // otherwise neither /run nor the machine's name is ours
 		cfg.Spool = spool
 		cfg.SetHostname = func(name string) error { return unix.Sethostname([]byte(name)) }
+	}
+	if program, err := os.Executable(); first && err == nil {
+		if err := agent.TrustCAs(filepath.Dir(program), "/"); err != nil { // commands work without
+			cfg.Log.Error("certificates not added to those that programs trust", "err", err)
+		}
 	}
 	a, err := agent.New(cfg)
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/cordonhq/cordon/internal/agent"
 )
 
 // embedded holds the agent that `make build` put there.
@@ -20,9 +22,10 @@ var embedded embed.FS
 // guestAgent is where sandboxes find the agent.
 const guestAgent = "/.cordon/cordon-agent"
 
-// installAgent writes the embedded agent to a folder named by its contents, so
-// that sandboxes of an older server keep theirs, and returns its path.
-func installAgent(stateDir string) (string, error) {
+// installAgent writes the embedded agent, and the certificates that it adds to those
+// of images, to a folder named by their contents, so that sandboxes of an older server
+// keep theirs, and returns that folder.
+func installAgent(stateDir string, cas certificates) (string, error) {
 	program, err := embedded.ReadFile("embedded/cordon-agent")
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", errors.New("this binary was built without the agent: build it with make build")
@@ -30,17 +33,37 @@ func installAgent(stateDir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	sum := sha256.Sum256(program)
-	dir := filepath.Join(stateDir, "agent", hex.EncodeToString(sum[:8]))
-	path := filepath.Join(dir, filepath.Base(guestAgent))
-	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, program) {
-		return path, nil
+	files := []struct {
+		name    string
+		content []byte
+		mode    os.FileMode
+	}{{filepath.Base(guestAgent), program, 0o755}, {agent.OwnCAs, cas.own, 0o644}, {agent.Machine, cas.machine, 0o644}}
+	sum := sha256.New()
+	for _, f := range files {
+		fmt.Fprintln(sum, f.name, len(f.content))
+		sum.Write(f.content)
 	}
+	dir := filepath.Join(stateDir, "agent", hex.EncodeToString(sum.Sum(nil)[:8]))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	if err := writeFileSync(path, program, 0o755); err != nil {
-		return "", fmt.Errorf("install agent: %w", err)
+	for _, f := range files {
+		path := filepath.Join(dir, f.name)
+		if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, f.content) {
+			continue
+		}
+		if err := writeFileSync(path, f.content, f.mode); err != nil {
+			return "", fmt.Errorf("install agent: %w", err)
+		}
 	}
-	return path, nil
+	return dir, nil
+}
+
+// environment is what commands need besides: Node has its own list of CAs, and reads
+// the named file at each start, so that names only what its list lacks.
+func (c certificates) environment() map[string]string {
+	if len(c.own) == 0 {
+		return nil
+	}
+	return map[string]string{"NODE_EXTRA_CA_CERTS": filepath.Join(filepath.Dir(guestAgent), agent.OwnCAs)}
 }

@@ -16,9 +16,8 @@ import (
 	"github.com/cordonhq/cordon/internal/ingress/tlsconf"
 )
 
-// guestBundle is the CA bundle of a Debian system, which curl, OpenSSL and
-// Python read.
-const guestBundle = "/etc/ssl/certs/ca-certificates.crt"
+// systemBundle is the CA bundle of a Debian system.
+const systemBundle = "/etc/ssl/certs/ca-certificates.crt"
 
 // hostBundle is the machine's CA bundle with cordon's own CA, for clients that
 // read one file only.
@@ -124,44 +123,50 @@ func pool(file string) (*x509.CertPool, error) {
 	return p, nil
 }
 
-// writeBundles writes the CA bundle for clients on this machine, and the one
-// every sandbox gets, whose path it returns: the machine's, cordon's own CA, so
-// that a sandbox can open another's public URL, and the operator's extra ones.
-// serverTLS has made the CA before.
-func writeBundles(c *config, log *slog.Logger) (string, error) {
-	system, err := os.ReadFile(guestBundle)
+// certificates are what sandboxes trust besides their image's own: the agent adds them.
+type certificates struct {
+	own     []byte // PEM: the server's CA, so that a sandbox can open another's public URL, and the operator's extra ones
+	machine []byte // PEM: what this machine trusts
+}
+
+// sandboxCAs returns what sandboxes trust, and writes the CA bundle for clients on this
+// machine. serverTLS has made the CA before.
+func sandboxCAs(c *config, log *slog.Logger) (out certificates, err error) {
+	out.machine, err = os.ReadFile(systemBundle)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("read the machine's CA bundle: %w", err)
+		return out, fmt.Errorf("read the machine's CA bundle: %w", err)
 	}
 	if err != nil {
-		log.Warn("this machine has no CA bundle: sandboxes trust cordon's CA only", "file", guestBundle)
+		log.Warn("this machine has no CA bundle: sandboxes trust their image's CAs and cordon's only", "file", systemBundle)
 	}
 	if err := os.MkdirAll(c.caDir(), 0o755); err != nil {
-		return "", err
+		return out, err
 	}
-	parts := [][]byte{bytes.TrimSpace(system)}
+	var parts [][]byte
 	if c.TLS.localCA() {
 		own, err := os.ReadFile(c.caFile())
 		if err != nil {
-			return "", err
+			return out, err
 		}
 		parts = append(parts, bytes.TrimSpace(own))
-		if err := writeFileSync(c.hostBundle(), join(parts), 0o644); err != nil {
-			return "", err
+		if err := writeFileSync(c.hostBundle(), join(append([][]byte{bytes.TrimSpace(out.machine)}, parts...)), 0o644); err != nil {
+			return out, err
 		}
 	}
 	if c.Sandboxes.ExtraCA != "" {
 		extra, err := os.ReadFile(c.Sandboxes.ExtraCA)
 		if err != nil {
-			return "", errs.Wrap(errs.Invalid, err, "configuration: sandboxes.extra_ca")
+			return out, errs.Wrap(errs.Invalid, err, "configuration: sandboxes.extra_ca")
 		}
 		if !x509.NewCertPool().AppendCertsFromPEM(extra) {
-			return "", errs.New(errs.Invalid, "configuration: sandboxes.extra_ca %s holds no PEM certificate", c.Sandboxes.ExtraCA)
+			return out, errs.New(errs.Invalid, "configuration: sandboxes.extra_ca %s holds no PEM certificate", c.Sandboxes.ExtraCA)
 		}
 		parts = append(parts, bytes.TrimSpace(extra))
 	}
-	path := filepath.Join(c.caDir(), "sandbox-bundle.pem")
-	return path, writeFileSync(path, join(parts), 0o644)
+	if len(parts) > 0 {
+		out.own = join(parts)
+	}
+	return out, nil
 }
 
 func join(parts [][]byte) []byte { return append(bytes.Join(parts, []byte("\n")), '\n') }

@@ -187,11 +187,11 @@ func (s *server) makeManager(context.Context) error {
 		return err
 	}
 	s.closers = append(s.closers, closer(run.Close))
-	agent, err := installAgent(s.cfg.StateDir)
+	cas, err := sandboxCAs(&s.cfg, s.log)
 	if err != nil {
 		return err
 	}
-	bundle, err := writeBundles(&s.cfg, s.log)
+	agentDir, err := installAgent(s.cfg.StateDir, cas)
 	if err != nil {
 		return err
 	}
@@ -204,13 +204,10 @@ func (s *server) makeManager(context.Context) error {
 	s.agents = agentctl.New(agentctl.Config{})
 	s.manager = sandbox.New(sandbox.Config{
 		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
-		Operator:  s.operator,
-		AgentArgs: []string{guestAgent},
-		Binds: []sandbox.Bind{
-			{Host: filepath.Dir(agent), Guest: filepath.Dir(guestAgent), Sealed: true},
-			{Host: bundle, Guest: guestBundle, Sealed: true},
-		},
-		CommandEnv:  map[string]string{"NODE_EXTRA_CA_CERTS": guestBundle},
+		Operator:    s.operator,
+		AgentArgs:   []string{guestAgent},
+		Binds:       []sandbox.Bind{{Host: agentDir, Guest: filepath.Dir(guestAgent), Sealed: true}},
+		CommandEnv:  cas.environment(),
 		SnapshotDir: filepath.Join(s.cfg.StateDir, "snapshots"),
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
 		Host: all, HostFree: hostFree,

@@ -57,17 +57,16 @@ func (l *Library) resolveHost() (sandbox.Image, error) {
 	if len(binds) == 0 {
 		return sandbox.Image{}, errs.New(errs.Unavailable, "template 'host' needs the machine's /usr, which has none of %s", strings.Join(usrDirs, ", "))
 	}
-	trust, err := l.trust(rootfs, hostName)
 	return sandbox.Image{
 		TemplateID: hostName,
 		Name:       hostName,
 		Digest:     "host:" + l.host.fingerprint(),
 		Rootfs:     rootfs,
-		Binds:      append(binds, trust...),
+		Binds:      binds,
 		Env:        defaultEnv(),
 		User:       userName,
 		Workdir:    userHome,
-	}, err
+	}, nil
 }
 
 // fingerprint changes whenever the machine's packages may have changed: a
