@@ -4,12 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,15 +21,17 @@ import (
 
 	"github.com/cordonhq/cordon/client"
 	"github.com/cordonhq/cordon/internal/agent"
+	"github.com/cordonhq/cordon/internal/agent/agentctl"
 	"github.com/cordonhq/cordon/internal/api"
 	"github.com/cordonhq/cordon/internal/api/apitest"
 	"github.com/cordonhq/cordon/internal/auth"
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const control = "control-token"
+const control = "proven_control-token"
 
 // server is the real control API over a fake manager, and one real agent that
 // serves whatever sandbox is asked for, on this machine.
@@ -104,16 +106,10 @@ func (s *server) startAgent(t *testing.T) http.Handler {
 		}
 	})
 	s.claim = func(token string) {
-		body, err := json.Marshal(map[string]any{"sandboxID": "i1", "accessToken": token, "defaultUser": "tester", "envVars": map[string]string{"FROM": "create"}})
-		if err != nil {
+		at := sandbox.AgentAddr{Addr: netip.MustParseAddrPort(ln.Addr().String()), Token: control}
+		in := sandbox.AgentInit{SandboxID: "i1", AccessToken: token, DefaultUser: "tester", EnvVars: map[string]string{"FROM": "create"}}
+		if err := agentctl.New(agentctl.Config{}).Init(t.Context(), at, in); err != nil {
 			t.Fatal(err)
-		}
-		req := httptest.NewRequest(http.MethodPost, "/init", bytes.NewReader(body))
-		req.Header.Set("X-Cordon-Control", control)
-		rec := httptest.NewRecorder()
-		a.Handler().ServeHTTP(rec, req)
-		if rec.Code != http.StatusNoContent {
-			t.Fatalf("claim: %d %s", rec.Code, rec.Body)
 		}
 	}
 	return a.Handler()

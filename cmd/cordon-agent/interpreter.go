@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 
+	"github.com/cordonhq/cordon/internal/agent"
 	"github.com/cordonhq/cordon/internal/interpreter"
 )
 
@@ -21,7 +21,7 @@ func runInterpreter(ctx context.Context, args []string, getenv func(string) stri
 	fs := flag.NewFlagSet("cordon-agent interpreter", flag.ContinueOnError)
 	fs.SetOutput(out)
 	port := fs.Uint("port", interpreter.Port, "TCP `port` to listen on")
-	agent := fs.String("agent", "http://127.0.0.1:49983", "base `URL` of the sandbox's agent")
+	at := fs.String("agent", "http://127.0.0.1:49983", "base `URL` of the sandbox's agent")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -36,7 +36,7 @@ func runInterpreter(ctx context.Context, args []string, getenv func(string) stri
 		return errors.New("HOME is not set: kernels work in the user's home")
 	}
 	i, err := interpreter.New(interpreter.Config{
-		Dir: filepath.Join(home, ".cache/cordon/interpreter"), Home: home, Env: os.Environ(), Agent: *agent,
+		Dir: filepath.Join(home, ".cache/cordon/interpreter"), Home: home, Env: os.Environ(), Agent: *at,
 		Log: slog.New(slog.NewJSONHandler(out, nil)),
 	})
 	if err != nil {
@@ -45,7 +45,7 @@ func runInterpreter(ctx context.Context, args []string, getenv func(string) stri
 	if err := i.Warm(ctx); err != nil {
 		return errors.Join(err, i.Close())
 	}
-	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", ":"+strconv.Itoa(int(*port)))
+	ln, err := agent.ListenConfig().Listen(ctx, "tcp", ":"+strconv.Itoa(int(*port)))
 	if err != nil {
 		return errors.Join(fmt.Errorf("listen: %w", err), i.Close())
 	}

@@ -6,13 +6,11 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/hex"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -22,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/agent"
+	"github.com/cordonhq/cordon/internal/agent/proof"
 )
 
 func main() {
@@ -42,7 +41,7 @@ const spool = "/run/cordon"
 
 // options are the command line.
 type options struct {
-	hash [sha256.Size]byte
+	key  proof.Key
 	port uint16
 }
 
@@ -50,7 +49,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	if len(args) > 0 && args[0] == "interpreter" {
 		return runInterpreter(ctx, args[1:], getenv, out)
 	}
-	opt, err := parse(args, out)
+	opt, err := parse(args, getenv, out)
 	if err != nil {
 		return err
 	}
@@ -64,8 +63,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 		}
 	}
 	cfg := agent.Config{
-		ControlHash: opt.hash,
+		ControlHash: opt.key,
 		Log:         slog.New(slog.NewJSONHandler(out, nil)),
+		Own:         agent.OwnAddress,
 		ReapAll:     true,
 		Path:        getenv("PATH"),
 	}
@@ -86,17 +86,20 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 		return err
 	}
 	// No address: IPv6 and IPv4 on one listener where there is IPv6.
-	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", ":"+strconv.Itoa(int(opt.port)))
+	ln, err := agent.ListenConfig().Listen(ctx, "tcp", ":"+strconv.Itoa(int(opt.port)))
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
 	return a.Run(ctx, ln)
 }
 
-func parse(args []string, out io.Writer) (options, error) {
+// keyVariable has the SHA-256 of the host's control token, in hex. It is not on the
+// command line, which every user of the sandbox can read.
+const keyVariable = "CORDON_CONTROL_KEY"
+
+func parse(args []string, getenv func(string) string, out io.Writer) (options, error) {
 	fs := flag.NewFlagSet("cordon-agent", flag.ContinueOnError)
 	fs.SetOutput(out)
-	hash := fs.String("control-hash", "", "SHA-256 of the host's control token, in hex")
 	port := fs.Uint("port", 49983, "TCP `port` to listen on")
 	if err := fs.Parse(args); err != nil {
 		return options{}, err
@@ -108,11 +111,11 @@ func parse(args []string, out io.Writer) (options, error) {
 		return options{}, fmt.Errorf("--port %d: use a number from 1 to 65535", *port)
 	}
 	var opt options
-	raw, err := hex.DecodeString(*hash)
-	if err != nil || len(raw) != len(opt.hash) {
-		return options{}, fmt.Errorf("--control-hash %q: give 64 hex digits, the SHA-256 of the control token", *hash)
+	raw, err := hex.DecodeString(getenv(keyVariable))
+	if err != nil || len(raw) != len(opt.key) {
+		return options{}, fmt.Errorf("%s has %d characters: set it to 64 hex digits, the SHA-256 of the control token", keyVariable, len(getenv(keyVariable)))
 	}
-	copy(opt.hash[:], raw)
+	copy(opt.key[:], raw)
 	opt.port = uint16(*port)
 	return opt, nil
 }

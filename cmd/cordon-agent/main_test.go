@@ -8,7 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"os"
@@ -27,10 +27,10 @@ import (
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
-const token = "control-token-of-the-tests"
+const token = "proven_control-token-of-the-tests"
 
 // first is the agent's binary as PID 1 of its own PID, mount and UTS namespaces,
-// with an /etc of its own: as in a sandbox, except for the network.
+// with an /etc and a network of its own: as in a sandbox.
 type first struct {
 	t    *testing.T
 	dir  string
@@ -45,7 +45,10 @@ mount --make-rprivate /
 mount -t proc proc /proc
 mount --bind "$1/etc" /etc
 mount -t tmpfs -o size=1m,mode=1777 tmpfs "$1/small"
-exec "$1/cordon-agent" --control-hash "$2" --port "$3"
+until ip link set eth0 up 2>/dev/null; do sleep 0.01; done
+ip link set lo up
+ip address add "$2/30" dev eth0
+exec "$1/cordon-agent"
 `
 
 func boot(t *testing.T) *first {
@@ -76,23 +79,32 @@ func boot(t *testing.T) *first {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := uint16(ln.Addr().(*net.TCPAddr).Port)
-	ln.Close()
+	// A cable between the machine and the agent: what comes from the agent's own
+	// addresses is not the host's. The range is for benchmarks (RFC 2544).
+	gate := [4]byte{198, 18 + byte(rand.N(2)), byte(rand.N(256)), byte(rand.N(64))*4 + 1}
+	guest := gate
+	guest[3]++
+	link := fmt.Sprintf("ca%02x%02x%02x", gate[1], gate[2], gate[3])
 	hash := sha256.Sum256([]byte(token))
-	f := &first{t: t, dir: dir, logs: &bytes.Buffer{}, at: sandbox.AgentAddr{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port), Token: token}}
-	f.cmd = exec.Command("/bin/sh", "-c", setup, "sh", dir, hex.EncodeToString(hash[:]), fmt.Sprint(port))
-	f.cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	f := &first{t: t, dir: dir, logs: &bytes.Buffer{}, at: sandbox.AgentAddr{Addr: netip.AddrPortFrom(netip.AddrFrom4(guest), sandbox.AgentPort), Token: token}}
+	f.cmd = exec.Command("/bin/sh", "-c", setup, "sh", dir, netip.AddrFrom4(guest).String())
+	f.cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", keyVariable + "=" + hex.EncodeToString(hash[:])}
 	f.cmd.Stderr = f.logs
-	f.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS, Pdeathsig: syscall.SIGKILL}
+	f.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS | syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	began := time.Now()
 	if err := f.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { f.cmd.Process.Kill(); f.cmd.Wait() }) // and with PID 1 everything in its namespace
+	t.Cleanup(func() { f.cmd.Process.Kill(); f.cmd.Wait() }) // and with PID 1 everything in its namespaces, the cable too
+	for _, args := range [][]string{
+		{"link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", fmt.Sprint(f.cmd.Process.Pid)},
+		{"address", "add", netip.AddrFrom4(gate).String() + "/30", "dev", link},
+		{"link", "set", link, "up"},
+	} {
+		if out, err := exec.CommandContext(t.Context(), "ip", args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %q: %v\n%s", args, err, out)
+		}
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	if err := agentctl.New(agentctl.Config{}).WaitReady(ctx, f.at); err != nil {
@@ -199,26 +211,31 @@ func TestTheFirstProcessOfASandbox(t *testing.T) {
 }
 
 func TestBadCommandLinesSayWhy(t *testing.T) {
-	hash := strings.Repeat("ab", 32)
+	key := strings.Repeat("ab", 32)
 	for name, c := range map[string]struct {
 		args []string
+		key  string
 		want string
 	}{
-		"no hash":          {nil, "--control-hash"},
-		"half a hash":      {[]string{"--control-hash", "abcd"}, "64 hex digits"},
-		"not hex":          {[]string{"--control-hash", strings.Repeat("x", 64)}, "64 hex digits"},
-		"the hash of none": {[]string{"--control-hash", strings.Repeat("0", 64)}, "ControlHash is empty"},
-		"port 0":           {[]string{"--control-hash", hash, "--port", "0"}, "--port 0"},
-		"port 70000":       {[]string{"--control-hash", hash, "--port", "70000"}, "--port 70000"},
-		"an argument":      {[]string{"--control-hash", hash, "x"}, `unexpected argument "x"`},
-		"an unknown flag":  {[]string{"--what"}, "flag provided but not defined"},
+		"no key":          {nil, "", "CORDON_CONTROL_KEY has 0 characters"},
+		"half a key":      {nil, "abcd", "64 hex digits"},
+		"not hex":         {nil, strings.Repeat("x", 64), "64 hex digits"},
+		"the key of none": {nil, strings.Repeat("0", 64), "ControlHash is empty"},
+		"port 0":          {[]string{"--port", "0"}, key, "--port 0"},
+		"port 70000":      {[]string{"--port", "70000"}, key, "--port 70000"},
+		"an argument":     {[]string{"x"}, key, `unexpected argument "x"`},
+		"an unknown flag": {[]string{"--what"}, key, "flag provided but not defined"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
-			err := run(ctx, c.args, func(string) string { return "" }, io.Discard)
+			getenv := func(name string) string { return map[string]string{keyVariable: c.key}[name] }
+			err := run(ctx, c.args, getenv, io.Discard)
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v, want %q", err, c.want)
+			}
+			if c.key != "" && err != nil && strings.Contains(err.Error(), c.key) {
+				t.Errorf("%v shows the key", err)
 			}
 		})
 	}

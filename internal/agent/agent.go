@@ -6,7 +6,7 @@
 // The wire format is that of the published novita-sandbox and e2b SDKs (agent
 // version 0.6.13): two Connect services, process.Process and
 // filesystem.Filesystem, and plain HTTP for file contents. Routes for the host
-// alone need the control token, of which the agent knows the SHA-256 only.
+// alone need a proof that the caller knows the control key; see package proof.
 //
 // Until the host's first /init the agent serves nobody: every other route but
 // /health is refused.
@@ -14,17 +14,19 @@ package agent
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/cordonhq/cordon/internal/agent/proof"
 )
 
 // Limits on what one client, or all of them, can make the agent hold.
@@ -50,8 +52,12 @@ const (
 
 // Config is what an agent is built from. ControlHash is required.
 type Config struct {
-	// ControlHash is the SHA-256 of the control token, which only the host knows.
-	ControlHash [sha256.Size]byte
+	// ControlHash is the SHA-256 of the control token: what the host and the agent
+	// prove to each other that they know. No user may read it.
+	ControlHash proof.Key
+	// Own reports whether an address is one of the agent's machine, from which no
+	// host calls; nil means that none is.
+	Own func(netip.Addr) bool
 	// Log receives the agent's own events; nil discards them.
 	Log *slog.Logger
 	// ReapAll makes Run wait for every child of the process, as PID 1 and
@@ -95,11 +101,14 @@ type Agent struct {
 
 // New returns an agent that serves nobody until its Handler gets a claim.
 func New(cfg Config) (*Agent, error) {
-	if cfg.ControlHash == ([sha256.Size]byte{}) {
+	if cfg.ControlHash == (proof.Key{}) {
 		return nil, errors.New("agent: ControlHash is empty: pass the SHA-256 of the control token")
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Own == nil {
+		cfg.Own = func(netip.Addr) bool { return false }
 	}
 	if cfg.Etc == "" {
 		cfg.Etc = "/etc"
@@ -136,22 +145,28 @@ func New(cfg Config) (*Agent, error) {
 	return a, nil
 }
 
-// Handler answers all of the agent's routes. Processes it starts are reaped only
+// Handler answers all of the agent's routes but the host's. Processes it starts are reaped only
 // while Run runs.
 func (a *Agent) Handler() http.Handler { return a.handler }
 
-// Run serves ln, reaps children and guards memory until ctx ends. It closes ln.
-// The processes it started live on.
-func (a *Agent) Run(ctx context.Context, ln net.Listener) error {
-	g, ctx := errgroup.WithContext(ctx)
-	srv := &http.Server{
+// server answers all of the agent's routes.
+func (a *Agent) server(ctx context.Context) *http.Server {
+	return &http.Server{
 		Handler:           a.handler,
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       withDialogue,
 		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
 	}
+}
+
+// Run serves ln, reaps children and guards memory until ctx ends. It closes ln.
+// The processes it started live on.
+func (a *Agent) Run(ctx context.Context, ln net.Listener) error {
+	g, ctx := errgroup.WithContext(ctx)
+	srv := a.server(ctx)
 	g.Go(func() error { return a.children.run(ctx) })
 	g.Go(func() error { return a.guard.run(ctx, a.procs.used) })
 	g.Go(func() error {

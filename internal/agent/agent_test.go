@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/cordonhq/cordon/api/gen/agent/filesystem/filesystemconnect"
 	"github.com/cordonhq/cordon/api/gen/agent/process/processconnect"
+	"github.com/cordonhq/cordon/internal/agent/proof"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -54,7 +56,7 @@ func start(t *testing.T) *harness {
 
 // unguarded runs all of an agent that processes need, but not its guard.
 func unguarded(a *Agent, ctx context.Context, ln net.Listener) error {
-	srv := &http.Server{Handler: a.Handler()}
+	srv := a.server(ctx)
 	defer context.AfterFunc(ctx, func() { srv.Close() })()
 	go srv.Serve(ln)
 	err := a.children.run(ctx)
@@ -173,6 +175,58 @@ type answer struct {
 	body string
 }
 
+// send sends a request; one with the control token is the host's, which proves that
+// it has it instead.
+func (h *harness) send(req *http.Request) (*http.Response, error) {
+	token := req.Header.Get("X-Cordon-Control")
+	if token == "" {
+		return h.http.Do(req)
+	}
+	req.Header.Del("X-Cordon-Control")
+	var body []byte
+	if req.Body != nil {
+		var err error
+		if body, err = io.ReadAll(req.Body); err != nil {
+			return nil, err
+		}
+	}
+	conn, err := net.Dial("tcp", req.URL.Host)
+	if err != nil {
+		return nil, err
+	}
+	h.t.Cleanup(func() { conn.Close() })
+	in := bufio.NewReader(conn)
+	n, _, err := challenge(conn, in)
+	if err != nil {
+		return nil, err
+	}
+	key := proof.Key(sha256.Sum256([]byte(token)))
+	req.Header.Set(proof.Header, key.Host(n, proof.Request{Method: req.Method, URI: req.URL.RequestURI(), Body: body}))
+	req.Body, req.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	if err := req.Write(conn); err != nil {
+		return nil, err
+	}
+	return http.ReadResponse(in, req)
+}
+
+// challenge has the agent prove itself.
+func challenge(conn net.Conn, in *bufio.Reader) (n proof.Nonces, agents string, err error) {
+	n.Host = proof.NewNonce()
+	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\n%s: %s\r\n\r\n", proof.Path, proof.Nonce, n.Host); err != nil {
+		return n, "", err
+	}
+	resp, err := http.ReadResponse(in, nil)
+	if err != nil {
+		return n, "", err
+	}
+	resp.Body.Close()
+	n.Agent = resp.Header.Get(proof.Nonce)
+	if resp.StatusCode != http.StatusNoContent {
+		return n, "", fmt.Errorf("challenge: %s", resp.Status)
+	}
+	return n, resp.Header.Get(proof.Header), nil
+}
+
 // do sends a request with the access token unless headers say otherwise; headers
 // are pairs, an empty value removes.
 func (h *harness) do(method, path string, body io.Reader, headers ...string) answer {
@@ -189,7 +243,7 @@ func (h *harness) do(method, path string, body io.Reader, headers ...string) ans
 			req.Header.Set(headers[i], headers[i+1])
 		}
 	}
-	resp, err := h.http.Do(req)
+	resp, err := h.send(req)
 	if err != nil {
 		h.t.Fatalf("%s %s: %v", method, path, err)
 	}

@@ -18,18 +18,6 @@ const (
 	unclaimedText    = "this sandbox is not claimed yet"
 )
 
-// isControl reports whether the request carries the control token: the last
-// claim's, or the one the agent started with.
-func (a *Agent) isControl(r *http.Request) bool {
-	token := r.Header.Get("X-Cordon-Control")
-	sum := sha256.Sum256([]byte(token))
-	want := a.cfg.ControlHash
-	if c := a.claim.Load(); c != nil && c.control != nil {
-		want = *c.control
-	}
-	return token != "" && subtle.ConstantTimeCompare(sum[:], want[:]) == 1
-}
-
 // admits reports whether token opens the sandbox. A sandbox without a token is
 // open to whoever reaches its port.
 func (c *claim) admits(token string) bool {

@@ -18,6 +18,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/agent/proof"
 )
 
 // claim is what the host tells the agent about its sandbox. It is immutable: a
@@ -35,8 +37,8 @@ type claim struct {
 	// of one checkpoint must not share one. Empty keeps the one the agent started with.
 	ControlHash string `json:"controlHash"`
 
-	env     map[string]string  // of every command: EnvVars and who the sandbox is
-	control *[sha256.Size]byte // ControlHash, decoded
+	env     map[string]string // of every command: EnvVars and who the sandbox is
+	control *proof.Key        // ControlHash, decoded
 }
 
 // postInit claims the sandbox, or claims it anew after a restore. Everything is
@@ -99,7 +101,7 @@ func (c *claim) complete() error {
 		if err != nil || len(raw) != sha256.Size {
 			return errors.New("controlHash: want the 64 hex digits of a SHA-256")
 		}
-		c.control = (*[sha256.Size]byte)(raw)
+		c.control = (*proof.Key)(raw)
 	}
 	for k, v := range c.EnvVars {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(v, 0) {

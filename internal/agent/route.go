@@ -12,6 +12,7 @@ import (
 
 	"github.com/cordonhq/cordon/api/gen/agent/filesystem/filesystemconnect"
 	"github.com/cordonhq/cordon/api/gen/agent/process/processconnect"
+	"github.com/cordonhq/cordon/internal/agent/proof"
 )
 
 // routes builds the one handler: steady wraps every exchange with deadlines,
@@ -22,6 +23,7 @@ func (a *Agent) routes() http.Handler {
 		w.Header().Set("Cache-Control", "no-store")
 		w.WriteHeader(http.StatusNoContent)
 	})
+	mux.HandleFunc("GET "+proof.Path, a.getChallenge)
 	mux.Handle("POST /init", a.control(a.postInit))
 	mux.Handle("POST /cordon/start", a.control(a.postStart))
 	mux.Handle("POST /cordon/ready", a.control(a.postReady))

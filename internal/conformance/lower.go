@@ -29,6 +29,7 @@ func lowerCases() []Case {
 		{ID: 61, Group: group, Title: "the proxy's ports addressed directly, identity from headers", Run: proxyPorts},
 		{ID: 62, Group: group, Title: "tools that ignore or choose proxies", Run: otherProxies},
 		{ID: 64, Group: group, Title: "sandbox to sandbox", Run: betweenSandboxes},
+		{ID: 80, Group: group, Title: "a program that wants the agent's port", Run: agentsPort},
 	}
 }
 
@@ -717,6 +718,38 @@ func betweenSandboxes(t *Trial) {
 			case <-ctx.Done():
 				return ctx.Err()
 			}
+		},
+	})
+}
+
+// agentsPort has a program of the default user ask for the port that the host calls
+// the agent at, on every address, as servers ask for theirs.
+func agentsPort(t *Trial) {
+	s := t.Sandbox(standard())
+	own, err := s.Addr(t.ctx)
+	t.must("ask for the sandbox's address", err)
+	listen := func(addr netip.Addr, port uint16) probe.Order {
+		return probe.Order{Kind: probe.Listen, To: at(addr, port), Within: 500 * time.Millisecond}
+	}
+	addrs := []netip.Addr{own, netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.2"), netip.IPv4Unspecified(), netip.IPv6Unspecified(), netip.IPv6Loopback()}
+	t.Try(Try{
+		What: "listening on the agent's port", By: s,
+		Orders: each(addrs, func(a netip.Addr) probe.Order { return listen(a, 49983) }),
+		Answer: func(got probe.Outcome) error {
+			if !strings.Contains(got.End, "address already in use") {
+				return errors.New("the port was given away")
+			}
+			return nil
+		},
+	})
+	t.Try(Try{
+		What: "control: listening on a port that is free", By: s,
+		Orders: each(addrs, func(a netip.Addr) probe.Order { return listen(a, 49900) })[:1],
+		Answer: func(got probe.Outcome) error {
+			if got.End != probe.Timeout {
+				return fmt.Errorf("it ended with %q", got.End)
+			}
+			return nil
 		},
 	})
 }

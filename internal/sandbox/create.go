@@ -124,7 +124,7 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 		AllowIn:     slices.Clone(req.AllowIn),
 		Egress:      req.Egress, Generation: 1,
 		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost, MaskOrigin: req.MaskOrigin,
-		ControlToken: newToken(), Lease: up.lease,
+		ControlToken: newControlToken(up.controlToken), Lease: up.lease,
 	}
 	if s := o.snapshot; s != nil {
 		rec.TemplateID, rec.Template, rec.Image = s.ID, s.label(), s.Image
@@ -198,3 +198,19 @@ func (m *Manager) acquire(ctx context.Context, o *origin, p *policy.Compiled) (*
 
 // newToken returns 128 random bits or more in lower-case letters and digits.
 func newToken() string { return strings.ToLower(rand.Text()) }
+
+// newControlToken returns a control token for the agent that has an old one, or for
+// a new agent. Tokens say how they are used, because an agent outlives the server
+// that started it, in a running sandbox as in a checkpoint.
+func newControlToken(old string) string {
+	if old != "" && !ProvenToken(old) {
+		return newToken()
+	}
+	return provenPrefix + newToken()
+}
+
+const provenPrefix = "proven_"
+
+// ProvenToken reports whether an agent proves that it knows its control token, and
+// is not to be sent it. Agents of older versions are.
+func ProvenToken(token string) bool { return strings.HasPrefix(token, provenPrefix) }

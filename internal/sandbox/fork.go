@@ -120,7 +120,7 @@ func twinRecord(src *Record, up *started) Record {
 	rec.Domains, rec.Links, rec.LinkKey = nil, nil, "" // a name, and a link, leads to one sandbox
 	rec.State, rec.Created, rec.Started, rec.Generation = Running, now, now, 1
 	rec.Metadata, rec.EnvVars = maps.Clone(src.Metadata), maps.Clone(src.EnvVars)
-	rec.ControlToken = newToken()
+	rec.ControlToken = newControlToken(up.controlToken)
 	if src.AccessToken != "" {
 		rec.AccessToken = newToken()
 	}

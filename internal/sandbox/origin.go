@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
@@ -107,7 +108,7 @@ func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled
 			err = errors.Join(err, undo.Run(context.WithoutCancel(ctx)))
 		}
 	}()
-	up := &started{id: id, controlToken: cmp.Or(o.token, newToken()), imageRef: o.img.Digest, resources: o.resources}
+	up := &started{id: id, controlToken: cmp.Or(o.token, newControlToken("")), imageRef: o.img.Digest, resources: o.resources}
 	if up.lease, err = m.cfg.Network.Acquire(ctx, id); err != nil {
 		return nil, fmt.Errorf("acquire network slot: %w", err)
 	}
@@ -168,11 +169,18 @@ func (m *Manager) discard(ctx context.Context, up *started) error {
 
 func (m *Manager) runtimeSpec(up *started, o *origin) RuntimeSpec {
 	hash := sha256.Sum256([]byte(up.controlToken))
+	key := hex.EncodeToString(hash[:])
+	args, env := slices.Clone(m.cfg.AgentArgs), m.cfg.Env
+	if ProvenToken(up.controlToken) {
+		env = append(slices.Clone(env), "CORDON_CONTROL_KEY="+key) // users of the sandbox can read arguments
+	} else {
+		args = append(args, "--control-hash", key) // checkpoints are restored under the arguments they began with
+	}
 	return RuntimeSpec{
 		ID: up.id, Owner: o.owner, Rootfs: o.img.Rootfs, NetNS: up.lease.NetNS, Hostname: string(up.id),
 		Resources: up.resources,
-		Args:      append(append([]string{}, m.cfg.AgentArgs...), "--control-hash", hex.EncodeToString(hash[:])),
-		Env:       m.cfg.Env,
+		Args:      args,
+		Env:       env,
 		Binds:     append(append([]Bind{}, o.img.Binds...), m.cfg.Binds...),
 	}
 }

@@ -112,7 +112,7 @@ func (m *Manager) rerun(ctx context.Context, e *entry, next *view, to startOver)
 		}
 	}()
 	next.rec.ImageRef, next.rec.Runtime, next.rec.Resources = o.img.Digest, m.cfg.Runtime.Name(), up.resources
-	next.rec.ControlToken = newToken()
+	next.rec.ControlToken = newControlToken(up.controlToken)
 	if to.public != nil {
 		next.rec.AllowPublicTraffic = to.public
 		switch {

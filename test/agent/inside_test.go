@@ -108,6 +108,7 @@ func TestInside(t *testing.T) {
 	t.Run("a big directory is listed, and a watch sees each of many changes", s.bulk)
 	t.Run("a large file passes in little memory", s.large)
 	t.Run("programs in the sandbox get nothing from its agent", s.hostile)
+	t.Run("the agent's port is the agent's alone", s.ownPort)
 }
 
 func (s *live) limitsAreSeen(t *testing.T) {
@@ -344,4 +345,36 @@ func (s *live) hostile(t *testing.T) {
 		t.Error(err)
 	}
 	run(t, sb, "test ! -e /etc/hostname.evil", 0)
+}
+
+// ownPort is what a program in the sandbox, of the default user, tries with the
+// port that the host calls the agent at.
+func (s *live) ownPort(t *testing.T) {
+	sb := s.sandbox(t)
+	bind := `python3 -c "
+import errno, socket, subprocess
+own = subprocess.run(['hostname', '-I'], capture_output=True, text=True).stdout.split()
+for family, address in [(socket.AF_INET, a) for a in own + ['127.0.0.1', '0.0.0.0', '127.0.0.2']] + [(socket.AF_INET6, '::'), (socket.AF_INET6, '::1')]:
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        l = socket.socket(family)
+        l.setsockopt(socket.SOL_SOCKET, option, 1)
+        try:
+            l.bind((address, 49983))
+            l.listen()
+            print('listens', address, option)
+        except OSError as e:
+            if e.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL): print(e)
+"`
+	if got := run(t, sb, bind, 0); got != "" {
+		t.Errorf("%s", got)
+	}
+	// What opens the agent to the host is not to be seen, and the agent does not
+	// prove itself to its own machine, which could pass that on.
+	run(t, sb, `! tr '\0' '\n' </proc/1/cmdline | grep -E '[0-9a-f]{64}'`, 0)
+	own := run(t, sb, "hostname -I | cut -d' ' -f1", 0)
+	for _, at := range []string{"127.0.0.1", own} {
+		if got := run(t, sb, "curl -s -o /dev/null -m 10 -w '%{http_code}' -H 'X-Cordon-Nonce: ABCDEFGHIJKLMNOPQRSTUVWXYZ' http://"+at+":49983/cordon/challenge", 0); got != "404" {
+			t.Errorf("a challenge from inside by %s: %s", at, got)
+		}
+	}
 }

@@ -3,11 +3,11 @@
 //
 // Every answer comes from inside a sandbox and is not to be trusted: sizes and
 // times are bounded, redirects are not followed, connections are not reused, so
-// that an address handed to another sandbox never meets an old connection.
+// that an address handed to another sandbox never meets an old connection. Before
+// anything but /health is asked, the agent must prove that it is the agent.
 package agentctl
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -22,6 +22,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/cordonhq/cordon/internal/agent/proof"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -29,7 +30,7 @@ import (
 var _ sandbox.Agents = (*Client)(nil)
 
 const (
-	controlHeader  = "X-Cordon-Control"
+	controlHeader  = "X-Cordon-Control" // for agents of older versions
 	tunnelProtocol = "cordon-tunnel"
 	tunnelReason   = "X-Cordon-Tunnel"
 
@@ -53,7 +54,6 @@ type Config struct {
 // Client speaks to agents. It holds no connections.
 type Client struct {
 	cfg  Config
-	http *http.Client
 	dial *net.Dialer
 }
 
@@ -68,21 +68,7 @@ func New(cfg Config) *Client {
 	if cfg.ProbeTimeout <= 0 {
 		cfg.ProbeTimeout = 20 * time.Millisecond
 	}
-	d := &net.Dialer{Timeout: cfg.DialTimeout, KeepAlive: -1}
-	return &Client{
-		cfg:  cfg,
-		dial: d,
-		http: &http.Client{
-			Transport: &http.Transport{
-				Proxy:                  nil, // never the host's own proxy settings
-				DialContext:            d.DialContext,
-				DisableKeepAlives:      true,
-				DisableCompression:     true,
-				MaxResponseHeaderBytes: maxHead,
-			},
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-	}
+	return &Client{cfg: cfg, dial: &net.Dialer{Timeout: cfg.DialTimeout, KeepAlive: -1}}
 }
 
 // WaitReady polls the agent until it answers or ctx ends; then its error says
@@ -294,22 +280,24 @@ func (c *Client) call(ctx context.Context, a sandbox.AgentAddr, method, path str
 
 // patient is call with the context's deadline alone.
 func (c *Client) patient(ctx context.Context, a sandbox.AgentAddr, method, path string, body []byte) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+a.Addr.String()+path, bytes.NewReader(body))
+	m, err := c.meet(ctx, a)
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", method, path, err)
+		return nil, err
 	}
-	req.Header.Set(controlHeader, a.Token)
+	defer m.conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = m.conn.SetDeadline(time.Unix(1, 0)) })()
+	head := "Connection: close\r\n"
 	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
+		head += fmt.Sprintf("Content-Type: application/json\r\nContent-Length: %d\r\n", len(body))
 	}
-	resp, err := c.http.Do(req)
+	resp, err := m.ask(proof.Request{Method: method, URI: path, Body: body}, head)
 	if err != nil {
-		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent does not answer")
+		return nil, errs.Wrap(errs.Unavailable, errors.Join(ctx.Err(), err), "the sandbox's agent does not answer")
 	}
 	defer resp.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent broke off its answer")
+		return nil, errs.Wrap(errs.Unavailable, errors.Join(ctx.Err(), err), "the sandbox's agent broke off its answer")
 	}
 	if resp.StatusCode/100 != 2 {
 		return nil, fmt.Errorf("%s %s: the agent answered %d: %s", method, path, resp.StatusCode, quote(raw))
@@ -338,21 +326,19 @@ func quote(raw []byte) string {
 func (c *Client) DialPort(ctx context.Context, a sandbox.AgentAddr, port uint16) (_ net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.CallTimeout)
 	defer cancel()
-	conn, err := c.dial.DialContext(ctx, "tcp", a.Addr.String())
+	m, err := c.meet(ctx, a)
 	if err != nil {
-		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent does not answer")
+		return nil, err
 	}
+	conn := m.conn
 	defer func() {
 		if err != nil {
 			conn.Close()
 		}
 	}()
-	if strings.ContainsAny(a.Token, "\r\n") {
-		return nil, errors.New("the control token has a line break")
-	}
-	head, err := exchange(ctx, conn, fmt.Sprintf(
-		"GET /cordon/tunnel?port=%d HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\n%s: %s\r\n\r\n",
-		port, a.Addr, tunnelProtocol, controlHeader, a.Token))
+	head, err := exchange(ctx, conn, m.request(
+		proof.Request{Method: http.MethodGet, URI: fmt.Sprintf("/cordon/tunnel?port=%d", port)},
+		"Connection: Upgrade\r\nUpgrade: "+tunnelProtocol+"\r\n"))
 	switch {
 	case err != nil:
 		return nil, errs.Wrap(errs.Unavailable, err, "the sandbox's agent opened no tunnel")

@@ -2,6 +2,7 @@ package agentctl
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -19,13 +20,14 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/cordonhq/cordon/internal/agent"
+	"github.com/cordonhq/cordon/internal/agent/proof"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const token = "control-token-of-the-tests"
+const token = "proven_control-token-of-the-tests"
 
 // listen opens a loopback port.
 func listen(t *testing.T, addr string) *net.TCPListener {
@@ -381,4 +383,57 @@ func FuzzHead(f *testing.F) {
 			t.Errorf("%+v", got)
 		}
 	})
+}
+
+// An impostor is what listens on the agent's port and is not the agent.
+func TestAnImpostorLearnsNothing(t *testing.T) {
+	for name, answer := range map[string]string{
+		"as an agent of an older version": "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+		"success without a proof":         "HTTP/1.1 204 No Content\r\n\r\n",
+		"a proof of its own making": "HTTP/1.1 204 No Content\r\n" + proof.Nonce + ": " + proof.NewNonce() + "\r\n" + proof.Header + ": " +
+			proof.Key{1}.Agent(proof.Nonces{}) + "\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ln := listen(t, "127.0.0.1:0")
+			var heard bytes.Buffer
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for {
+					conn, err := ln.Accept()
+					if err != nil {
+						return
+					}
+					in := bufio.NewReader(conn)
+					for line := ""; line != "\r\n" && err == nil; {
+						line, err = in.ReadString('\n')
+						heard.WriteString(line)
+					}
+					io.WriteString(conn, answer)
+					io.Copy(&heard, in)
+					conn.Close()
+				}
+			}()
+			c, at := New(Config{CallTimeout: time.Second}), addrOf(ln)
+			const secret = "users-secret"
+			err := c.Init(t.Context(), at, sandbox.AgentInit{SandboxID: "i1", AccessToken: secret, EnvVars: map[string]string{"K": secret}})
+			if !errors.Is(err, errImpostor) {
+				t.Errorf("Init: %v", err)
+			}
+			if err := c.Start(t.Context(), at, sandbox.AgentStart{Args: []string{secret}}); !errors.Is(err, errImpostor) {
+				t.Errorf("Start: %v", err)
+			}
+			if conn, err := c.DialPort(t.Context(), at, 80); !errors.Is(err, errImpostor) {
+				t.Errorf("DialPort: %v, %v", conn, err)
+			}
+			ln.Close()
+			<-done
+			if sum := sha256.Sum256([]byte(token)); strings.Contains(heard.String(), token) || strings.Contains(heard.String(), secret) || strings.Contains(heard.String(), fmt.Sprintf("%x", sum)) {
+				t.Errorf("it heard %s", heard.String())
+			}
+			if n := strings.Count(heard.String(), "HTTP/1.1"); n != 3 || strings.Count(heard.String(), "GET "+proof.Path) != 3 {
+				t.Errorf("it was asked for more than a proof: %s", heard.String())
+			}
+		})
+	}
 }
