@@ -172,10 +172,12 @@ func letterOrDigit(c rune) bool {
 func privateOrCookie(name string) bool { return name == "Cookie" || private(name) }
 
 // upgradeOf returns the protocol a client wants to switch to, when we pass that
-// on. HTTP/2 is not: its requests would no longer be seen by us.
+// on. HTTP/2 is not: its requests would no longer be seen by us. A request may have
+// a body, as Docker's clients send one with "tcp"; the switch comes behind it. A
+// WebSocket's has none (RFC 6455, section 4.1).
 func upgradeOf(r *http.Request) string {
 	u := r.Header["Upgrade"]
-	if r.ProtoMajor != 1 || r.ProtoMinor < 1 || len(u) != 1 || r.ContentLength != 0 {
+	if r.ProtoMajor != 1 || r.ProtoMinor < 1 || len(u) != 1 {
 		return ""
 	}
 	asked := false
@@ -186,6 +188,9 @@ func upgradeOf(r *http.Request) string {
 	}
 	protocol := strings.TrimSpace(u[0])
 	low := strings.ToLower(protocol)
+	if low == "websocket" && r.ContentLength != 0 {
+		return ""
+	}
 	if !asked || protocol == "" || strings.ContainsAny(protocol, ", ") || strings.HasPrefix(low, "h2") || strings.HasPrefix(low, "http") || strings.HasPrefix(low, "tls") {
 		return ""
 	}

@@ -117,6 +117,79 @@ func TestTunnelKeepsBytesSentEarlyAndHalfClose(t *testing.T) {
 	}
 }
 
+// A request with a body may ask for another protocol: the body goes first, framed as
+// it came, and what follows it is the tunnel's, however the octets are cut.
+func TestAnUpgradeMayHaveABody(t *testing.T) {
+	l := newLab(t)
+	a := l.sandbox(idA)
+	port := a.raw(func(c net.Conn, br *bufio.Reader) {
+		req, err := http.ReadRequest(br)
+		if err != nil || req.Method != "POST" || req.Header.Get("Upgrade") != "tcp" || req.Header.Get("Connection") != "Upgrade" {
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nnot asked to switch")
+			return
+		}
+		body, err := io.ReadAll(req.Body)
+		if err != nil {
+			return
+		}
+		fmt.Fprintf(c, "HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n%d ", len(body))
+		io.Copy(c, br)
+	})
+	large := strings.Repeat("b", 200<<10)
+	for name, body := range map[string]string{
+		"a short body":                   "Content-Length: 4\r\n\r\nbody",
+		"a chunked body":                 "Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
+		"a long body":                    fmt.Sprintf("Content-Length: %d\r\n\r\n%s", len(large), large),
+		"a body that is to be asked for": "Content-Length: 4\r\nExpect: 100-continue\r\n\r\nbody",
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := l.dialPlain(t)
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			fmt.Fprintf(c, "POST /exec/start HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n%searly ", a.host(port), body)
+			br := bufio.NewReader(c)
+			resp, err := http.ReadResponse(br, nil)
+			if err == nil && resp.StatusCode == 100 {
+				resp, err = http.ReadResponse(br, nil)
+			}
+			if err != nil || resp.StatusCode != 101 {
+				t.Fatalf("got %v, %v", resp, err)
+			}
+			io.WriteString(c, "late")
+			c.CloseWrite()
+			want := "4 early late"
+			if name == "a long body" {
+				want = fmt.Sprint(len(large), " early late")
+			}
+			if got, err := io.ReadAll(br); err != nil || string(got) != want {
+				t.Errorf("%v %q, want %q", err, got, want)
+			}
+		})
+	}
+	t.Run("a service that does not switch leaves what follows a request of its own", func(t *testing.T) {
+		plain := a.serve(echo)
+		hidden := "GET /second HTTP/1.1\r\nHost: " + a.host(plain) + "\r\nConnection: close\r\n\r\n"
+		got := l.plain(t, "POST /first HTTP/1.1\r\nHost: "+a.host(plain)+"\r\nConnection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 4\r\n\r\nbody"+hidden)
+		if strings.Count(got, "HTTP/1.1 200") != 2 || !strings.Contains(got, "GET /second") || !strings.Contains(got, "body=4") {
+			t.Errorf("got %s", got)
+		}
+	})
+	t.Run("a body that is cut short opens nothing", func(t *testing.T) {
+		c := l.dialPlain(t)
+		fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 40\r\n\r\nbody", a.host(port))
+		c.CloseWrite()
+		c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if got, _ := io.ReadAll(c); strings.Contains(string(got), "101") {
+			t.Errorf("got %s", got)
+		}
+	})
+	t.Run("a WebSocket has no body", func(t *testing.T) {
+		got := l.plain(t, "GET / HTTP/1.1\r\nHost: "+a.host(port)+"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 4\r\n\r\nbody")
+		if !strings.Contains(got, "not asked to switch") {
+			t.Errorf("got %s", got)
+		}
+	})
+}
+
 func TestUpgradesThatDoNotPass(t *testing.T) {
 	l := newLab(t)
 	a := l.sandbox(idA)

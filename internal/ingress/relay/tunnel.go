@@ -30,6 +30,14 @@ func (x *exchange) tunnel(resp *http.Response) error {
 	if x.out.Answer != nil {
 		x.out.Answer(resp.StatusCode, resp.Header)
 	}
+	if x.upload != nil { // what the client sends behind its body is the tunnel's
+		x.proceed(true)
+		err := <-x.upload
+		if x.upload = nil; err != nil {
+			return err
+		}
+		x.uploaded = true
+	}
 	x.started.Store(true)
 	client, rw, err := x.rc.Hijack()
 	if err != nil {
