@@ -229,6 +229,9 @@ type Network struct {
 	// MaskOrigin makes services see an Origin and a Referer of their own public URL
 	// as those of the masked host, and no X-Forwarded-Host. At create only.
 	MaskOrigin bool `json:"maskOrigin,omitempty"`
+	// HTTPSPorts are those whose services speak HTTPS themselves; their certificates
+	// are not verified. At create only.
+	HTTPSPorts []int `json:"httpsPorts,omitempty"`
 	// AllowIn lists the only addresses and CIDRs that may reach the sandbox's ports.
 	// Nil is every address at create and no change in SetNetwork; empty is nobody.
 	AllowIn []string `json:"allowIn,omitzero"`

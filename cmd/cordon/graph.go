@@ -464,7 +464,7 @@ func (s *server) target(id string) (*ingress.Target, bool) {
 	return &ingress.Target{
 		ID: id, State: state, Addr: rec.Lease.Addr4.Addr(), AgentPort: sandbox.AgentPort,
 		DialLoopback: func(ctx context.Context, port uint16) (net.Conn, error) { return s.agents.DialPort(ctx, addr, port) },
-		Public:       rec.Public(), TrafficToken: rec.TrafficToken, MaskHost: rec.MaskRequestHost, MaskOrigin: rec.MaskOrigin,
+		Public:       rec.Public(), TrafficToken: rec.TrafficToken, MaskHost: rec.MaskRequestHost, MaskOrigin: rec.MaskOrigin, HTTPSPorts: rec.HTTPSPorts,
 		AutoResume: rec.AutoResume, TrafficExtends: rec.IdleTimeout > 0, Done: ep.Done,
 		AccessToken: rec.AccessToken, Owner: rec.Owner, AllowIn: rec.AllowIn,
 		LinkKey: rec.LinkKey, Link: rec.HasLink,

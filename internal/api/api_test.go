@@ -188,12 +188,12 @@ func TestCreatePassesOnWhatWasAsked(t *testing.T) {
 	b.create(`{"templateID":"base","timeout":60,"metadata":{"a":"1"},"envVars":{"K":"v=w"},"autoPause":true,"autoResume":{"enabled":true},
 		"allow_internet_access":false,
 		"network":{"allowOut":["1.1.1.1","*.example.com"],"denyOut":["0.0.0.0/0"],"allowPublicTraffic":false,
-			"maskRequestHost":"localhost:${PORT}","maskOrigin":true,"dns":"open","onDeny":"explain","mode":"observe","allow_internet_access":true}}`)
+			"maskRequestHost":"localhost:${PORT}","maskOrigin":true,"httpsPorts":[8443],"dns":"open","onDeny":"explain","mode":"observe","allow_internet_access":true}}`)
 	got := b.sandboxes.Created[0]
 	want := sandbox.CreateRequest{
 		Owner: b.userID, Template: "base", Timeout: time.Minute,
 		Metadata: map[string]string{"a": "1"}, EnvVars: map[string]string{"K": "v=w"},
-		AllowPublicTraffic: &no, MaskRequestHost: "localhost:${PORT}", MaskOrigin: true,
+		AllowPublicTraffic: &no, MaskRequestHost: "localhost:${PORT}", MaskOrigin: true, HTTPSPorts: []uint16{8443},
 		OnTimeout: sandbox.PauseOnTimeout, AutoResume: true, Secure: true,
 	}
 	want.Egress.AllowOut = []string{"1.1.1.1", "*.example.com"}
@@ -240,7 +240,8 @@ func TestCreateRefuses(t *testing.T) {
 		{"an invalid mask", `{"network":{"maskRequestHost":"a b"}}`, 400, "mask request host is not valid: a b"},
 		{"rules", `{"network":{"rules":{"a.com":[{}]}}}`, 501, "network.rules is not supported"},
 		{"an egress proxy", `{"network":{"egressProxy":{"address":"x:1"}}}`, 501, "network.egressProxy is not supported"},
-		{"HTTPS ports", `{"network":{"httpsPorts":[8443]}}`, 501, "network.httpsPorts is not supported"},
+		{"an HTTPS port that is none", `{"network":{"httpsPorts":[0]}}`, 400, "network.httpsPorts: 0 is not a port"},
+		{"the agent's port for HTTPS", `{"network":{"httpsPorts":[49983]}}`, 400, "49983 is the agent's port"},
 		{"nameservers, even none", `{"network":{"dnsServers":[]}}`, 501, "network.dnsServers is not supported"},
 		{"an MCP server", `{"mcp":{"x":{}}}`, 501, "mcp is not supported"},
 		{"a volume", `{"volumeMounts":[{"name":"v","path":"/v"}]}`, 501, "volumeMounts is not supported"},

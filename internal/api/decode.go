@@ -52,6 +52,10 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 	if err := sandbox.ValidMaskHost(mask); err != nil {
 		return none, err
 	}
+	httpsPorts, err := sandbox.ParseHTTPSPorts(b.Network.HttpsPorts)
+	if err != nil {
+		return none, err
+	}
 	sources, err := sandbox.ParseSources("network.allowIn", b.Network.AllowIn)
 	if err != nil {
 		return none, err
@@ -75,6 +79,7 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 		AllowPublicTraffic: b.Network.AllowPublicTraffic,
 		MaskRequestHost:    mask,
 		MaskOrigin:         maskOrigin || b.Network.MaskOrigin,
+		HTTPSPorts:         httpsPorts,
 		OnTimeout:          sandbox.KillOnTimeout,
 		AllowIn:            sources,
 		AutoResume:         b.AutoResume.Enabled,
@@ -90,7 +95,7 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 // egressOf reads the egress half of network rules.
 func egressOf(n *control.Network) (policy.Input, error) {
 	if err := unsupported(map[string]control.Unsupported{
-		"network.rules": n.Rules, "network.egressProxy": n.EgressProxy, "network.httpsPorts": n.HttpsPorts,
+		"network.rules": n.Rules, "network.egressProxy": n.EgressProxy,
 	}); err != nil {
 		return policy.Input{}, err
 	}
@@ -100,7 +105,7 @@ func egressOf(n *control.Network) (policy.Input, error) {
 	}
 	if len(n.AdditionalProperties) > 0 {
 		field := slices.Min(slices.Collect(maps.Keys(n.AdditionalProperties)))
-		return policy.Input{}, errs.New(errs.Invalid, "network.%s is unknown: network takes allowOut, denyOut, allowPublicTraffic, maskRequestHost, maskOrigin, allowIn, dns, onDeny and mode", field)
+		return policy.Input{}, errs.New(errs.Invalid, "network.%s is unknown: network takes allowOut, denyOut, allowPublicTraffic, maskRequestHost, maskOrigin, httpsPorts, allowIn, dns, onDeny and mode", field)
 	}
 	return policy.Input{
 		AllowOut:            n.AllowOut,
@@ -116,6 +121,9 @@ func egressOf(n *control.Network) (policy.Input, error) {
 func updateOf(n *control.Network) (policy.Input, error) {
 	if n.AllowPublicTraffic != nil {
 		return policy.Input{}, errs.New(errs.Invalid, "allowPublicTraffic is set when the sandbox is created and cannot be changed")
+	}
+	if len(n.HttpsPorts) > 0 {
+		return policy.Input{}, errs.New(errs.Invalid, "httpsPorts is set when the sandbox is created and cannot be changed")
 	}
 	if n.MaskOrigin {
 		return policy.Input{}, errs.New(errs.Invalid, "maskOrigin is set when the sandbox is created and cannot be changed")

@@ -86,7 +86,7 @@ func (s *server) detailOf(rec *sandbox.Record) control.SandboxDetail {
 func networkOf(rec *sandbox.Record) *control.NetworkInfo {
 	e := &rec.Egress
 	if len(e.AllowOut)+len(e.DenyOut) == 0 && e.DNS == "" && e.OnDeny == "" && e.Mode == "" &&
-		rec.AllowPublicTraffic == nil && rec.MaskRequestHost == "" && rec.AllowIn == nil {
+		rec.AllowPublicTraffic == nil && rec.MaskRequestHost == "" && len(rec.HTTPSPorts) == 0 && rec.AllowIn == nil {
 		return nil
 	}
 	return &control.NetworkInfo{
@@ -95,12 +95,21 @@ func networkOf(rec *sandbox.Record) *control.NetworkInfo {
 		AllowPublicTraffic: rec.AllowPublicTraffic,
 		MaskRequestHost:    rec.MaskRequestHost,
 		MaskOrigin:         rec.MaskOrigin,
+		HttpsPorts:         portsOf(rec.HTTPSPorts),
 		AllowIn:            sourcesOf(rec),
 		Dns:                string(e.DNS),
 		OnDeny:             string(e.OnDeny),
 		Mode:               string(e.Mode),
 		Generation:         int64(rec.Generation),
 	}
+}
+
+func portsOf(ports []uint16) []int {
+	var out []int
+	for _, p := range ports {
+		out = append(out, int(p))
+	}
+	return out
 }
 
 // sourcesOf tells an empty list, which lets nobody in, from none at all.

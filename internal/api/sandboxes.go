@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 
@@ -193,6 +194,9 @@ func unchanged(rec *sandbox.Record, secure, public *bool, n *control.Network) er
 	mask, origin := sandbox.MaskOf(n.MaskRequestHost)
 	if (origin || n.MaskOrigin) && !rec.MaskOrigin {
 		return errs.New(errs.Unimplemented, "network.maskOrigin is set when the sandbox is created and cannot be changed")
+	}
+	if ports, err := sandbox.ParseHTTPSPorts(n.HttpsPorts); err != nil || len(ports) > 0 && !slices.Equal(ports, rec.HTTPSPorts) {
+		return errs.New(errs.Unimplemented, "network.httpsPorts is set when the sandbox is created and cannot be changed")
 	}
 	if mask != "" && mask != rec.MaskRequestHost {
 		return errs.New(errs.Unimplemented, "network.maskRequestHost is set when the sandbox is created and cannot be changed")

@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"crypto/tls"
 	"net"
 	"net/http"
 	"net/netip"
@@ -23,6 +24,9 @@ type backend struct {
 
 	started  atomic.Int64 // when the latest command was started, in Unix ns
 	awaiting atomic.Int64 // requests that wait for a port to open
+
+	speeches sync.Map     // *speech by port
+	spoken   atomic.Int64 // how many they are, about
 
 	mu       sync.Mutex          // guards loopback
 	loopback map[uint16]struct{} // ports last reached through the agent
@@ -54,7 +58,7 @@ func (in *Ingress) backend(t *Target) *backend {
 		b.pool.Close() // its watcher ends with its Done, or with us
 	}
 	b = &backend{in: in, target: t, loopback: map[uint16]struct{}{}}
-	b.pool = relay.NewPool(relay.Config{Dial: b.dial, Limits: in.cfg.Limits.Relay})
+	b.pool = relay.NewPool(relay.Config{Dial: b.dial, TLS: func(port uint16) *tls.Config { return b.tlsFor(port, "http/1.1") }, Limits: in.cfg.Limits.Relay})
 	b.h2c = b.newH2C()
 	in.backends[t.ID] = b
 	in.wg.Add(1)

@@ -19,51 +19,81 @@ type call struct {
 	to      route
 	pass    pass
 	guest   *guest
+
+	host    string     // for the service
+	fields  []h1.Field // that the service gets besides the client's
+	upgrade string     // the protocol to switch to, empty for none
+	held    *heldReader
 }
 
 // forward sends the request to the service and sees to the end of it.
 func (v *visit) forward(c *call) {
-	b, t, to, p, g := c.backend, c.target, c.to, c.pass, c.guest
-	if !validMask(t.MaskHost) {
-		b.depart(g)
-		v.refuse(badMask(to.id))
+	tunnel := false
+	defer func() {
+		if !tunnel {
+			c.backend.depart(c.guest)
+		}
+	}()
+	if !validMask(c.target.MaskHost) {
+		v.refuse(badMask(c.to.id))
 		return
 	}
-	host, fields := v.present(t, to)
-	if isGRPC(v.r) {
-		defer b.depart(g)
-		v.forwardGRPC(&grpcCall{b: b, t: t, to: to, target: p.target, host: host, fields: fields})
+	c.host, c.fields = v.present(c.target, c.to)
+	if c.upgrade = upgradeOf(v.r); v.stream != nil {
+		c.upgrade = "websocket"
+	}
+	if v.byHTTP2(c) {
+		v.forwardHTTP2(c)
 		return
 	}
-	upgrade := upgradeOf(v.r)
-	if v.stream != nil {
-		upgrade = "websocket"
+	var result relay.Result
+	result, tunnel = v.forwardHTTP1(c)
+	if result.Err != nil && !result.Started && v.turnsOut(c, result.Err) {
+		v.forwardHTTP2(c)
+		return
 	}
-	drop := private
+	v.code, v.err = result.Status, result.Err
+	v.access.octets, v.access.wait = result.Octets, result.Wait
+	switch {
+	case result.Err == nil:
+		c.backend.speech(c.to.port).http1.Store(true)
+	case result.Started, errors.Is(result.Err, relay.ErrClient) && !errors.Is(result.Err, relay.ErrReset):
+		v.abort()
+	default:
+		v.refuse(v.explain(c, result.Err))
+	}
+}
+
+// forwardHTTP1 sends the request in HTTP/1.1. It reports whether a tunnel has come of
+// it, which goes on by itself.
+func (v *visit) forwardHTTP1(c *call) (result relay.Result, tunneled bool) {
+	drop, fields := private, c.fields
 	if cookie, had := stripCookie(v.r.Header); had {
 		drop = privateOrCookie
 		if cookie != "" {
 			fields = append(fields, h1.Field{Name: "Cookie", Value: cookie})
 		}
 	}
-	if t.MaskOrigin {
+	if c.target.MaskOrigin {
 		drop = dropBesides(drop, fields)
 	}
 	info := v.info
-	takesOver := upgrade != "" && v.stream == nil
+	takesOver := c.upgrade != "" && v.stream == nil
 	if takesOver {
 		info.upgrading = true
 	}
 	// What outlives the request holds no string of its head, which is one piece of memory.
-	told := access{sandbox: t.ID, port: to.port, src: info.addr, start: v.access.start}
-	result := b.pool.Forward(v.w, v.r, &relay.Out{
-		Port: to.port, Target: p.target, Host: host, Drop: drop, Set: fields, Upgrade: upgrade, Stream: v.stream,
-		Answer: func(code int, h http.Header) { v.answer(t, to, code, h) },
-		Client: info.http1Conn(v.r),
+	b, g := c.backend, c.guest
+	told := access{sandbox: c.target.ID, port: c.to.port, src: info.addr, start: v.access.start}
+	result = b.pool.Forward(v.w, v.r, &relay.Out{
+		Port: c.to.port, Target: c.pass.target, Host: c.host, Drop: drop, Set: fields, Upgrade: c.upgrade, Stream: v.stream,
+		Answer:   func(code int, h http.Header) { v.answer(c.target, c.to, code, h) },
+		Client:   info.http1Conn(v.r),
+		Switched: func() { tunneled = true },
 		Done: func(tunnel *relay.Octets) {
-			b.depart(g)
 			switch {
 			case tunnel != nil:
+				b.depart(g)
 				info.release()
 				told.octets = *tunnel
 				b.in.over("tunnel ended", told)
@@ -72,19 +102,12 @@ func (v *visit) forward(c *call) {
 			}
 		},
 	})
-	v.code, v.err = result.Status, result.Err
-	v.access.octets, v.access.wait = result.Octets, result.Wait
-	switch {
-	case result.Err == nil:
-	case result.Started, errors.Is(result.Err, relay.ErrClient) && !errors.Is(result.Err, relay.ErrReset):
-		v.abort()
-	default:
-		v.refuse(v.explain(b, to, upgrade != "", result.Err))
-	}
+	return result, tunneled
 }
 
 // explain turns a failure before the first byte of an answer into ours.
-func (v *visit) explain(b *backend, to route, upgrade bool, err error) *refusal {
+func (v *visit) explain(c *call, err error) *refusal {
+	b, to := c.backend, c.to
 	if errors.Is(err, relay.ErrReset) || b.gone() {
 		return notFound(to.id)
 	}
@@ -96,10 +119,14 @@ func (v *visit) explain(b *backend, to route, upgrade bool, err error) *refusal 
 	}
 	var dial *relay.DialError
 	if errors.As(err, &dial) {
+		b.forget(to.port)
 		return portClosed(to.id, to.port)
 	}
-	if errors.Is(err, relay.ErrNoAnswer) {
-		return noAnswer(to.id, to.port, upgrade)
+	switch {
+	case errors.Is(err, relay.ErrNoAnswer):
+		return noAnswer(to.id, to.port, c.upgrade != "")
+	case errors.Is(err, relay.ErrNoTLS):
+		return noTLS(to.id, to.port)
 	}
 	return badAnswer(to.id, to.port)
 }
@@ -125,7 +152,11 @@ func (v *visit) present(t *Target, to route) (host string, fields []h1.Field) {
 	case mask == "":
 		return v.r.Host, fields
 	case t.MaskOrigin: // some compare Origin with X-Forwarded-Host, where it is there
-		return mask, append(fields, v.maskedOrigins(mask)...)
+		scheme := "http"
+		if t.secure(to.port) {
+			scheme = "https"
+		}
+		return mask, append(fields, v.maskedOrigins(scheme, mask)...)
 	}
 	return mask, append(fields, h1.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
 }

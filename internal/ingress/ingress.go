@@ -121,7 +121,8 @@ type Target struct {
 	// MaskOrigin makes services see an Origin and a Referer of their own URL as those
 	// of the mask, and no X-Forwarded-Host.
 	MaskOrigin bool
-	AutoResume bool // traffic wakes it when it is paused
+	HTTPSPorts []uint16 // whose services speak TLS themselves
+	AutoResume bool     // traffic wakes it when it is paused
 	// TrafficExtends makes requests call Config.Traffic.
 	TrafficExtends bool
 	// Done is closed when the sandbox is killed or paused: its connections are

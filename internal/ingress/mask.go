@@ -29,12 +29,12 @@ func validMask(mask string) bool {
 // maskedOrigins returns Origin and Referer as a service behind the mask is to see
 // them, where they are of the URL that the request is for. Those of other pages stay
 // as they are, so that the service's own check of where a request comes from holds.
-func (v *visit) maskedOrigins(mask string) []h1.Field {
+func (v *visit) maskedOrigins(scheme, mask string) []h1.Field {
 	var out []h1.Field
 	for _, name := range [...]string{"Origin", "Referer"} {
 		if values := v.r.Header[name]; len(values) == 1 {
 			if rest, own := v.afterOwnOrigin(values[0]); own && (rest == "" || name == "Referer") {
-				out = append(out, h1.Field{Name: name, Value: "http://" + mask + rest})
+				out = append(out, h1.Field{Name: name, Value: scheme + "://" + mask + rest})
 			}
 		}
 	}

@@ -54,7 +54,13 @@ func portClosed(id string, port uint16) *refusal {
 func badAnswer(id string, port uint16) *refusal {
 	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The service in the sandbox did not answer in HTTP, or broke its answer off",
 		title: "The service did not answer properly",
-		hint:  "It does not speak HTTP, or broke its answer off. Its own log in the sandbox may tell why."}
+		hint:  "It does not speak HTTP, or broke its answer off. If it speaks HTTPS, create the sandbox with the port in network.httpsPorts. Its own log may tell more."}
+}
+
+func noTLS(id string, port uint16) *refusal {
+	return &refusal{Code: http.StatusBadGateway, Sandbox: id, Port: port, Message: "The port is in network.httpsPorts, but the service on it did not complete a TLS handshake",
+		title: "The service does not speak TLS",
+		hint:  "The sandbox was created with this port among its network.httpsPorts. Start a service that speaks HTTPS on it, or leave the port out of that list."}
 }
 
 // noAnswer says whose refusal it is. Servers of WebSockets, Next.js among them, end

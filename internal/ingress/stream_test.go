@@ -588,11 +588,18 @@ func TestKillResetsOpenConnections(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
-	for _, size := range []int64{100, 1 << 20, -1} {
-		t.Run(fmt.Sprintf("a request without an answer gets a 502: body %d", size), func(t *testing.T) {
+	for i, size := range []int64{100, 1 << 20, -1, 100, 1 << 20, -1} {
+		only2 := i >= 3
+		t.Run(fmt.Sprintf("a request without an answer gets a 502: body %d, HTTP/2 only %v", size, only2), func(t *testing.T) {
 			l := newLab(t)
 			a := l.sandbox(idA)
-			port := a.serve(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); <-r.Context().Done() }))
+			h := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); <-r.Context().Done() })
+			var port int
+			if only2 {
+				port, _ = a.only2(h)
+			} else {
+				port = a.serve(h)
+			}
 			l.both(t, func(t *testing.T, c *http.Client) {
 				a := l.sandbox(fmt.Sprintf("i%dx", time.Now().UnixNano()), func(n *Target) { n.Addr = a.t.Addr })
 				pr, pw := io.Pipe()

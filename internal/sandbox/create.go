@@ -124,6 +124,7 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 		AllowIn:     slices.Clone(req.AllowIn),
 		Egress:      req.Egress, Generation: 1,
 		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost, MaskOrigin: req.MaskOrigin,
+		HTTPSPorts:   slices.Clone(req.HTTPSPorts),
 		ControlToken: newControlToken(up.controlToken), Lease: up.lease,
 	}
 	if s := o.snapshot; s != nil {

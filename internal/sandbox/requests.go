@@ -25,6 +25,7 @@ type CreateRequest struct {
 	AllowPublicTraffic *bool          // nil means true
 	MaskRequestHost    string         // already checked with ValidMaskHost
 	MaskOrigin         bool           // MaskRequestHost counts for Origin and Referer too
+	HTTPSPorts         []uint16       // whose services speak TLS; of ParseHTTPSPorts
 	AllowIn            []netip.Prefix // of ParseSources; nil: everybody
 	OnTimeout          OnTimeout
 	AutoResume         bool
@@ -117,6 +118,28 @@ type Template struct {
 	Resources Resources
 	Created   time.Time
 	Ready     bool // its image is built
+}
+
+// maxHTTPSPorts bounds a list that each connection to a service is compared with.
+const maxHTTPSPorts = 64
+
+// ParseHTTPSPorts checks the ports whose services speak TLS themselves. The agent's
+// does not.
+func ParseHTTPSPorts(ports []int) ([]uint16, error) {
+	if len(ports) > maxHTTPSPorts {
+		return nil, errs.New(errs.Invalid, "network.httpsPorts lists %d ports, at most %d are possible", len(ports), maxHTTPSPorts)
+	}
+	var out []uint16
+	for _, p := range ports {
+		switch {
+		case p < 1 || p > 65535:
+			return nil, errs.New(errs.Invalid, "network.httpsPorts: %d is not a port: use 1 to 65535", p)
+		case p == AgentPort:
+			return nil, errs.New(errs.Invalid, "network.httpsPorts: %d is the agent's port and cannot be listed", p)
+		}
+		out = append(out, uint16(p))
+	}
+	return out, nil
 }
 
 // MaskOf separates the host of a mask from the "http://" in front of it by which

@@ -94,6 +94,7 @@ type Record struct {
 	AllowPublicTraffic *bool          `json:"allowPublicTraffic,omitempty"`
 	MaskRequestHost    string         `json:"maskRequestHost,omitempty"`
 	MaskOrigin         bool           `json:"maskOrigin,omitempty"`
+	HTTPSPorts         []uint16       `json:"httpsPorts,omitempty"`
 	TrafficToken       string         `json:"trafficToken,omitempty"` // issued when public traffic is off
 	AllowIn            []netip.Prefix `json:"allowIn,omitzero"`       // who may reach its ports; nil: everybody, empty: nobody
 	LinkKey            string         `json:"linkKey,omitempty"`      // signs its URLs; made with the first

@@ -476,8 +476,9 @@ type Network struct {
 	// EgressProxy Part of the dialect that this server does not have; refused unless empty.
 	EgressProxy Unsupported `json:"egressProxy,omitempty,omitzero"`
 
-	// HttpsPorts Part of the dialect that this server does not have; refused unless empty.
-	HttpsPorts Unsupported `json:"httpsPorts,omitempty,omitzero"`
+	// HttpsPorts Ports whose services speak HTTPS themselves; their certificates are not verified. The public
+	// URL is HTTPS in any case. Only at create.
+	HttpsPorts []int `json:"httpsPorts,omitempty,omitzero"`
 
 	// MaskOrigin cordon: services see an Origin and a Referer of their own public URL as those of the masked
 	// host, and no X-Forwarded-Host. Needs maskRequestHost. Only at create.
@@ -556,6 +557,7 @@ type NetworkInfo struct {
 
 	// Generation cordon: how often the rules were replaced, from 1.
 	Generation int64 `json:"generation,omitempty,omitzero"`
+	HttpsPorts []int `json:"httpsPorts,omitempty,omitzero"`
 
 	// MaskOrigin cordon: whether the mask counts for Origin and Referer too.
 	MaskOrigin      bool   `json:"maskOrigin,omitempty,omitzero"`
@@ -1225,9 +1227,11 @@ func (a Network) MarshalJSON() ([]byte, error) {
 		return nil, fmt.Errorf("error marshaling 'egressProxy': %w", err)
 	}
 
-	object["httpsPorts"], err = json.Marshal(a.HttpsPorts)
-	if err != nil {
-		return nil, fmt.Errorf("error marshaling 'httpsPorts': %w", err)
+	if a.HttpsPorts != nil {
+		object["httpsPorts"], err = json.Marshal(a.HttpsPorts)
+		if err != nil {
+			return nil, fmt.Errorf("error marshaling 'httpsPorts': %w", err)
+		}
 	}
 
 	object["maskOrigin"], err = json.Marshal(a.MaskOrigin)

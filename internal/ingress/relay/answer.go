@@ -99,6 +99,11 @@ func (x *exchange) readHead() (*http.Response, error) {
 		slow = true
 		c.SetReadDeadline(time.Now().Add(x.pool.cfg.HeadTimeout)) //nolint:errcheck // a dead connection shows in the read
 	}
+	if first, err := c.br.Peek(1); err == nil && first[0] == 0 { // no answer in HTTP/1 begins so
+		if b, err := c.br.Peek(9); err == nil && BeginsHTTP2(b) {
+			return nil, ErrHTTP2
+		}
+	}
 	resp, fields, err := h1.ReadResponse(c.br, x.r)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
@@ -111,9 +116,16 @@ func (x *exchange) readHead() (*http.Response, error) {
 	return resp, nil
 }
 
+// BeginsHTTP2 reports whether the nine octets are the head of a SETTINGS frame with
+// which a server begins HTTP/2 (RFC 9113, sections 3.4, 4.1 and 6.5).
+func BeginsHTTP2(b []byte) bool {
+	const settings = 4
+	return len(b) >= 9 && b[0] == 0 && b[3] == settings && b[4] == 0 && string(b[5:9]) == "\x00\x00\x00\x00"
+}
+
 // copyHeader adds the end-to-end fields of src to dst.
 func copyHeader(dst, src http.Header) {
-	listed := connectionListed(src)
+	listed := ConnectionListed(src)
 	for name, values := range src {
 		switch name {
 		case "Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Te", "Trailer", "Transfer-Encoding", "Upgrade":

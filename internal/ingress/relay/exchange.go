@@ -38,6 +38,8 @@ type Out struct {
 	// Client is the client's connection when it speaks HTTP/1, so that it can be
 	// reset; nil for HTTP/2, where the stream is.
 	Client net.Conn
+	// Switched, when not nil, is called when a tunnel has taken over.
+	Switched func()
 	// Done is called once, when the exchange and the tunnel that may follow have
 	// ended; it gets the tunnel's octets, nil when there was none.
 	Done func(tunnel *Octets)

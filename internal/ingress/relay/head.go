@@ -19,9 +19,9 @@ func HopByHop(name string) bool {
 	return false
 }
 
-// connectionListed returns the fields that the Connection header declares to be
+// ConnectionListed returns the fields that the Connection header declares to be
 // hop-by-hop, beside the usual ones.
-func connectionListed(h http.Header) map[string]bool {
+func ConnectionListed(h http.Header) map[string]bool {
 	var listed map[string]bool
 	for _, v := range h["Connection"] {
 		for token := range strings.SplitSeq(v, ",") {
@@ -53,7 +53,7 @@ func (x *exchange) appendHead(b []byte, size int64, expect bool) []byte {
 	b = append(b, ' ')
 	b = append(b, x.out.Target...)
 	b = append(b, " HTTP/1.1\r\n"...)
-	h := head{r: r, out: x.out, size: size, expect: expect, listed: connectionListed(r.Header)}
+	h := head{r: r, out: x.out, size: size, expect: expect, listed: ConnectionListed(r.Header)}
 	fields := h1.Fields(r)
 	if !names(fields, "Host") { // HTTP/2, HTTP/1.0, or somebody else's server
 		b = h.host(b, "Host")
@@ -240,13 +240,21 @@ func (h *head) rest(b []byte) []byte {
 // forbiddenTrailer reports trailer fields that a service might merge into the
 // header and then trust.
 func forbiddenTrailer(name string, out *Out) bool {
-	if HopByHop(name) || out.Drop != nil && out.Drop(name) {
+	if UnsafeTrailer(name) || out.Drop != nil && out.Drop(name) {
 		return true
 	}
 	for _, f := range out.Set {
 		if strings.EqualFold(f.Name, name) {
 			return true
 		}
+	}
+	return false
+}
+
+// UnsafeTrailer reports trailer fields that have a meaning of their own in a header.
+func UnsafeTrailer(name string) bool {
+	if HopByHop(name) {
+		return true
 	}
 	switch name {
 	case "Authorization", "Cookie", "Expect", "Content-Type", "Content-Encoding", "Content-Range", "Range":

@@ -13,6 +13,7 @@ package relay
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,9 @@ type Config struct {
 	// Dial opens a connection to a port of the sandbox. Its error is returned
 	// from Forward inside a DialError.
 	Dial func(ctx context.Context, port uint16) (net.Conn, error)
+	// TLS is for the services of a port that speak HTTP inside TLS; nil, or where it
+	// returns nil, they do not.
+	TLS func(port uint16) *tls.Config
 	Limits
 }
 
@@ -84,6 +88,12 @@ var (
 	// ErrAnswer: the service closed the connection or answered something that
 	// is not HTTP.
 	ErrAnswer = errors.New("the service's answer is not usable")
+	// ErrHTTP2: the service speaks HTTP/2 without having been asked to, and so has
+	// not understood the request. It is an ErrAnswer too.
+	ErrHTTP2 = fmt.Errorf("%w: it speaks HTTP/2", ErrAnswer)
+	// ErrNoTLS: the service was to speak TLS and the handshake failed. It is an
+	// ErrAnswer too.
+	ErrNoTLS = fmt.Errorf("%w: the TLS handshake failed", ErrAnswer)
 	// ErrNoAnswer: the service closed the connection before the first byte of an
 	// answer. It is an ErrAnswer too.
 	ErrNoAnswer = fmt.Errorf("%w: it closed the connection without one", ErrAnswer)
@@ -286,11 +296,34 @@ func (p *Pool) get(ctx context.Context, port uint16, fresh bool) (*conn, error) 
 		}
 		return nil, &DialError{Port: port, Err: err}
 	}
+	raw := nc
+	if nc, err = p.secure(ctx, nc, port); err != nil {
+		return nil, err
+	}
 	c := &conn{Conn: nc, port: port, head: headReader{Conn: nc, left: math.MaxInt64}}
 	c.br = bufio.NewReaderSize(&c.head, 4<<10)
 	c.bw = bufio.NewWriterSize(nc, 4<<10)
-	if sc, ok := nc.(syscall.Conn); ok {
+	if sc, ok := raw.(syscall.Conn); ok {
 		c.raw, _ = sc.SyscallConn() // nil: not reused, see put
+	}
+	return c, nil
+}
+
+// secure makes TLS of a connection to a service that wants it.
+func (p *Pool) secure(ctx context.Context, nc net.Conn, port uint16) (net.Conn, error) {
+	if p.cfg.TLS == nil {
+		return nc, nil
+	}
+	conf := p.cfg.TLS(port)
+	if conf == nil {
+		return nc, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.HeadTimeout)
+	defer cancel()
+	c := tls.Client(nc, conf)
+	if err := c.HandshakeContext(ctx); err != nil {
+		abort(nc)
+		return nil, fmt.Errorf("%w: %w", ErrNoTLS, err)
 	}
 	return c, nil
 }

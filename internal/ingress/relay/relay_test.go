@@ -133,11 +133,11 @@ func TestKeepHint(t *testing.T) {
 }
 
 func TestConnectionListed(t *testing.T) {
-	got := connectionListed(http.Header{"Connection": {"close, x-a", "Upgrade,X-B ,,"}})
+	got := ConnectionListed(http.Header{"Connection": {"close, x-a", "Upgrade,X-B ,,"}})
 	if len(got) != 2 || !got["X-A"] || !got["X-B"] {
 		t.Errorf("%v", got)
 	}
-	if got := connectionListed(http.Header{"Connection": {strings.Repeat("keep-alive,", 3)}}); got != nil {
+	if got := ConnectionListed(http.Header{"Connection": {strings.Repeat("keep-alive,", 3)}}); got != nil {
 		t.Errorf("%v", got)
 	}
 }

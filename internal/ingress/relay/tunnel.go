@@ -56,10 +56,13 @@ func (x *exchange) tunnel(resp *http.Response) error {
 		return err
 	}
 	x.detached = true
+	if x.out.Switched != nil {
+		x.out.Switched()
+	}
 	// The exchange, its request and its buffers are not referred to from here
 	// on: ten thousand idle tunnels cost little more than their connections.
 	go t.pump(&t.service, &t.client, append(early, t.client.held()...))
-	go t.pump(&t.client, &t.service, late)
+	go t.pump(&t.client, &t.service, append(late, t.service.held()...))
 	return nil
 }
 

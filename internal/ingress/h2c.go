@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -15,7 +16,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
@@ -27,18 +27,15 @@ func isGRPC(r *http.Request) bool {
 	return ok && r.ProtoMajor == 2 && (rest == "" || rest[0] == '+' || rest[0] == ';')
 }
 
-// grpcCall is a gRPC request on its way. httputil.ReverseProxy is not used for
+// h2Call is a request on its way by HTTP/2. httputil.ReverseProxy is not used for
 // it: it keeps the client's body from being closed, so that a call whose service
 // has died would hang until its client says something.
-type grpcCall struct {
-	b       *backend
-	t       *Target
-	to      route
-	target  string
-	host    string
-	fields  []h1.Field
+type h2Call struct {
+	*call
 	rc      *http.ResponseController
 	started atomic.Bool
+
+	reading sync.Mutex // held while the client's body is read
 
 	mu    sync.Mutex // guards ended: rc must not be used afterwards
 	ended bool
@@ -46,12 +43,18 @@ type grpcCall struct {
 
 var longAgo = time.Unix(1, 0)
 
-// forwardGRPC sends a request over HTTP/2 without TLS ("h2c"), which is what
-// gRPC services in sandboxes listen for.
-func (v *visit) forwardGRPC(c *grpcCall) {
-	c.rc = http.NewResponseController(v.w)
+// forwardHTTP2 sends a request over HTTP/2, in clear ("h2c") but for ports whose
+// services speak TLS.
+func (v *visit) forwardHTTP2(to *call) {
+	c := &h2Call{call: to, rc: http.NewResponseController(v.w)}
 	defer c.end()
-	leave, err := c.b.pool.Enter(c.reset)
+	if v.r.ProtoMajor == 1 && v.r.ContentLength != 0 {
+		if err := c.rc.EnableFullDuplex(); err != nil { // or the server reads the body itself before it answers
+			v.refuse(badRequest("The request's body cannot be read."))
+			return
+		}
+	}
+	leave, err := c.backend.pool.Enter(c.reset)
 	if err != nil {
 		v.refuse(notFound(c.to.id))
 		return
@@ -62,59 +65,76 @@ func (v *visit) forwardGRPC(c *grpcCall) {
 		v.refuse(badRequest("The request target is not valid."))
 		return
 	}
-	resp, err := c.b.h2c.RoundTrip(out)
+	resp, err := c.backend.h2c.RoundTrip(out)
 	if err != nil {
-		if v.err = err; v.r.Context().Err() != nil {
-			panic(http.ErrAbortHandler)
+		c.backend.forget(c.to.port) // it may be another service now
+		c.stopReading()
+		if v.err = err; v.r.Context().Err() != nil && !c.backend.gone() {
+			v.abort()
 		}
-		v.refuse(v.explain(c.b, c.to, false, err))
+		v.refuse(v.explain(to, err))
 		return
 	}
 	defer resp.Body.Close()
 	v.code, v.access.wait = resp.StatusCode, time.Since(v.access.start)
 	if v.err = c.answer(v, resp); v.err != nil {
-		panic(http.ErrAbortHandler) // resets the stream
+		v.abort() // resets the stream
 	}
 }
 
 // reset is called when the sandbox ends: it wakes what is blocked on the client.
-func (c *grpcCall) reset() {
+func (c *h2Call) reset() {
 	c.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake a blocked read
 	if c.started.Load() {
 		c.rc.SetWriteDeadline(longAgo) //nolint:errcheck // resets the stream
 	}
 }
 
-func (c *grpcCall) end() {
+func (c *h2Call) end() {
 	c.mu.Lock()
 	c.ended = true
 	c.mu.Unlock()
 }
 
+// stopReading ends the reading of the client's body, which the transport may be at
+// when it returns; a server of HTTP/1 needs the body before it can end the request.
+func (c *h2Call) stopReading() {
+	c.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake a blocked read
+	c.reading.Lock()
+	defer c.reading.Unlock()
+}
+
 // callBody is the client's half of a call. Close wakes a blocked Read.
 type callBody struct {
 	io.Reader
-	call *grpcCall
+	on *h2Call
+}
+
+func (b callBody) Read(p []byte) (int, error) {
+	b.on.reading.Lock()
+	defer b.on.reading.Unlock()
+	return b.Reader.Read(p)
 }
 
 func (b callBody) Close() error {
-	b.call.mu.Lock()
-	defer b.call.mu.Unlock()
-	if b.call.ended {
+	b.on.mu.Lock()
+	defer b.on.mu.Unlock()
+	if b.on.ended {
 		return nil
 	}
-	return b.call.rc.SetReadDeadline(longAgo)
+	return b.on.rc.SetReadDeadline(longAgo)
 }
 
-func (c *grpcCall) request(r *http.Request) (*http.Request, error) {
-	u, err := url.ParseRequestURI(c.target)
-	if err != nil {
-		return nil, err
+func (c *h2Call) request(r *http.Request) (*http.Request, error) {
+	// In this form the target goes out byte for byte.
+	u := &url.URL{Scheme: "http", Host: net.JoinHostPort("sandbox", strconv.Itoa(int(c.to.port))), Opaque: "//" + c.host + c.pass.target}
+	if c.pass.target == "*" {
+		u.Opaque, u.Path = "", "*"
 	}
-	u.Scheme, u.Host = "http", net.JoinHostPort("sandbox", strconv.Itoa(int(c.to.port)))
 	h := maps.Clone(r.Header)
+	listed := relay.ConnectionListed(r.Header)
 	for name := range h {
-		if private(name) || relay.HopByHop(name) && name != "Te" {
+		if listed[name] || private(name) || relay.HopByHop(name) && name != "Te" || name == "Expect" {
 			delete(h, name)
 		}
 	}
@@ -128,7 +148,7 @@ func (c *grpcCall) request(r *http.Request) (*http.Request, error) {
 		h[f.Name] = []string{f.Value}
 	}
 	for name := range r.Trailer { // what is not announced here does not come
-		if private(name) || relay.HopByHop(name) {
+		if private(name) || relay.UnsafeTrailer(name) {
 			delete(r.Trailer, name)
 		}
 	}
@@ -143,20 +163,23 @@ func (c *grpcCall) request(r *http.Request) (*http.Request, error) {
 }
 
 // answer copies the answer, flushing every piece: a call may be a conversation.
-func (c *grpcCall) answer(v *visit, resp *http.Response) error {
+func (c *h2Call) answer(v *visit, resp *http.Response) error {
 	h := v.w.Header()
 	for name, values := range resp.Header {
 		if !relay.HopByHop(name) || name == "Content-Length" {
 			h[name] = values
 		}
 	}
+	if _, typed := h["Content-Type"]; !typed {
+		h["Content-Type"] = nil // or the server guesses one
+	}
 	announced := len(resp.Trailer)
 	for name := range resp.Trailer {
 		h.Add("Trailer", name)
 	}
-	v.answer(c.t, c.to, resp.StatusCode, h)
+	v.answer(c.target, c.to, resp.StatusCode, h)
 	c.started.Store(true)
-	if c.b.gone() {
+	if c.backend.gone() {
 		return relay.ErrReset
 	}
 	v.w.WriteHeader(resp.StatusCode)
@@ -192,8 +215,8 @@ func (b *backend) newH2C() *http.Transport {
 	protocols.SetUnencryptedHTTP2(true)
 	return &http.Transport{
 		Protocols:          &protocols,
-		DisableCompression: true,
-		IdleConnTimeout:    b.in.cfg.Limits.IdleTimeout,
+		DisableCompression: true, MaxResponseHeaderBytes: 256 << 10,
+		IdleConnTimeout: b.in.cfg.Limits.IdleTimeout,
 		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			_, port, err := net.SplitHostPort(addr)
 			if err != nil {
@@ -203,7 +226,25 @@ func (b *backend) newH2C() *http.Transport {
 			if err != nil {
 				return nil, err
 			}
-			return b.pool.Dial(ctx, uint16(n))
+			c, err := b.pool.Dial(ctx, uint16(n))
+			if conf := b.tlsFor(uint16(n), "h2"); err == nil && conf != nil {
+				return seal(ctx, c, conf)
+			}
+			return c, err
 		},
 	}
+}
+
+// seal makes TLS of a connection to a service that speaks HTTP/2 in it.
+func seal(ctx context.Context, c net.Conn, conf *tls.Config) (net.Conn, error) {
+	s := tls.Client(c, conf)
+	err := s.HandshakeContext(ctx)
+	if err == nil && s.ConnectionState().NegotiatedProtocol != "h2" {
+		err = errors.New("the service did not choose HTTP/2")
+	}
+	if err != nil {
+		relay.Abort(c)
+		return nil, fmt.Errorf("%w: %w", relay.ErrNoTLS, err)
+	}
+	return s, nil
 }
