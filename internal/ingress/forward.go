@@ -56,7 +56,9 @@ func (v *visit) forward(c *call) {
 	v.access.octets, v.access.wait = result.Octets, result.Wait
 	switch {
 	case result.Err == nil:
-		c.backend.speech(c.to.port).http1.Store(true)
+		if s := c.backend.speech(c.to.port); !s.http1.Load() {
+			s.http1.Store(true)
+		}
 	case result.Started, errors.Is(result.Err, relay.ErrClient) && !errors.Is(result.Err, relay.ErrReset):
 		v.abort()
 	default:
