@@ -319,6 +319,7 @@ func (s *server) makeResolver(context.Context) (err error) {
 			return string(id), p, ok
 		},
 		Policy:    func(id string) (*policy.Compiled, bool) { return s.manager.Policy(sandbox.ID(id)) },
+		Key:       s.keyOf,
 		Upstreams: upstreams,
 		Pin:       s.pin,
 		IPv6:      s.network.HasIPv6(),
@@ -326,7 +327,16 @@ func (s *server) makeResolver(context.Context) (err error) {
 		Budget:    s.cfg.Network.Limits.budget(),
 		Flows:     s.flows, Log: s.log,
 	})
+	if err == nil {
+		s.pools = append(s.pools, s.resolver.Pools()...)
+	}
 	return err
+}
+
+// keyOf returns the API key that a sandbox belongs to.
+func (s *server) keyOf(id string) string {
+	ep, _ := s.manager.Endpoint(sandbox.ID(id))
+	return ep.Record.Owner
 }
 
 // upstreams are the configured DNS servers, else the machine's.

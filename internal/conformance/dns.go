@@ -220,9 +220,9 @@ func otherResolvers(t *Trial) {
 		What: "B over TCP, behind A on the same connection", By: s,
 		Orders: []probe.Order{{
 			Kind: probe.Stream, To: at(addrDNS, 53), Turns: true, Want: 120,
-			Parts: [][]byte{vector16(nil, query(nameA, dns.TypeA)), vector16(nil, query(nameB, dns.TypeA))},
+			Parts: [][]byte{vector16(nil, query(nameA, dns.TypeA)), vector16(nil, query("behind."+nameB, dns.TypeA))},
 		}},
-		Asks: []string{nameA}, Never: []string{nameB}, Log: Want{"deny", []string{"name-denied"}, nameB},
+		Asks: []string{nameA}, Never: []string{nameB}, Log: Want{"deny", []string{"name-denied"}, "behind." + nameB},
 	})
 	t.Try(Try{
 		What: "control: A over TCP", By: s, Orders: []probe.Order{askTCP(addrDNS, query(nameA, dns.TypeA))},

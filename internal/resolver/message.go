@@ -140,16 +140,6 @@ func (q *query) local(rcode int) outcome {
 	return outcome{reply: m, verdict: policy.Verdict{Allow: true, Rule: policy.Rule{ID: "dns", Text: "answered locally"}, Reason: ReasonLocal}}
 }
 
-// overBudget refuses a message without parsing more than its question.
-func (q *query) overBudget(wire []byte, reason policy.Reason) outcome {
-	v := verdict(reason, "budget of the sandbox")
-	if out, done := q.read(wire); done {
-		out.verdict = v
-		return out
-	}
-	return q.refuse(v)
-}
-
 // reply starts the reply to q.
 func (q *query) reply(rcode int) *dns.Msg {
 	m := new(dns.Msg).SetRcode(q.msg, rcode)

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/miekg/dns"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/lab"
@@ -134,5 +138,64 @@ func TestProgramsPassOverADeniedServer(t *testing.T) {
 				t.Error(got.output)
 			}
 		})
+	}
+}
+
+// slowUpstream is a server in the test's own namespace that takes 200 ms for an
+// answer, as Config fields.
+func slowUpstream(t *testing.T, change func(*upstream)) func(*Config) {
+	t.Helper()
+	u := newUpstream(t, zone)
+	u.set(func(u *upstream) {
+		u.delay = 200 * time.Millisecond
+		for i := range 250 {
+			name := fmt.Sprintf("n%d.wild.test.", i)
+			u.records[name+" A"] = []string{name + " 60 IN A 198.51.100.40"}
+			u.records[name+" AAAA"] = []string{name + " 60 IN AAAA 2001:db8:80::40"}
+		}
+		change(u)
+	})
+	return func(c *Config) {
+		c.Upstreams, c.Dial = []netip.AddrPort{u.addr}, (&net.Dialer{}).DialContext
+	}
+}
+
+// TestProgramsWithManyThreads looks names up in 250 threads at once: none fails,
+// whether the answers are known or not.
+func TestProgramsWithManyThreads(t *testing.T) {
+	l := lab.Start(t, lab.Config{IPv6: true})
+	sandbox := gateway(t, l)
+	for _, c := range []libc{glibc, musl} {
+		t.Run(c.name, func(t *testing.T) {
+			serveInLab(t, l, policy.Input{}, slowUpstream(t, func(*upstream) {}))
+			program := c.build(t)
+			for _, format := range []string{"a.test", "n%d.wild.test", "n%d.wild.test"} { // one name; many; many that are known
+				if got := lookUp(t, sandbox, program, 250, format); got.failed != 0 {
+					t.Errorf("%s: %s", format, got.output)
+				} else {
+					t.Logf("%s: slowest %s", format, got.slowest)
+				}
+			}
+		})
+	}
+}
+
+// TestProgramsAndABrokenAddressFamily: where the upstream fails for AAAA, programs
+// get the A record, and at once.
+func TestProgramsAndABrokenAddressFamily(t *testing.T) {
+	l := lab.Start(t, lab.Config{IPv6: true})
+	sandbox := gateway(t, l)
+	for name, rcode := range map[string]int{"SERVFAIL": dns.RcodeServerFailure, "NXDOMAIN": dns.RcodeNameError, "silence": -1} {
+		for _, c := range []libc{glibc, musl} {
+			t.Run(name+", "+c.name, func(t *testing.T) {
+				serveInLab(t, l, policy.Input{}, slowUpstream(t, func(u *upstream) {
+					u.delay, u.broken = 0, map[uint16]int{dns.TypeAAAA: rcode}
+				}))
+				got := lookUp(t, sandbox, c.build(t), 1, "a.test")
+				if got.failed != 0 || got.addresses != "198.51.100.10" || got.slowest > 500*time.Millisecond {
+					t.Error(got.output)
+				}
+			})
+		}
 	}
 }

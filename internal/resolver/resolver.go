@@ -17,11 +17,11 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/miekg/dns"
-	"golang.org/x/sync/singleflight"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
@@ -47,6 +47,9 @@ type Config struct {
 	Owner func(netip.Addr) (sandbox string, p *policy.Compiled, ok bool)
 	// Policy returns the policy in force of a sandbox, for Resolve.
 	Policy func(sandbox string) (*policy.Compiled, bool)
+	// Key returns the API key that a sandbox belongs to, whose sandboxes share budgets;
+	// nil: all are of one key.
+	Key func(sandbox string) string
 	// Upstreams are the servers to ask, in order of preference, over UDP and TCP.
 	Upstreams []netip.AddrPort
 	// Pin opens ports of an address to a sandbox, because name was just answered
@@ -78,8 +81,10 @@ type Resolver struct {
 	cfg       Config
 	cache     *cache
 	budgets   *budgets
-	flight    singleflight.Group
 	preferred atomic.Uint32 // index of the upstream that answered last
+
+	mu    sync.Mutex // guards calls
+	calls map[question]*call
 }
 
 // New returns a resolver; ServeUDP and ServeTCP make it answer.
@@ -103,12 +108,14 @@ func New(cfg Config) (*Resolver, error) {
 		cfg.Dial = (&net.Dialer{}).DialContext
 	}
 	cfg.Upstreams = slices.Clone(cfg.Upstreams)
-	return &Resolver{cfg: cfg, cache: newCache(), budgets: newBudgets(cfg.Budget)}, nil
+	return &Resolver{cfg: cfg, cache: newCache(), budgets: newBudgets(cfg.Budget, cfg.Key), calls: map[question]*call{}}, nil
 }
 
 // Resolve returns the addresses of a canonical name for the egress proxy to
 // dial, those that AnswerAllowed lets through; IPv4 first. Whether the sandbox may
-// use the name is the proxy's to judge.
+// use the name is the proxy's to judge. The name counts as one that leaves the host,
+// and a look-up that goes upstream is charged like a sandbox's own; an error of kind
+// errs.Exhausted names the limit.
 func (r *Resolver) Resolve(ctx context.Context, sandbox, name string) ([]netip.Addr, error) {
 	p, ok := r.cfg.Policy(sandbox)
 	if !ok {
@@ -116,6 +123,9 @@ func (r *Resolver) Resolve(ctx context.Context, sandbox, name string) ([]netip.A
 	}
 	if p.IsSelf(name) {
 		return []netip.Addr{policy.ServiceAddr4}, nil
+	}
+	if err := r.chargeShown(ctx, p, sandbox, name); err != nil {
+		return nil, err
 	}
 	all, err := r.addresses(ctx, sandbox, name)
 	var usable []netip.Addr
@@ -130,7 +140,7 @@ func (r *Resolver) Resolve(ctx context.Context, sandbox, name string) ([]netip.A
 	case len(all) > 0:
 		return nil, errs.New(errs.Forbidden, "%s resolves to %s only, which no sandbox may reach", name, all[0])
 	case err != nil:
-		return nil, fmt.Errorf("resolve %s: %w", name, err)
+		return nil, fmt.Errorf("resolve %s: %w", name, exhausted(err))
 	}
 	return nil, errs.New(errs.NotFound, "%s has no address", name)
 }
@@ -142,7 +152,7 @@ func (r *Resolver) addresses(ctx context.Context, sandbox, name string) ([]netip
 		err   error
 	}
 	look := func(qtype uint16) result {
-		a, err := r.lookup(ctx, question{sandbox, name, qtype})
+		a, err := r.lookupAddress(ctx, asking{question: question{sandbox, name, qtype}, owner: name})
 		if err != nil {
 			return result{err: err}
 		}
@@ -186,6 +196,7 @@ type outcome struct {
 	verdict  policy.Verdict
 	failed   bool
 	upstream netip.AddrPort
+	detail   string // beside the code of the reply
 }
 
 // answer judges one message and returns the reply, packed, or nil for none. It
@@ -198,15 +209,38 @@ func (r *Resolver) answer(ctx context.Context, t transport, wire []byte) []byte 
 	}
 	q := &query{transport: t, sandbox: sandbox, policy: p, began: time.Now(), size: len(wire)}
 	b := r.budgets.of(sandbox)
-	var out outcome
-	if reason := b.enter(); reason != "" {
-		out = q.overBudget(wire, reason)
-		r.warnBudget(q, b, reason)
-	} else {
-		out = r.decide(ctx, q, b, wire)
-		b.leave()
+	if err := r.budgets.queries.Take(b.key, sandbox, 1); err != nil {
+		return r.finish(q, b, r.overBudget(q, b, wire, err))
 	}
+	out := r.decide(ctx, q, b, wire)
+	r.budgets.queries.Give(b.key, sandbox, 1)
 	return r.finish(q, b, out)
+}
+
+// overBudget refuses a message without reading more than its question.
+func (r *Resolver) overBudget(q *query, b *budget, wire []byte, full error) outcome {
+	if out, done := q.read(wire); done {
+		return out
+	}
+	return r.refuseBudget(q, b, policy.Rule{ID: "dns", Text: "budget"}, asRefusal(ReasonConcurrency, full))
+}
+
+// refuseBudget refuses a query beyond a limit, and says which one it is. REFUSED lets
+// clients ask again later.
+func (r *Resolver) refuseBudget(q *query, b *budget, rule policy.Rule, err error) outcome {
+	var over *refusal
+	if !errors.As(err, &over) {
+		over = &refusal{ReasonConcurrency, err.Error()}
+	}
+	if b.warn() {
+		r.cfg.Log.Warn("dns budget reached", "sandbox", q.sandbox, "key", b.key, "host", q.name, "reason", over.reason, "limit", over.limit)
+	}
+	out := outcome{verdict: policy.Verdict{Rule: rule, Reason: over.reason}, detail: over.limit}
+	if q.msg != nil { // else it is a connection
+		out.reply = q.reply(dns.RcodeRefused)
+		q.explain(out.reply, dns.ExtendedErrorCodeOther, over.Error())
+	}
+	return out
 }
 
 // decide reads and judges a message.
@@ -239,31 +273,39 @@ func (r *Resolver) decide(ctx context.Context, q *query, b *budget, wire []byte)
 	if out, done := q.fixed(v); done {
 		return out
 	}
-	if q.strict() {
-		if rule, ok := budgetRule(q.policy, owner, attribute, v.Rule); ok && !b.label(rule, q.name) {
-			r.warnBudget(q, b, ReasonLabels)
-			return q.refuse(policy.Verdict{Rule: v.Rule, Reason: ReasonLabels})
-		}
-	}
 	if asked.Qtype == dns.TypeAAAA && !r.cfg.IPv6 {
 		return q.local(dns.RcodeSuccess)
 	}
-	return r.ask(ctx, q, v)
+	return r.ask(ctx, q, b, v, asking{question{q.sandbox, q.name, asked.Qtype}, owner, budgetRule(q.policy, owner, attribute, v.Rule)})
 }
 
-// budgetRule returns the rule under which distinct names are counted: a wildcard
-// that the name matched, or any rule when the name has attribute labels, which
-// whoever asks can choose freely. "*" lists every name, so nothing is smuggled past it.
-func budgetRule(p *policy.Compiled, owner string, attribute bool, listed policy.Rule) (string, bool) {
-	if rule, ok := p.WildcardOf(owner); ok {
-		return rule.ID, rule.Text != "*"
+// verdictNow judges a name by the rules in force, for a query that they denied
+// while it waited.
+func (r *Resolver) verdictNow(q *query, owner string) policy.Verdict {
+	if p, ok := r.cfg.Policy(q.sandbox); ok {
+		q.policy = p
+		if v := p.DecideQuery(owner); !v.Allow {
+			return v
+		}
 	}
-	return listed.ID, attribute
+	return verdict(policy.ReasonNameDenied, "the rules changed while the query waited")
 }
 
 // ask gets the answer from the cache or the upstreams and makes it fit for the sandbox.
-func (r *Resolver) ask(ctx context.Context, q *query, v policy.Verdict) outcome {
-	found, err := r.lookup(ctx, question{q.sandbox, q.name, q.msg.Question[0].Qtype})
+func (r *Resolver) ask(ctx context.Context, q *query, b *budget, v policy.Verdict, about asking) outcome {
+	look := r.lookup
+	if about.qtype == dns.TypeA || about.qtype == dns.TypeAAAA {
+		look = r.lookupAddress
+	}
+	found, err := look(ctx, about)
+	var over *refusal
+	if errors.As(err, &over) {
+		return r.refuseBudget(q, b, v.Rule, over)
+	}
+	var denied *deniedError
+	if errors.As(err, &denied) {
+		return r.denyName(q, r.verdictNow(q, about.owner))
+	}
 	if err != nil {
 		r.cfg.Log.Debug("dns upstreams", "sandbox", q.sandbox, "host", q.name, "err", err)
 		m := q.reply(dns.RcodeServerFailure)
@@ -322,7 +364,7 @@ func (r *Resolver) finish(q *query, b *budget, out outcome) []byte {
 		Time: q.began, Sandbox: q.sandbox, Generation: q.policy.Generation(),
 		Layer: flowlog.LayerResolver, Verdict: flowlog.Denied, Rule: out.verdict.Rule, Reason: out.verdict.Reason,
 		Proto: "dns", Src: q.src, Dst: q.dst, Upstream: out.upstream, Name: q.name,
-		Detail: strings.TrimSpace(q.kind() + " " + rcode), BytesOut: int64(q.size), BytesIn: int64(len(wire)),
+		Detail: strings.TrimSpace(q.kind() + " " + rcode + " " + out.detail), BytesOut: int64(q.size), BytesIn: int64(len(wire)),
 		Duration: time.Since(q.began),
 	}
 	if out.reply != nil {
@@ -338,11 +380,4 @@ func (r *Resolver) finish(q *query, b *budget, out outcome) []byte {
 	}
 	r.cfg.Flows.Record(e)
 	return wire
-}
-
-// warnBudget logs that a sandbox ran into a limit, once a minute.
-func (r *Resolver) warnBudget(q *query, b *budget, reason policy.Reason) {
-	if b.warn() {
-		r.cfg.Log.Warn("dns budget reached", "sandbox", q.sandbox, "host", q.name, "reason", reason)
-	}
 }

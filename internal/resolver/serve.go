@@ -16,7 +16,6 @@ import (
 
 const (
 	maxQuery    = 4096             // octets of a query; real ones have under 300
-	maxHandlers = 4096             // UDP queries of all sandboxes under way
 	idleTimeout = 10 * time.Second // of a TCP connection, also within a message
 	maxPerConn  = 100              // queries of one TCP connection
 )
@@ -42,7 +41,6 @@ func (r *Resolver) ServeUDP(ctx context.Context, d Datagrams) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	room := make(chan struct{}, maxHandlers)
 	buf := make([]byte, maxQuery+1)
 	for {
 		n, src, dst, err := d.ReadQuery(buf)
@@ -56,17 +54,10 @@ func (r *Resolver) ServeUDP(ctx context.Context, d Datagrams) error {
 			r.cfg.Log.Debug("dns query not read", "src", src, "err", err)
 			continue
 		}
-		select {
-		case room <- struct{}{}:
-		default:
-			r.cfg.Log.Debug("dns query dropped, too many under way", "src", src)
-			continue
-		}
+		// How many there are is bounded by the share of each key; what is beyond it
+		// is answered without waiting.
 		wire := append([]byte(nil), buf[:n]...)
-		wg.Go(func() {
-			defer func() { <-room }()
-			r.handleUDP(ctx, d, transport{proto: policy.UDP, src: src, dst: dst}, wire)
-		})
+		wg.Go(func() { r.handleUDP(ctx, d, transport{proto: policy.UDP, src: src, dst: dst}, wire) })
 	}
 }
 
@@ -127,18 +118,17 @@ func (r *Resolver) handleTCP(ctx context.Context, c net.Conn) {
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	t := transport{proto: policy.TCP, src: addrPort(c.RemoteAddr()), dst: addrPort(c.LocalAddr())}
-	sandbox, _, ok := r.cfg.Owner(t.src.Addr())
+	sandbox, p, ok := r.cfg.Owner(t.src.Addr())
 	if !ok {
 		return
 	}
 	b := r.budgets.of(sandbox)
-	if !b.open() {
-		if b.warn() {
-			r.cfg.Log.Warn("dns budget reached", "sandbox", sandbox, "reason", ReasonConcurrency)
-		}
+	if err := r.budgets.conns.Take(b.key, sandbox, 1); err != nil {
+		q := &query{transport: t, sandbox: sandbox, policy: p, began: time.Now()}
+		r.finish(q, b, r.refuseBudget(q, b, policy.Rule{ID: "dns", Text: "budget"}, asRefusal(ReasonConcurrency, err)))
 		return
 	}
-	defer b.closed()
+	defer r.budgets.conns.Give(b.key, sandbox, 1)
 	for range maxPerConn {
 		wire, err := readTCP(c)
 		if err != nil {

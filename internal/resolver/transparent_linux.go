@@ -69,10 +69,35 @@ func ListenTransparentUDP(ctx context.Context, addr netip.AddrPort) (*Transparen
 	if !ok {
 		return nil, errors.Join(fmt.Errorf("listen transparently on udp %s: %T is no UDP socket", addr, p), p.Close())
 	}
+	if err := setBuffer(conn, receiveBuffer); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen transparently on udp %s: %w", addr, err), conn.Close())
+	}
 	return &TransparentUDP{
 		conn: conn, network: network, replies: map[netip.AddrPort]*replySocket{},
 		listen: net.ListenConfig{Control: setOptions(options.transparent, sockopt{unix.SOL_SOCKET, unix.SO_REUSEADDR, "SO_REUSEADDR"})},
 	}, nil
+}
+
+// receiveBuffer holds some 4000 queries: a program with hundreds of threads sends
+// its queries in one moment, and what does not fit is lost until the clients ask
+// again after seconds. The kernel counts a small datagram as 768 bytes, and doubles
+// what it is asked for.
+const receiveBuffer = 2 << 20
+
+// setBuffer sets the size of a socket's receive buffer, beyond net.core.rmem_max.
+func setBuffer(c *net.UDPConn, size int) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size)
+	})
+	if failed != nil {
+		failed = fmt.Errorf("set SO_RCVBUFFORCE: %w", failed)
+	}
+	return errors.Join(err, failed)
 }
 
 // LocalAddr is where the socket listens.

@@ -146,7 +146,7 @@ func redirect(n *lab.Netns) error {
 }
 
 // serveInLab runs a resolver for one sandbox in the lab's host until the test ends.
-func serveInLab(t *testing.T, l *lab.Lab, in policy.Input) *events {
+func serveInLab(t *testing.T, l *lab.Lab, in policy.Input, change ...func(*Config)) *events {
 	t.Helper()
 	p, err := policy.Compile(in, &policy.Operator{AlwaysDeny: []string{"operator0.test", "operator1.test"}}, 7)
 	if err != nil {
@@ -154,12 +154,16 @@ func serveInLab(t *testing.T, l *lab.Lab, in policy.Input) *events {
 	}
 	flows := &events{}
 	own := map[netip.Addr]bool{netip.MustParseAddr("10.223.0.2"): true, netip.MustParseAddr("fd00:223::2"): true}
-	r, err := New(Config{
+	cfg := Config{
 		Owner:     func(a netip.Addr) (string, *policy.Compiled, bool) { return "s1", p, own[a] },
 		Policy:    func(string) (*policy.Compiled, bool) { return p, true },
 		Upstreams: l.Upstreams(), Dial: l.Host().Dial, IPv6: true,
 		Flows: flows, Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
-	})
+	}
+	for _, c := range change {
+		c(&cfg)
+	}
+	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,6 +198,7 @@ func serveInLab(t *testing.T, l *lab.Lab, in policy.Input) *events {
 	t.Cleanup(func() {
 		cancel()
 		wg.Wait()
+		settle(r)
 	})
 	return flows
 }

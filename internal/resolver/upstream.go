@@ -23,35 +23,6 @@ const (
 	totalTimeout = 5 * time.Second
 )
 
-// lookup answers a question from the cache or from the upstreams, asking once
-// however many wait for it.
-func (r *Resolver) lookup(ctx context.Context, q question) (*answers, error) {
-	if a, ok := r.cache.get(q); ok {
-		return a, nil
-	}
-	key := fmt.Sprintf("%s %d %s", q.sandbox, q.qtype, q.name)
-	// The exchange outlives whoever started it: others may be waiting.
-	shared := context.WithoutCancel(ctx)
-	done := r.flight.DoChan(key, func() (any, error) {
-		ctx, cancel := context.WithTimeout(shared, totalTimeout)
-		defer cancel()
-		a, err := r.exchange(ctx, q)
-		if err == nil {
-			r.cache.put(q, a)
-		}
-		return a, err
-	})
-	select {
-	case res := <-done:
-		if res.Err != nil {
-			return nil, res.Err
-		}
-		return res.Val.(*answers), nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
 // exchange asks the upstreams in turn, beginning with the one that answered last,
 // until one gives an answer that means something.
 func (r *Resolver) exchange(ctx context.Context, q question) (*answers, error) {
@@ -118,10 +89,17 @@ func (r *Resolver) roundTrip(ctx context.Context, network string, server netip.A
 	return readReply(c, network, id, q)
 }
 
+// maxReply is more than the datagram that an upstream may send.
+const maxReply = 4096
+
 // readReply waits for the reply to a query. Over UDP, what does not match is
 // somebody else's, and is passed over.
 func readReply(c net.Conn, network string, id uint16, q question) (*dns.Msg, error) {
-	buf := make([]byte, dns.MaxMsgSize)
+	size := maxReply
+	if network == "tcp" {
+		size = dns.MaxMsgSize
+	}
+	buf := make([]byte, size)
 	for {
 		n, err := readMessage(c, network, buf)
 		if err != nil {

@@ -1,6 +1,7 @@
 package share
 
 import (
+	"context"
 	"sync"
 	"time"
 
@@ -51,6 +52,33 @@ func (s *Rates) Allow(key string, n int) (time.Duration, error) {
 	wait := r.DelayFrom(now)
 	r.CancelAt(now)
 	return wait, full
+}
+
+// Wait takes n from the key's bucket as soon as it holds them; callers are served in the
+// order they came. The error is a [*Full] when that would be after ctx's deadline, else the
+// context's.
+func (s *Rates) Wait(ctx context.Context, key string, n int) error {
+	now := time.Now()
+	r := s.of(key, now).ReserveN(now, n)
+	wait := r.DelayFrom(now)
+	deadline, bounded := ctx.Deadline()
+	if !r.OK() || bounded && now.Add(wait).After(deadline) {
+		r.CancelAt(now)
+		s.pool.refuse(Key)
+		return &Full{s.r, Key, s.r.Whole}
+	}
+	if wait == 0 {
+		return nil
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		r.Cancel()
+		return ctx.Err()
+	}
 }
 
 func (s *Rates) of(key string, now time.Time) *rate.Limiter {

@@ -11,10 +11,12 @@ var (
 		Answer: "refused by the kernel; `too-many-flows` in the flow log"}
 	Tracker = Resource{Name: "conntrack", What: "entries of the connection tracker", Alpha: 1,
 		Answer: "refused by the kernel; `too-many-flows` in the flow log"}
-	DNSHandlers = Resource{Name: "dns_handlers", What: "DNS queries under way", Alpha: 1,
-		Answer: "waits in the key's queue, then SERVFAIL; `budget-concurrency` in the flow log"}
+	DNSQueries = Resource{Name: "dns_queries", What: "DNS queries in hand, waiting or not", Alpha: 1,
+		Answer: "REFUSED at once; `budget-concurrent` in the flow log"}
+	DNSHandlers = Resource{Name: "dns_handlers", What: "DNS queries asked upstream", Alpha: 1,
+		Answer: "waits in the key's queue, then REFUSED; `budget-concurrent` in the flow log"}
 	DNSRate = Resource{Name: "dns_rate", What: "DNS queries in a second", Alpha: 1,
-		Answer: "waits in the key's queue, then SERVFAIL; `budget-rate` in the flow log"}
+		Answer: "waits in the key's queue, then REFUSED; `budget-queries` in the flow log"}
 	DNSConnections = Resource{Name: "dns_connections", What: "TCP connections to the resolver", Alpha: 1,
 		Answer: "closed"}
 	RuleUpdates = Resource{Name: "rule_updates", What: "network rule updates under way", Alpha: 1,
@@ -37,6 +39,6 @@ var (
 
 // All returns the resources, in the order of the documentation.
 func All() []Resource {
-	return []Resource{ProxyConnections, SniffMemory, SourcePorts, Tracker, DNSHandlers, DNSRate, DNSConnections,
+	return []Resource{ProxyConnections, SniffMemory, SourcePorts, Tracker, DNSQueries, DNSHandlers, DNSRate, DNSConnections,
 		RuleUpdates, Starts, Requests, Exchanges, Memory, Threads, Disk, Events}
 }

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -208,6 +209,34 @@ func TestRatesAreOfEachKey(t *testing.T) {
 		_, _ = s.Allow("c", 1)
 		if len(s.buckets) != 1 {
 			t.Errorf("%d buckets are kept", len(s.buckets))
+		}
+	})
+}
+
+func TestRatesAreWaitedForInTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewRates(Resource{Name: "x", What: "requests in a second", Alpha: 1}.Of(10, 0), 10)
+		began := time.Now()
+		var wg sync.WaitGroup
+		var refused atomic.Int32
+		for range 40 {
+			wg.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				defer cancel()
+				var full *Full
+				if err := s.Wait(ctx, "a", 1); errors.As(err, &full) && full.Scope == Key {
+					refused.Add(1)
+				} else if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if got := refused.Load(); got != 10 || time.Since(began) != 2*time.Second {
+			t.Errorf("%d of 40 were refused after %s, want the ten that would wait longer than two seconds", got, time.Since(began))
+		}
+		if err := s.Wait(t.Context(), "b", 1); err != nil {
+			t.Errorf("another key: %v", err)
 		}
 	})
 }

@@ -78,6 +78,7 @@ func serveProbes() error {
 	mux.HandleFunc("GET /ready", func(http.ResponseWriter, *http.Request) {})
 	mux.HandleFunc("POST /try", answer(func(ctx context.Context, y try) (outcome, error) { return y.do(ctx), nil }))
 	mux.HandleFunc("POST /watch", answer(watch))
+	mux.HandleFunc("POST /names", answer(askNames))
 	mux.HandleFunc("POST /open", answer(p.open))
 	mux.HandleFunc("POST /look", answer(p.look))
 	mux.HandleFunc("POST /flood", answer(p.flood))
@@ -404,6 +405,26 @@ func watch(ctx context.Context, w watching) ([]seen, error) {
 		if o.Class == w.Until {
 			break
 		}
+	}
+	return out, nil
+}
+
+// asking is a question for each of some names, all at once.
+type asking struct {
+	Server string
+	Format string // of a name, with %d
+	Names  int
+}
+
+// askNames counts the classes of the answers.
+func askNames(ctx context.Context, a asking) (map[string]int, error) {
+	classes := make(chan string, a.Names)
+	for i := range a.Names {
+		go func() { classes <- try{Kind: "dns", Addr: a.Server, Name: fmt.Sprintf(a.Format, i)}.do(ctx).Class }()
+	}
+	out := map[string]int{}
+	for range a.Names {
+		out[<-classes]++
 	}
 	return out, nil
 }
