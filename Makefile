@@ -21,7 +21,7 @@ build: ## build bin/cordon, with the agent and the probe inside
 	@mkdir -p bin cmd/cordon/embedded
 	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-agent ./cmd/cordon-agent
 	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-probe ./internal/conformance/probe/cordon-probe
-	$(GO) build -ldflags='-s -w' -o bin/cordon ./cmd/cordon
+	$(GO) build -ldflags="-s -w -X main.built=$$(scripts/version)" -o bin/cordon ./cmd/cordon
 
 setup: ## install what demo and test need and the machine lacks
 	@scripts/setup

@@ -27,7 +27,7 @@ func main() {
 func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	root := newRoot(&app{environ: environMap(os.Environ()), out: os.Stdout, errOut: os.Stderr})
+	root := newRoot(&app{environ: environMap(os.Environ()), in: os.Stdin, out: os.Stdout, errOut: os.Stderr})
 	root.SetArgs(os.Args[1:])
 	if err := root.ExecuteContext(ctx); err != nil {
 		var exit exitError
@@ -47,6 +47,7 @@ func run() int {
 type app struct {
 	environ    map[string]string
 	configFile string
+	in         *os.File
 	out        *os.File
 	errOut     *os.File
 }
@@ -74,6 +75,7 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 		createCommand(a), listCommand(a), killCommand(a), pauseCommand(a), resumeCommand(a), forkCommand(a),
 		snapshotCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
 		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a), conformanceCommand(a),
+		versionCommand(a),
 	)
 	explainUsage(root)
 	return root

@@ -4,16 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cordonhq/cordon/client"
+	"github.com/cordonhq/cordon/internal/errs"
 )
 
 func createCommand(a *app) *cobra.Command {
@@ -143,34 +146,106 @@ func execCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "exec <sandbox> <command> [argument]...",
 		Short: "Run a command in a sandbox",
-		Long: `Run a command in a sandbox; its output, errors and exit code are exec's.
+		Long: `Run a command in a sandbox; its output, errors and exit code are exec's. A command
+that a signal ended has 128 and the signal's number, as in a shell.
 
 A command alone is a line for the sandbox's shell. With arguments it is a program,
-which gets each of them as it is. Flags of exec's own come before the sandbox.`,
+which gets each of them as it is. Flags of exec's own come before the sandbox; a --
+behind it is left out.`,
 		Example: `  cordon exec iabc… 'cd /tmp && ls | wc -l'
-  cordon exec iabc… ls -la /tmp
+  cordon exec iabc… -- ls -la /tmp
+  cordon exec -i iabc… tar -x -C /tmp < files.tar
   cordon exec --user root --dir /etc iabc… cat shadow`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			words := args[1:]
+			if words[0] == "--" {
+				words = words[1:]
+			}
+			if len(words) == 0 {
+				return errs.New(errs.Invalid, "cordon exec takes a command after --: see cordon exec --help")
+			}
 			s, err := a.connect(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
 			o.Stdout, o.Stderr = a.out, a.errOut
-			res, err := s.Commands.Run(cmd.Context(), shellLine(args[1:]), o)
+			res, err := runIn(cmd.Context(), s, shellLine(words), o, a.in)
 			if err != nil {
 				return err
 			}
-			if res.ExitCode != 0 {
-				return exitError(res.ExitCode)
+			if code := exitCode(res); code != 0 {
+				return exitError(code)
 			}
 			return nil
 		},
 	}
-	cmd.Flags().SetInterspersed(false) // what follows is the program's
-	cmd.Flags().StringVar(&o.User, "user", "", "who runs it (default: the template's user)")
-	cmd.Flags().StringVar(&o.Dir, "dir", "", "where it runs")
+	f := cmd.Flags()
+	f.SetInterspersed(false) // what follows is the program's
+	f.StringVar(&o.User, "user", "", "who runs it (default: the template's user)")
+	f.StringVar(&o.Dir, "dir", "", "where it runs")
+	f.BoolVarP(&o.Stdin, "interactive", "i", false, "pass standard input to it")
 	return cmd
+}
+
+// runIn runs a command in a sandbox to its end, with in as its input where o.Stdin is
+// set.
+func runIn(ctx context.Context, s *client.Sandbox, line string, o client.RunOptions, in io.Reader) (*client.Result, error) {
+	p, err := s.Commands.Start(ctx, line, o)
+	if err != nil {
+		return nil, err
+	}
+	fed := make(chan error, 1)
+	if o.Stdin {
+		// It may be reading when the command ends, and ends with this process then.
+		go func() { fed <- feed(ctx, p, in) }()
+	}
+	res, err := p.Wait(ctx)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case err := <-fed:
+		if err != nil {
+			return nil, err
+		}
+	default:
+	}
+	return res, nil
+}
+
+// feed passes input to a command until it ends, or the command takes no more: what it
+// did not read before it closed its input or ended is not missed.
+func feed(ctx context.Context, p *client.Process, in io.Reader) error {
+	b := make([]byte, 64<<10)
+	for {
+		n, err := in.Read(b)
+		if n > 0 && p.Send(ctx, b[:n]) != nil {
+			return nil
+		}
+		if err == nil {
+			continue
+		}
+		_ = p.CloseStdin(ctx) // one that has ended has none
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		return fmt.Errorf("read standard input: %w", err)
+	}
+}
+
+// exitCode is a command's exit code as shells and container engines report it.
+func exitCode(res *client.Result) int {
+	name, signalled := strings.CutPrefix(res.Status, "signal: ")
+	if !signalled {
+		return res.ExitCode
+	}
+	for n := syscall.Signal(1); n < 65; n++ {
+		if n.String() == name {
+			return 128 + int(n)
+		}
+	}
+	return 128
 }
 
 // shellLine is what the sandbox's shell reads to run a command: one word is a line

@@ -28,6 +28,7 @@ func TestWrongUsageIsSaid(t *testing.T) {
 		"a variable without value":                   {"create --env A", `--env is "A": use KEY=VALUE`},
 		"a limit that shows nothing":                 {"flows --limit -5 iabc", `--limit is -5: use 1 or more; the server keeps 4096`},
 		"explain without a sandbox":                  {"network explain example.com", `--sandbox is missing: name the sandbox whose rules decide (cordon list)`},
+		"a command is missing after --":              {"exec iabc --", `cordon exec takes a command after --: see cordon exec --help`},
 		"an unknown flag of exec":                    {"exec --nosuch iabc ls", `unknown flag: --nosuch: see cordon exec --help`},
 	} {
 		t.Run(name, func(t *testing.T) {

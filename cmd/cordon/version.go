@@ -1,10 +1,22 @@
 package main
 
-import "runtime/debug"
+import (
+	"fmt"
+	"runtime"
+	"runtime/debug"
 
-// version is the module version the binary was built from, or "devel" and the
-// commit.
+	"github.com/spf13/cobra"
+)
+
+// built is the version that make build gives (scripts/version).
+var built string
+
+// version is the version that this binary was built from: make build's, or the
+// module's and the commit that the go command noted.
 func version() string {
+	if built != "" {
+		return built
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
@@ -18,4 +30,16 @@ func version() string {
 		}
 	}
 	return "devel"
+}
+
+func versionCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version of this program",
+		Example: `  cordon version`,
+		Args:    cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			_, err := fmt.Fprintf(a.out, "cordon %s (%s, %s/%s)\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			return err
+		},
+	}
 }
