@@ -236,7 +236,7 @@ type Network struct {
 	// Nil is every address at create and no change in SetNetwork; empty is nobody.
 	AllowIn []string `json:"allowIn,omitzero"`
 	DNS     string   `json:"dns,omitempty"`    // "open", "strict" or empty
-	OnDeny  string   `json:"onDeny,omitempty"` // "reset", "explain" or empty
+	OnDeny  string   `json:"onDeny,omitempty"` // "explain", "reset" or empty
 	Mode    string   `json:"mode,omitempty"`   // "enforce", "observe" or empty
 }
 

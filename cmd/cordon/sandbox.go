@@ -78,7 +78,7 @@ func ruleFlags(cmd *cobra.Command, n *client.Network) {
 	f.StringSliceVar(&n.AllowOut, "allow-out", nil, "address, CIDR, domain, *.domain or preset:<name> to allow; allow wins over deny")
 	f.StringSliceVar(&n.DenyOut, "deny-out", nil, "address or CIDR to deny; 0.0.0.0/0 is everything")
 	f.StringVar(&n.DNS, "dns", "", "open or strict (default: strict when only domains open the resolver)")
-	f.StringVar(&n.OnDeny, "on-deny", "", "reset or explain")
+	f.StringVar(&n.OnDeny, "on-deny", "", "explain (the default) or reset")
 	f.StringVar(&n.Mode, "mode", "", "enforce or observe")
 }
 

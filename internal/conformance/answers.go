@@ -17,12 +17,23 @@ import (
 // accessDenied is the fatal TLS alert of a denial (RFC 8446 section 6.2).
 var accessDenied = []byte{21, 3, 3, 0, 2, 2, 49}
 
-// cut: the connection ended with no answer but the alert of a denial.
+// forbidden reports whether b is exactly the answer of a denial over HTTP.
+func forbidden(b []byte) bool {
+	r := bufio.NewReader(bytes.NewReader(b))
+	res, err := http.ReadResponse(r, nil)
+	if err != nil || res.Status != "403 Denied by egress policy" || res.Header.Get("X-Cordon-Deny") == "" {
+		return false
+	}
+	body, err := io.ReadAll(res.Body)
+	return err == nil && bytes.HasPrefix(body, []byte("# denied by egress policy: ")) && bytes.Count(body, []byte("\n")) == 1 && r.Buffered() == 0
+}
+
+// cut: the connection ended with no answer but the alert or the 403 of a denial.
 func cut(got probe.Outcome) error {
 	switch {
 	case got.Secured:
 		return errors.New("a TLS handshake completed")
-	case bytes.Equal(got.Received, accessDenied):
+	case bytes.Equal(got.Received, accessDenied), forbidden(got.Received):
 		return nil
 	case len(got.Received) > 0:
 		return errors.New("somebody answered")

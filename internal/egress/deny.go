@@ -3,6 +3,7 @@ package egress
 import (
 	"cmp"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -35,7 +36,7 @@ type denial struct {
 }
 
 // deny records the denial and answers the client as its protocol and policy
-// demand: an alert on TLS, else a reset or, if the policy explains, a 403.
+// demand: an alert on TLS, a 403 on HTTP unless the policy wants a reset, else a reset.
 func (f *flow) deny(c *policy.Compiled, d denial) {
 	f.record(flowlog.Denied, event{policy: c, name: d.name, rule: d.rule, reason: d.reason, detail: d.detail})
 	f.p.sniffed(f)
@@ -79,27 +80,36 @@ func lingerClose(c *net.TCPConn) {
 	c.Close()
 }
 
-// explanation is the 403 of policy.OnDenyExplain.
+// explanation is the 403 of policy.OnDenyExplain. Clients show its reason phrase or
+// its body or neither; npm and yarn show "error" of a JSON body. The text begins as a
+// comment, for a shell that a download is piped to.
 func (f *flow) explanation(d denial) []byte {
 	rule := strings.TrimSpace(d.rule.ID + " " + d.rule.Text)
-	body, err := json.Marshal(struct {
-		Error   string        `json:"error"`
-		Host    string        `json:"host"`
-		Rule    string        `json:"rule"`
-		Reason  policy.Reason `json:"reason"`
-		Sandbox string        `json:"sandbox"`
-	}{"denied by the sandbox's network policy", cmp.Or(d.name, f.dst.String()), rule, d.reason, f.sandbox})
-	if err != nil {
-		body = []byte("{}") // strings always marshal
+	host := cmp.Or(d.name, f.dst.String())
+	const denied = "denied by egress policy: "
+	kind, body := "application/json", []byte(nil)
+	if f.wantsJSON {
+		body, _ = json.Marshal(struct { // strings always marshal
+			Error   string        `json:"error"`
+			Host    string        `json:"host"`
+			Rule    string        `json:"rule"`
+			Reason  policy.Reason `json:"reason"`
+			Sandbox string        `json:"sandbox"`
+		}{denied + host, host, rule, d.reason, f.sandbox})
+	} else {
+		why := string(d.reason)
+		if d.rule == proxyRule && d.detail != "" {
+			why += ", " + d.detail
+		}
+		kind = "text/plain; charset=utf-8"
+		body = fmt.Appendf(nil, "# %s%s (%s; rule %s; sandbox %s)\n", denied, printable(host), printable(why), printable(rule), f.sandbox)
 	}
-	var b strings.Builder
-	b.WriteString("HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nCache-Control: no-store\r\nConnection: close\r\nX-Cordon-Deny: ")
-	b.WriteString(printable(rule))
-	b.WriteString("\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n")
+	out := fmt.Appendf(nil, "HTTP/1.1 403 Denied by egress policy\r\nContent-Type: %s\r\nCache-Control: no-store\r\nConnection: close\r\nX-Cordon-Deny: %s\r\nContent-Length: %d\r\n\r\n",
+		kind, printable(rule), len(body))
 	if !f.headRequest {
-		b.Write(body)
+		out = append(out, body...)
 	}
-	return []byte(b.String())
+	return out
 }
 
 // printable makes s fit for a header: a rule may be written in any script.

@@ -33,6 +33,7 @@ type flow struct {
 	pumps             atomic.Int32 // directions still copied
 	settled           atomic.Bool  // the TLS server's answer asks for no second hello
 	headRequest       bool         // the request going on is HEAD: an answer has no body
+	wantsJSON         bool         // the request going on names JSON in Accept
 
 	mu       sync.Mutex // guards the rest
 	begun    bool       // an upstream was reached: a Closed event is due

@@ -59,6 +59,7 @@ type request struct {
 	close   bool // the client wants the connection closed
 	upgrade bool // to WebSocket
 	expect  bool // 100-continue
+	json    bool // Accept names a JSON type
 }
 
 // parse reads a complete head, including its empty line (RFC 9112). It refuses
@@ -211,6 +212,8 @@ func (q *request) readFields() (hosts [][]byte, err error) {
 			q.upgrade = true
 		case is(f.name, "http2-settings"):
 			return nil, badRequest("upgrades to HTTP/2 are not passed on")
+		case is(f.name, "accept"):
+			q.json = q.json || contains(f.value, "json")
 		case is(f.name, "expect"):
 			if !is(f.value, "100-continue") {
 				return nil, badRequest("an unknown expectation")
@@ -374,6 +377,16 @@ func is(b []byte, want string) bool {
 		}
 	}
 	return true
+}
+
+// contains is is for a part of b.
+func contains(b []byte, want string) bool {
+	for i := range len(b) - len(want) + 1 {
+		if is(b[i:i+len(want)], want) {
+			return true
+		}
+	}
+	return false
 }
 
 func isTokens(b []byte) bool {

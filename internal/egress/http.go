@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -129,14 +130,15 @@ func (h *httpConn) awaitRequest() error {
 
 // parse reads the head into h.req and h.head.
 func (h *httpConn) parse(head []byte) error {
+	h.f.headRequest, h.f.wantsJSON = bytes.HasPrefix(head, []byte("HEAD ")), false
 	if err := h.req.parse(head, h.f.dst.Port()); err != nil {
 		return err
 	}
+	h.f.wantsJSON = h.req.json
 	if h.req.host != "" && h.req.port != h.f.dst.Port() {
 		return &sniffError{ReasonPortMismatch, "Host names another port than the one connected to"}
 	}
 	h.head, h.size = h.req.appendTo(h.head[:0]), len(head)
-	h.f.headRequest = string(h.req.method) == "HEAD"
 	return nil
 }
 

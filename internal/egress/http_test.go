@@ -3,7 +3,6 @@ package egress
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -252,6 +251,33 @@ var badHTTP = []struct {
 	{"257 fields", lines("GET / HTTP/1.1", "Host: a.example", strings.TrimSuffix(strings.Repeat("A: b\r\n", 256), "\r\n")), ReasonBadRequest},
 }
 
+// wantForbidden sends s and asserts that a 403 comes, and the end.
+func wantForbidden(t testing.TB, c net.Conn, s string) {
+	t.Helper()
+	_, _ = io.WriteString(c, s) // the answer may come before all is sent
+	got, err := everything(c)
+	if !strings.HasPrefix(got, "HTTP/1.1 403 Denied by egress policy\r\n") || strings.Count(got, "HTTP/1.1 403") != 1 || !strings.HasSuffix(got, "; sandbox sbx)\n") || err != nil {
+		t.Errorf("got %q and %v, want one 403 and an orderly end", got, err)
+	}
+}
+
+func TestDeniedHTTPIsAnsweredAndNothingLeaves(t *testing.T) {
+	for _, tt := range badHTTP {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t, policy.Input{AllowOut: onlyA.AllowOut, DenyOut: onlyA.DenyOut})
+			up := l.host(nil, "93.184.216.1:80", "93.184.216.2:80", "93.184.216.66:80")
+			c := l.connect("93.184.216.66:80")
+			if tt.want == ReasonProtocolMismatch { // no HTTP
+				wantResetAfter(t, c, tt.sent)
+			} else {
+				wantForbidden(t, c, tt.sent)
+			}
+			l.awaitDenied(tt.want)
+			up.untouched(t)
+		})
+	}
+}
+
 func TestDeniedHTTPIsResetAndNothingLeaves(t *testing.T) {
 	for _, tt := range badHTTP {
 		t.Run(tt.name, func(t *testing.T) {
@@ -352,13 +378,15 @@ func TestARequestIsWrittenAnew(t *testing.T) {
 }
 
 func TestExplainAnswersHTTPWithTheRule(t *testing.T) {
-	in := onlyA
-	in.OnDeny = policy.OnDenyExplain
-	in.AllowInternetAccess = new(bool)
-	for _, tt := range []struct{ name, sent, host, rule, reason string }{
-		{"a name", lines("GET / HTTP/1.1", "Host: b.example"), "b.example", "deny[0] 0.0.0.0/0", "name-denied"},
-		{"a malformed request", lines("GET / HTTP/1.1", "Host: a.example", "Host: b.example"), "93.184.216.66:80", "proxy what the proxy cannot judge", "bad-request"},
-		{"with a body on its way", lines("POST / HTTP/1.1", "Host: b.example", "Content-Length: 100000") + strings.Repeat("x", 100000), "b.example", "deny[0] 0.0.0.0/0", "name-denied"},
+	in := policy.Input{AllowOut: onlyA.AllowOut, DenyOut: onlyA.DenyOut, AllowInternetAccess: new(bool)} // it is the default
+	const byRule = "deny[0] 0.0.0.0/0"
+	npm := "Accept: application/vnd.npm.install-v1+JSON; q=1.0, */*"
+	for _, tt := range []struct{ name, sent, host, rule, why string }{
+		{"a name", lines("GET / HTTP/1.1", "Host: b.example"), "b.example", byRule, "name-denied"},
+		{"a malformed request", lines("GET / HTTP/1.1", "Host: a.example", "Host: b.example"), "93.184.216.66:80", "proxy what the proxy cannot judge", "bad-request, more than one Host"},
+		{"an address with a line in it", "GET / HTTP/1.1\r\nHost: [::1\nrm]\r\n\r\n", "93.184.216.66:80", "proxy what the proxy cannot judge", "bad-request, a line ends without CR"},
+		{"with a body on its way", lines("POST / HTTP/1.1", "Host: b.example", "Content-Length: 100000") + strings.Repeat("x", 100000), "b.example", byRule, "name-denied"},
+		{"to npm", lines("GET / HTTP/1.1", "Host: b.example", npm), "b.example", byRule, "name-denied"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l := newLab(t, in)
@@ -370,15 +398,19 @@ func TestExplainAnswersHTTPWithTheRule(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer resp.Body.Close()
-			var body map[string]string
-			if err := json.NewDecoder(resp.Body).Decode(&body); err != nil {
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
 				t.Fatal(err)
 			}
-			if resp.StatusCode != 403 || resp.Header.Get("Content-Type") != "application/json" || resp.Header.Get("X-Cordon-Deny") != tt.rule {
-				t.Errorf("got %d %v", resp.StatusCode, resp.Header)
+			if resp.Status != "403 Denied by egress policy" || resp.Header.Get("X-Cordon-Deny") != tt.rule || resp.Header.Get("Cache-Control") != "no-store" || !resp.Close {
+				t.Errorf("got %s %v", resp.Status, resp.Header)
 			}
-			if body["host"] != tt.host || body["rule"] != tt.rule || body["sandbox"] != "sbx" || body["reason"] != tt.reason {
-				t.Errorf("body %v", body)
+			want, kind := "# denied by egress policy: "+tt.host+" ("+tt.why+"; rule "+tt.rule+"; sandbox sbx)\n", "text/plain; charset=utf-8"
+			if strings.Contains(tt.sent, npm) {
+				want, kind = `{"error":"denied by egress policy: b.example","host":"b.example","rule":"deny[0] 0.0.0.0/0","reason":"name-denied","sandbox":"sbx"}`, "application/json"
+			}
+			if string(body) != want || resp.Header.Get("Content-Type") != kind {
+				t.Errorf("%s %q, want %s %q", resp.Header.Get("Content-Type"), body, kind, want)
 			}
 			if rest, err := io.ReadAll(br); len(rest) > 0 || err != nil {
 				t.Errorf("then %q and %v, want the end", rest, err)

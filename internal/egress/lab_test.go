@@ -51,7 +51,7 @@ var (
 )
 
 // onlyA allows a.example and nothing else.
-var onlyA = policy.Input{AllowOut: []string{"a.example", "*.sub.example"}, DenyOut: []string{"0.0.0.0/0"}}
+var onlyA = policy.Input{AllowOut: []string{"a.example", "*.sub.example"}, DenyOut: []string{"0.0.0.0/0"}, OnDeny: policy.OnDenyReset}
 
 var discard = slog.New(slog.NewTextHandler(io.Discard, nil))
 

@@ -23,7 +23,7 @@ import (
 const pinnedDst = "93.184.216.1:8080"
 
 // onlyPinned allows a.example on one port.
-var onlyPinned = policy.Input{AllowOut: []string{"a.example:8080", "*.sub.example:8080"}, DenyOut: []string{"0.0.0.0/0"}}
+var onlyPinned = policy.Input{AllowOut: []string{"a.example:8080", "*.sub.example:8080"}, DenyOut: []string{"0.0.0.0/0"}, OnDeny: policy.OnDenyReset}
 
 // pinnedLab is a lab in which a.example was resolved.
 func pinnedLab(t testing.TB, tune ...func(*Config)) *lab {

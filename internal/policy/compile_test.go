@@ -55,7 +55,7 @@ func TestCompileRefusesWhatCannotBe(t *testing.T) {
 		{"10,001 allowed entries", Input{AllowOut: many(10_001)}, "network.allowOut has 10001 entries, the most is 10000: merge CIDRs or use wildcards"},
 		{"10,001 denied entries", Input{DenyOut: many(10_001)}, "network.denyOut has 10001 entries, the most is 10000: merge CIDRs or use wildcards"},
 		{"an unknown DNS mode", Input{DNS: "closed"}, `network.dns is "closed": use "open", "strict" or leave it out`},
-		{"an unknown way to deny", Input{OnDeny: "drop"}, `network.onDeny is "drop": use "reset", "explain" or leave it out`},
+		{"an unknown way to deny", Input{OnDeny: "drop"}, `network.onDeny is "drop": use "explain", "reset" or leave it out`},
 		{"an unknown mode", Input{Mode: "off"}, `network.mode is "off": use "enforce", "observe" or leave it out`},
 	}
 	for _, bad := range []string{
@@ -171,8 +171,8 @@ func TestCompileKeepsItsOwnCopyOfTheInput(t *testing.T) {
 	if got := c.Generation(); got != 7 {
 		t.Errorf("generation %d, want 7", got)
 	}
-	if c.OnDeny() != OnDenyReset || c.Mode() != ModeEnforce {
-		t.Errorf("defaults %q %q, want reset and enforce", c.OnDeny(), c.Mode())
+	if c.OnDeny() != OnDenyExplain || c.Mode() != ModeEnforce {
+		t.Errorf("defaults %q %q, want explain and enforce", c.OnDeny(), c.Mode())
 	}
 }
 

@@ -104,7 +104,7 @@ func (c *Compiled) options() error {
 	switch c.input.OnDeny {
 	case "", OnDenyReset, OnDenyExplain:
 	default:
-		return errs.New(errs.Invalid, `network.onDeny is %q: use "reset", "explain" or leave it out`, c.input.OnDeny)
+		return errs.New(errs.Invalid, `network.onDeny is %q: use "explain", "reset" or leave it out`, c.input.OnDeny)
 	}
 	switch c.input.Mode {
 	case "", ModeEnforce, ModeObserve:
@@ -246,7 +246,7 @@ func (c *Compiled) Generation() uint64 { return c.generation }
 func (c *Compiled) Input() Input { return clone(c.input) }
 
 // OnDeny returns how the proxy answers a denied client; never empty.
-func (c *Compiled) OnDeny() OnDeny { return cmp.Or(c.input.OnDeny, OnDenyReset) }
+func (c *Compiled) OnDeny() OnDeny { return cmp.Or(c.input.OnDeny, OnDenyExplain) }
 
 // Mode returns whether the rules are enforced; never empty.
 func (c *Compiled) Mode() Mode { return cmp.Or(c.input.Mode, ModeEnforce) }

@@ -21,7 +21,8 @@ const (
 // OnDeny says how the proxy tells a client that it was denied.
 type OnDeny string
 
-// The ways to deny. The zero value is OnDenyReset.
+// The ways to deny, where the client speaks HTTP. The zero value is OnDenyExplain:
+// no client tries again after a 403, and most do for minutes after a reset.
 const (
 	OnDenyReset   OnDeny = "reset"
 	OnDenyExplain OnDeny = "explain"

@@ -309,7 +309,9 @@ func testModes(t *testing.T, s *live) {
 	})
 	t.Run("explain answers HTTP with the reason, in words", func(t *testing.T) {
 		g := g.in(t)
-		g.rules(client.Network{DenyOut: all, AllowOut: []string{nameA}, OnDeny: "explain"})
+		g.rules(client.Network{DenyOut: all, AllowOut: []string{nameA}, OnDeny: "reset"})
+		g.run(check{get(addrB, nameB), "reset", verdict{"deny", "deny[0]", "name-denied"}, ""})
+		g.rules(client.Network{DenyOut: all, AllowOut: []string{nameA}})
 		wrong := verdict{"deny", "deny[0]", "name-denied"}
 		mark := s.lab.Recorder().Mark()
 		checks := []check{{get(addrB, nameB), "403", wrong, ""}, {web(addrB, nameB), "alert", wrong, ""}, {get(nameA, ""), "ok", allowed, ""}}

@@ -50,7 +50,7 @@ func domainOnly() []check {
 		{ask8(nameA), "NOERROR", allowed, addrA},
 		{ask8(nameB), "NODATA", verdict{"deny", "dns", "name-denied"}, ""},
 		{web(addrB, nameB), "alert", wrong, ""},
-		{get(addrB, nameB), "reset", wrong, ""},
+		{get(addrB, nameB), "403", wrong, ""},
 		{web(attacker, nameA), "ok", allowed, addrA + ":443"}, // a borrowed name leads to its owner
 		refuses(tcp(addrA), denied),
 		refuses(udp(addrA), denied),

@@ -189,7 +189,7 @@ func fetch(t *testing.T, sb *client.Sandbox) string {
 // ruled checks that the sandbox's rules hold: it reaches nothing.
 func ruled(t *testing.T, sb *client.Sandbox) {
 	t.Helper()
-	r, err := sb.Commands.Run(t.Context(), "curl -s -m 3 -o /dev/null http://1.1.1.1", client.RunOptions{Timeout: 10 * time.Second})
+	r, err := sb.Commands.Run(t.Context(), "curl -fs -m 3 -o /dev/null http://1.1.1.1", client.RunOptions{Timeout: 10 * time.Second})
 	must(t, err)
 	if r.ExitCode == 0 {
 		t.Error("a denied address is reached")

@@ -491,7 +491,7 @@ type Network struct {
 	// Mode cordon: enforce, or observe to log what would be denied.
 	Mode string `json:"mode,omitempty,omitzero"`
 
-	// OnDeny cordon: reset, or explain to answer HTTP with a 403 that says why.
+	// OnDeny cordon: explain (the default) answers denied HTTP with a 403 that says why, reset resets the connection.
 	OnDeny string `json:"onDeny,omitempty,omitzero"`
 
 	// Rules Part of the dialect that this server does not have; refused unless empty.
