@@ -58,7 +58,8 @@ var basePackages = []string{
 // interpreterPackages are what the code interpreter's kernels run on, and what
 // programs for it expect to import.
 var interpreterPackages = []string{
-	"esbuild", "nodejs", "npm", "python3-ipykernel", "python3-matplotlib", "python3-numpy", "python3-pandas", "python3-requests",
+	"esbuild", "nodejs", "npm", "python3-bs4", "python3-ipykernel", "python3-matplotlib", "python3-numpy", "python3-openpyxl", "python3-pandas",
+	"python3-plotly", "python3-requests", "python3-seaborn", "python3-sklearn",
 }
 
 // interpreterExcludes is what those depend on in form only, a quarter of the image:

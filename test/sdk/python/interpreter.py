@@ -73,6 +73,22 @@ def a_frame_has_its_data(s):
 
 
 @scenario
+def the_usual_packages_are_there_without_a_network(s):
+    assert text(s, """
+import bs4, openpyxl, pandas as pd, plotly.graph_objects as go, seaborn as sns
+from sklearn.linear_model import LinearRegression
+frame = pd.DataFrame({'a': [1, 2, 3], 'b': [2.0, 4.0, 6.0]})
+frame.to_excel('/tmp/frame.xlsx', index=False)
+slope = LinearRegression().fit(frame[['a']], frame['b']).coef_[0]
+words = bs4.BeautifulSoup('<p>one<p>two', 'html.parser').get_text(' ')
+page = go.Figure(go.Bar(x=frame['a'], y=frame['b'])).to_html(include_plotlyjs=False)
+axes = sns.scatterplot(frame, x='a', y='b')
+axes.figure.clear()
+(pd.read_excel('/tmp/frame.xlsx').equals(pd.DataFrame({'a': [1, 2, 3], 'b': [2, 4, 6]})), round(slope, 6), words, 'Plotly.newPlot' in page)
+""") == "(True, 2.0, 'one two', True)"
+
+
+@scenario
 def other_forms_of_a_result(s):
     r = s.run_code("class Own:\n    def _repr_mimebundle_(self, **_): return {'text/plain': 'own', 'application/x-own': 'more'}\nOwn()")
     assert r.results[0].extra == {"application/x-own": "more"}, r.results[0].extra
