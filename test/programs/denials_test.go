@@ -138,6 +138,7 @@ var tells = []*regexp.Regexp{
 	regexp.MustCompile(`(?i)egress policy`),
 	regexp.MustCompile(`(?i)access.?(was )?denied`),
 	regexp.MustCompile(`(?i)\b403\b`),
+	regexp.MustCompile(`(?i)failed to fetch`),
 	regexp.MustCompile(`(?i)refused`),
 	regexp.MustCompile(`(?i)no such host|misbehaving|ENOTFOUND|EAI_|ENODATA|UnknownHost|Name or service|not known|No address associated|failure in name|resolve|wicked|getaddrinfo|dns error|lookup`),
 	regexp.MustCompile(`(?i)reset|closed|ECONN|hang up|EOF|alert|SSL|TLS`),
@@ -146,7 +147,7 @@ var tells = []*regexp.Regexp{
 }
 
 // code is a line that shows where a program failed, not how.
-var code = regexp.MustCompile(`^(for |at |return |raise |File |self\.|this\.|hosts = |sock|throw |'[A-Z_]+',?$)|\(err, `)
+var code = regexp.MustCompile(`^(for |at |return |raise |File |self\.|this\.|hosts = |sock|throw )|\(err, |YN0027|,$`)
 
 var colours = regexp.MustCompile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f]")
 
