@@ -213,7 +213,8 @@ func errorOf(resp *http.Response) error {
 // Network is what a sandbox may reach and who may reach it. The zero value
 // allows every public destination.
 type Network struct {
-	// AllowOut lists addresses, CIDRs, domains and "*.domain"; allow wins over deny.
+	// AllowOut lists addresses, CIDRs, domains, "*.domain" and "preset:name"; allow
+	// wins over deny.
 	AllowOut []string `json:"allowOut,omitempty"`
 	// DenyOut lists addresses and CIDRs. AllTraffic is everything, and is needed
 	// where AllowOut has a domain.

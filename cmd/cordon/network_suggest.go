@@ -19,7 +19,7 @@ const allEvents = 1 << 20
 
 func networkSuggestCommand(a *app) *cobra.Command {
 	var form string
-	var wildcards, denied bool
+	var wildcards, presets, denied bool
 	cmd := &cobra.Command{
 		Use:   "suggest <sandbox>",
 		Short: "Print the smallest rules that allow what a sandbox was seen to reach",
@@ -50,13 +50,17 @@ otherwise. What is suggested is what was seen, good or bad: read it before use.`
 			}
 			w := policy.Exactly
 			if wildcards {
-				w = policy.Wildcards
+				w |= policy.Wildcards
+			}
+			if presets {
+				w |= policy.WithPresets
 			}
 			return show(a.out, policy.Suggest(seen, w))
 		},
 	}
 	cmd.Flags().StringVar(&form, "form", "all", "all, json, javascript or python")
 	cmd.Flags().BoolVar(&wildcards, "wildcards", false, "make one wildcard of names with a common parent")
+	cmd.Flags().BoolVar(&presets, "presets", false, "use presets for the names that they list")
 	cmd.Flags().BoolVar(&denied, "denied", false, "allow what was denied as well")
 	return cmd
 }

@@ -45,6 +45,19 @@ var presets = sync.OnceValue(func() []Preset {
 // Presets returns every version of every preset, the newest of a name last.
 func Presets() []Preset { return slices.Clone(presets()) }
 
+// newestPresets returns the last version of each preset.
+func newestPresets() []Preset {
+	var newest []Preset
+	for _, p := range presets() {
+		if i := slices.IndexFunc(newest, func(q Preset) bool { return q.Name == p.Name }); i >= 0 {
+			newest[i] = p
+		} else {
+			newest = append(newest, p)
+		}
+	}
+	return newest
+}
+
 // FindPreset returns a preset by "name" or "name@version", where the name may be
 // an alias. The error says which there are.
 func FindPreset(name string) (Preset, error) {

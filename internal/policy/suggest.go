@@ -24,11 +24,13 @@ type Seen struct {
 // Widening says how far a suggestion may go beyond what was seen.
 type Widening uint8
 
-// The choices. With Wildcards, names with a common parent of a registrable domain
-// become one wildcard.
+// The choices, which may be combined. With Wildcards, names with a common parent of
+// a registrable domain become one wildcard; with WithPresets, names that a preset
+// lists become the preset.
 const (
-	Exactly Widening = iota
-	Wildcards
+	Exactly   Widening = 0
+	Wildcards Widening = 1 << iota
+	WithPresets
 )
 
 // Suggest returns the smallest policy that allows what was seen and nothing else:
@@ -40,7 +42,7 @@ const (
 // by a name, the name is listed with the port as well, unless another entry covers
 // it: a name that is not listed is not resolved.
 func Suggest(seen []Seen, w Widening) Input {
-	s := suggestion{asked: map[netip.Addr]string{}, names: map[string]bool{}, addrs: map[string]bool{}, resolve: map[string]uint16{}}
+	s := suggestion{asked: map[netip.Addr]string{}, names: map[string]bool{}, ports: map[string]map[uint16]bool{}, addrs: map[string]bool{}, resolve: map[string]uint16{}}
 	for _, v := range seen {
 		if name, ok := CanonicalName(v.Name); ok {
 			for _, a := range v.Answers {
@@ -54,11 +56,16 @@ func Suggest(seen []Seen, w Widening) Input {
 		}
 	}
 	names := slices.Collect(maps.Keys(s.names))
-	if w == Wildcards {
+	var chosen []Preset
+	if w&WithPresets != 0 {
+		names, chosen = s.inPresets(names)
+	}
+	if w&Wildcards != 0 {
 		names = widened(names)
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.resolve)) {
-		if !slices.ContainsFunc(names, func(entry string) bool { return lists(entry, name) }) {
+		listed := slices.ContainsFunc(chosen, func(p Preset) bool { return p.lists(name, nil) })
+		if !listed && !slices.ContainsFunc(names, func(entry string) bool { return lists(entry, name) }) {
 			names = append(names, withPort(name, s.resolve[name]))
 		}
 	}
@@ -66,6 +73,9 @@ func Suggest(seen []Seen, w Widening) Input {
 	addrs = slices.DeleteFunc(addrs, func(a string) bool { return s.covered(a) })
 	slices.Sort(names)
 	slices.Sort(addrs)
+	for _, p := range slices.Backward(chosen) {
+		names = slices.Insert(names, 0, presetPrefix+p.Name)
+	}
 	return Input{AllowOut: append(names, addrs...), DenyOut: []string{"0.0.0.0/0"}}
 }
 
@@ -73,7 +83,40 @@ func Suggest(seen []Seen, w Widening) Input {
 type suggestion struct {
 	asked        map[netip.Addr]string // the name that an address was asked for by
 	names, addrs map[string]bool
-	resolve      map[string]uint16 // names that need no more than to be resolved, with a port they were used with
+	ports        map[string]map[uint16]bool // the proxy's ports that a name was used on
+	resolve      map[string]uint16          // names that need no more than to be resolved, with a port they were used with
+}
+
+// inPresets chooses presets that list names on the ports they were used on, the
+// one with the most names first and of those the smallest, and returns the names that are left.
+func (s *suggestion) inPresets(names []string) (left []string, chosen []Preset) {
+	for {
+		var best Preset
+		var rest []string
+		for _, p := range newestPresets() {
+			without := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return s.names[n] && p.lists(n, s.ports[n]) })
+			gain, most := len(names)-len(without), len(names)-len(rest)
+			if gain > 0 && (best.Name == "" || gain > most || gain == most && len(p.Hosts) < len(best.Hosts)) {
+				best, rest = p, without
+			}
+		}
+		if best.Name == "" {
+			return names, chosen
+		}
+		names, chosen = rest, append(chosen, best)
+	}
+}
+
+// lists reports whether a preset lists a name on all of some ports.
+func (p Preset) lists(name string, ports map[uint16]bool) bool {
+	return slices.ContainsFunc(p.Hosts, func(h PresetHost) bool {
+		for port := range ports {
+			if !slices.Contains(h.Ports, port) {
+				return false
+			}
+		}
+		return lists(h.Host, name)
+	})
 }
 
 // lists reports whether an entry makes a name resolve.
@@ -97,6 +140,10 @@ func (s *suggestion) flow(v Seen) {
 		s.addrs[dst.Addr().String()] = true
 	case v.Proto == TCP && shown && proxyPort(dst.Port()):
 		s.names[name] = true
+		if s.ports[name] == nil {
+			s.ports[name] = map[uint16]bool{}
+		}
+		s.ports[name][dst.Port()] = true
 		return
 	case v.Proto == TCP && name != "" && !proxyPort(dst.Port()):
 		s.names[withPort(name, dst.Port())] = true

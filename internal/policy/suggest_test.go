@@ -4,6 +4,7 @@ import (
 	stdcmp "cmp"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -126,4 +127,22 @@ func unserved(t *testing.T, in Input, seen []Seen) *Seen {
 		}
 	}
 	return nil
+}
+
+// TestSuggestPresets: names that a preset lists become the preset, the smallest
+// that has the most of them; what was used on a port it does not open stays.
+func TestSuggestPresets(t *testing.T) {
+	at := func(name string, port uint16) Seen {
+		return Seen{Proto: TCP, Dst: netip.AddrPortFrom(netip.MustParseAddr("151.101.0.223"), port), Name: name}
+	}
+	got := Suggest([]Seen{at("pypi.org", 443), at("files.pythonhosted.org", 443), at("registry.npmjs.org", 443), at("deb.debian.org", 80),
+		at("repo.maven.apache.org", 80), at("example.com", 443), at("cas-server.xethub.hf.co", 443)}, WithPresets)
+	want := []string{"preset:python", "preset:npm", "preset:debian", "preset:huggingface", "example.com", "repo.maven.apache.org"}
+	if diff := cmp.Diff(want, got.AllowOut); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	mustCompile(t, got, nil)
+	if got := Suggest([]Seen{at("pypi.org", 443)}, Exactly); !slices.Equal(got.AllowOut, []string{"pypi.org"}) {
+		t.Errorf("without asking for presets: %v", got.AllowOut)
+	}
 }
