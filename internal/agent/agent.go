@@ -128,7 +128,7 @@ func New(cfg Config) (*Agent, error) {
 		}
 		kids.group, guard.barren = g, g.barren
 	}
-	procs := newProcesses(kids)
+	procs := newProcesses(kids, guard.killSession)
 	guard.doom = procs.doom
 	a := &Agent{
 		cfg:      cfg,

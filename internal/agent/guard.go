@@ -166,6 +166,14 @@ func (g *guard) killAll(pids []int) {
 			sessions[sid] = true
 		}
 	}
+	g.killSessions(sessions)
+}
+
+// killSession kills the processes of a session. Those that made sessions of their
+// own, as daemons do, are in it no more.
+func (g *guard) killSession(leader int) { g.killSessions(map[int]bool{leader: true}) }
+
+func (g *guard) killSessions(sessions map[int]bool) {
 	const rounds = 20 // some take a while to be born, or to die
 	for range rounds {
 		alive := 0

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,9 +28,16 @@ const (
 	queued = 8
 	// afterEnd is how long Connect still answers a process's end.
 	afterEnd = 30 * time.Second
+	// settleOutput is how long output is still awaited when a process has ended by
+	// itself: its children may hold the pipe for ever, but what is behind a pipe of
+	// its own, such as tee(1), may need a moment.
+	settleOutput = 500 * time.Millisecond
 	// drain is how long a killed process's output is still read: what it wrote is
-	// there already, but its children may hold the pipe for ever.
+	// there already.
 	drain = 20 * time.Millisecond
+	// maxSpilling is how many pipes of ended commands are kept open for the children
+	// that still write to them.
+	maxSpilling = 1024
 )
 
 // command is a request to start a process, resolved and checked.
@@ -54,6 +62,7 @@ type process struct {
 	pty    *os.File // nil without a terminal
 
 	kids    *children
+	session func(leader int) // kills the processes of a session
 	outputs []*os.File
 	killed  chan struct{} // closed when we kill it: its output ends at once
 	once    sync.Once
@@ -76,20 +85,22 @@ type subscriber struct {
 
 // processes is the table of live and recently ended processes.
 type processes struct {
-	kids *children
-	wg   sync.WaitGroup // the goroutines of live processes
-	quit chan struct{}  // closed by abandon
-	used chan struct{}  // gets one element when the first process starts
+	kids    *children
+	session func(leader int)
+	wg      sync.WaitGroup // the goroutines of live processes
+	quit    chan struct{}  // closed by abandon
+	used    chan struct{}  // gets one element when the first process starts
 
 	mu      sync.Mutex // guards what follows
 	quitted bool
 	live    map[int]*process
 	opening int // starts under way
 	ended   []*process
+	spilled map[*os.File]struct{} // read by nobody but spill
 }
 
-func newProcesses(kids *children) *processes {
-	return &processes{kids: kids, live: map[int]*process{}, quit: make(chan struct{}), used: make(chan struct{}, 1)}
+func newProcesses(kids *children, session func(leader int)) *processes {
+	return &processes{kids: kids, session: session, live: map[int]*process{}, spilled: map[*os.File]struct{}{}, quit: make(chan struct{}), used: make(chan struct{}, 1)}
 }
 
 // errTooMany is the error of start at the limit.
@@ -111,7 +122,7 @@ func (t *processes) start(c command) (*process, *subscriber, error) {
 	}()
 
 	p := &process{
-		config: c.config, tag: c.tag, kids: t.kids,
+		config: c.config, tag: c.tag, kids: t.kids, session: t.session,
 		killed: make(chan struct{}), done: make(chan struct{}), subs: map[*subscriber]struct{}{},
 	}
 	exit, err := p.launch(c)
@@ -243,7 +254,9 @@ func (p *process) closeFiles() {
 	}
 }
 
-// follow pumps a process's output until it ended, then serves its end.
+// follow pumps a process's output until it ended, then serves its end. A process
+// ends when it exits, not when its output does: children that it left behind may
+// hold that for ever.
 func (t *processes) follow(p *process, exit <-chan syscall.WaitStatus) {
 	defer t.wg.Done()
 	var pumps sync.WaitGroup
@@ -266,18 +279,24 @@ func (t *processes) follow(p *process, exit <-chan syscall.WaitStatus) {
 	if status.Signaled() && status.Signal() == syscall.SIGKILL {
 		p.release() // whoever killed it
 	}
+	p.cutOutputs(settleOutput)
 	select {
-	case <-pumped: // every holder of the pipe closed it
+	case <-pumped: // every holder of the pipe closed it, or it is cut
 	case <-p.killed:
-		p.cutOutputs()
+		p.cutOutputs(drain)
 		<-pumped
 	case <-t.quit:
 		p.release()
-		p.cutOutputs()
+		p.cutOutputs(drain)
 		<-pumped
 	}
 	if p.limit != nil {
 		p.limit.stop()
+	}
+	select {
+	case <-p.killed:
+	default:
+		t.spill(p)
 	}
 	p.closeFiles()
 	p.end = endEvent(status, p.doomed.Load())
@@ -285,9 +304,50 @@ func (t *processes) follow(p *process, exit <-chan syscall.WaitStatus) {
 	close(p.done)
 }
 
-// cutOutputs ends the pumps shortly, even if children still hold the pipe.
-func (p *process) cutOutputs() {
-	by := time.Now().Add(drain)
+// spill keeps the pipes that children of an ended process may still write to, and
+// drops what comes: a server that was started in the background must not be ended
+// by its next line of log. A terminal is hung up, as when its first process exits.
+func (t *processes) spill(p *process) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.quitted {
+		return
+	}
+	for _, f := range p.outputs {
+		if len(t.spilled) >= maxSpilling || f.SetReadDeadline(time.Time{}) != nil {
+			f.Close()
+			continue
+		}
+		t.spilled[f] = struct{}{}
+		t.wg.Go(func() {
+			_, _ = io.Copy(discarded{}, f) // it ends with the last child, or with the agent
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			f.Close()
+			delete(t.spilled, f)
+		})
+	}
+	p.outputs = nil
+}
+
+// discarded is io.Discard with little to read into.
+type discarded struct{}
+
+func (discarded) Write(b []byte) (int, error) { return len(b), nil }
+
+func (discarded) ReadFrom(r io.Reader) (n int64, err error) {
+	buf := make([]byte, 4<<10)
+	for err == nil {
+		var m int
+		m, err = r.Read(buf)
+		n += int64(m)
+	}
+	return n, err
+}
+
+// cutOutputs ends the pumps after a while, even if children still hold the pipe.
+func (p *process) cutOutputs(after time.Duration) {
+	by := time.Now().Add(after)
 	for _, f := range p.outputs {
 		_ = f.SetReadDeadline(by) // closed already is as good
 	}
@@ -313,8 +373,9 @@ func asPTY(b []byte) *pb.ProcessEvent_DataEvent {
 func (p *process) pump(f *os.File, chunk int, hold func([]byte) int, event func([]byte) *pb.ProcessEvent_DataEvent) {
 	buf := make([]byte, chunk)
 	held := 0 // octets at the start of buf that were not published yet
+	in := tail{f: f, left: -1}
 	for {
-		n, err := f.Read(buf[held:])
+		n, err := in.Read(buf[held:])
 		have := buf[:held+n]
 		if n > 0 && err == nil {
 			held = hold(have)
@@ -329,6 +390,50 @@ func (p *process) pump(f *os.File, chunk int, hold func([]byte) int, event func(
 		}
 		copy(buf, have[len(have)-held:])
 	}
+}
+
+// tail reads a pipe to its deadline, and then what was in it: a reader who is slow
+// loses nothing that the process wrote before it ended.
+type tail struct {
+	f    *os.File
+	left int // octets that were in it at the deadline; below 0 before
+}
+
+func (r *tail) Read(b []byte) (int, error) {
+	n, err := 0, os.ErrDeadlineExceeded
+	if r.left < 0 {
+		n, err = r.f.Read(b)
+	}
+	if n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		return n, err
+	}
+	if r.left < 0 {
+		r.left = waiting(r.f)
+	}
+	if r.left == 0 || r.f.SetReadDeadline(time.Now().Add(drain)) != nil {
+		return 0, err
+	}
+	n, err = r.f.Read(b[:min(len(b), r.left)])
+	r.left -= n
+	return n, err
+}
+
+// waiting is how many octets can be read at once.
+func waiting(f *os.File) int {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	n := 0
+	err = raw.Control(func(fd uintptr) {
+		if got, err := unix.IoctlGetInt(int(fd), unix.TIOCINQ); err == nil {
+			n = got
+		}
+	})
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 // unfinished is how many octets at b's end begin a UTF-8 character of which more
@@ -394,9 +499,12 @@ func (p *process) unsubscribe(s *subscriber) {
 // release ends the process's output without waiting for its children.
 func (p *process) release() { p.once.Do(func() { close(p.killed) }) }
 
-// kill ends the process and its output at once.
+// kill ends the process, all of its session and its output at once.
 func (p *process) kill() {
-	_ = p.kids.signal(p.pid, syscall.SIGKILL) // already dead: its output may still be held open
+	err := p.kids.signal(p.pid, syscall.SIGKILL)
+	if err == nil { // otherwise the number may be another's by now
+		p.session(p.pid)
+	}
 	p.release()
 }
 
@@ -534,6 +642,9 @@ func (t *processes) abandon() {
 	if !t.quitted {
 		t.quitted = true
 		close(t.quit)
+		for f := range t.spilled {
+			f.Close()
+		}
 	}
 	t.mu.Unlock()
 	t.wg.Wait()

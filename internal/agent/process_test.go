@@ -404,7 +404,7 @@ func TestConnectFollowsFromNowOnAndServesTheEnd(t *testing.T) {
 
 func TestTheEndIsServedForHalfAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		table := newProcesses(newChildren(false))
+		table := newProcesses(newChildren(false), func(int) {})
 		p := &process{pid: 77}
 		table.retire(p)
 		time.Sleep(afterEnd - time.Millisecond)

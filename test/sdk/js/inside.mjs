@@ -20,6 +20,24 @@ async function withSandbox(use) {
   }
 }
 
+/** Runs a command; a non-zero exit is a result here, not an exception. */
+async function run(sandbox, cmd) {
+  try {
+    return await sandbox.commands.run(cmd)
+  } catch (err) {
+    if (err.exitCode === undefined) throw err
+    return err
+  }
+}
+
+async function until(ok, ms = 20_000) {
+  const end = Date.now() + ms
+  while (!(await ok())) {
+    if (Date.now() > end) throw new Error('not true in time')
+    await new Promise((r) => setTimeout(r, 50))
+  }
+}
+
 /** Posts a part of a form to a URL and breaks off. */
 function breakOff(url, part) {
   return new Promise((resolve) => {
@@ -63,6 +81,42 @@ const scenarios = {
         assert.equal(slow[key], '漢é🙂', to)
       }
       assert.equal((await s.commands.run(`printf 'a\\346'`)).stdout, 'a\ufffd')
+    })
+  },
+
+  async 'a command ends when its first process does'() {
+    await withSandbox(async (s) => {
+      let began = performance.now()
+      const r = await s.commands.run('sleep 300 & echo ok')
+      assert.equal(r.stdout, 'ok\n')
+      assert.ok(performance.now() - began < 1500, `it took ${performance.now() - began} ms`)
+      assert.equal((await s.commands.run('pgrep -c sleep')).stdout, '1\n')
+
+      const pty = await s.pty.create({ cols: 80, rows: 24, onData: () => {} })
+      await s.pty.sendInput(pty.pid, new TextEncoder().encode('sleep 300 &\n'))
+      await s.pty.sendInput(pty.pid, new TextEncoder().encode('exit 7\n'))
+      await until(async () => (await run(s, `kill -0 ${pty.pid}`)).exitCode !== 0)
+      began = performance.now()
+      const end = await pty.wait().catch((err) => err)
+      assert.equal(end.exitCode, 7)
+      assert.ok(performance.now() - began < 1500, `it took ${performance.now() - began} ms`)
+    })
+  },
+
+  async 'killing a terminal ends its session, not a daemon'() {
+    await withSandbox(async (s) => {
+      const pty = await s.pty.create({ cols: 80, rows: 24, onData: () => {} })
+      const type = (text) => s.pty.sendInput(pty.pid, new TextEncoder().encode(text + '\n'))
+      await type('setsid sleep 500 </dev/null >/dev/null 2>&1 &')
+      await type('python3 -m http.server 8080')
+      await until(async () => (await run(s, 'curl -s -o /dev/null http://127.0.0.1:8080/')).exitCode === 0)
+      assert.ok(await pty.kill())
+      const r = await run(s, 'sleep 0.5; curl -s -o /dev/null http://127.0.0.1:8080/')
+      assert.equal(r.exitCode, 7)
+      const again = await s.commands.run('python3 -m http.server 8080', { background: true })
+      await until(async () => (await run(s, 'curl -s -o /dev/null http://127.0.0.1:8080/')).exitCode === 0)
+      assert.ok(await again.kill())
+      assert.equal((await s.commands.run("pgrep -cf 'sleep 500'")).stdout.trim() >= 1, true)
     })
   },
 }

@@ -16,9 +16,9 @@ import urllib.parse
 SDK = sys.argv[1]
 ONLY = sys.argv[2:]
 if SDK == "novita":
-    from novita_sandbox.core import CommandExitException, Sandbox
+    from novita_sandbox.core import CommandExitException, PtySize, Sandbox
 else:
-    from e2b import CommandExitException, Sandbox
+    from e2b import CommandExitException, PtySize, Sandbox
 
 scenarios = []
 
@@ -35,6 +35,21 @@ def sandbox():
         yield s
     finally:
         s.kill()
+
+
+def run(s, cmd):
+    """Runs a command; a non-zero exit is a result here, not an exception."""
+    try:
+        return s.commands.run(cmd)
+    except CommandExitException as err:
+        return err
+
+
+def until(ok, seconds=20):
+    end = time.monotonic() + seconds
+    while not ok():
+        assert time.monotonic() < end, "not true in time"
+        time.sleep(0.05)
 
 
 def break_off(url, part):
@@ -79,6 +94,43 @@ def output_is_cut_between_characters():
             )
             assert getattr(r, to) == "漢é🙂", (to, getattr(r, to))
         assert s.commands.run("printf 'a\\346'").stdout == "a\ufffd"
+
+
+@scenario
+def a_command_ends_when_its_first_process_does():
+    with sandbox() as s:
+        began = time.monotonic()
+        assert s.commands.run("sleep 300 & echo ok").stdout == "ok\n"
+        assert time.monotonic() - began < 1.5, time.monotonic() - began
+        assert s.commands.run("pgrep -c sleep").stdout == "1\n"
+
+        pty = s.pty.create(size=PtySize(rows=24, cols=80))
+        s.pty.send_stdin(pty.pid, b"sleep 300 &\n")
+        s.pty.send_stdin(pty.pid, b"exit 7\n")
+        until(lambda: run(s, f"kill -0 {pty.pid}").exit_code != 0)
+        began = time.monotonic()
+        try:
+            code = pty.wait().exit_code
+        except CommandExitException as err:
+            code = err.exit_code
+        assert code == 7, code
+        assert time.monotonic() - began < 1.5, time.monotonic() - began
+
+
+@scenario
+def killing_a_terminal_ends_its_session_not_a_daemon():
+    with sandbox() as s:
+        pty = s.pty.create(size=PtySize(rows=24, cols=80))
+        s.pty.send_stdin(pty.pid, b"setsid sleep 500 </dev/null >/dev/null 2>&1 &\n")
+        s.pty.send_stdin(pty.pid, b"python3 -m http.server 8080\n")
+        serves = "curl -s -o /dev/null http://127.0.0.1:8080/"
+        until(lambda: run(s, serves).exit_code == 0)
+        assert pty.kill()
+        assert run(s, "sleep 0.5; " + serves).exit_code == 7
+        again = s.commands.run("python3 -m http.server 8080", background=True)
+        until(lambda: run(s, serves).exit_code == 0)
+        assert again.kill()
+        assert int(s.commands.run("pgrep -cf 'sleep 500'").stdout) >= 1
 
 
 def main():
