@@ -436,9 +436,11 @@ func (s *server) httpsPort() uint16 {
 }
 
 func (s *server) api() http.Handler {
+	shares := api.NewShares()
+	s.pools = append(s.pools, shares.Pools()...)
 	return api.New(api.Config{
 		Sandboxes: s.manager, Snapshots: s.manager, Keys: s.store, Flows: s.flows, Operator: s.operator,
-		Templates: s.templates,
+		Templates: s.templates, Shares: shares,
 		Forward: func(w http.ResponseWriter, r *http.Request, id string, port uint16) error {
 			return s.ingress.Forward(w, r, id, port)
 		},

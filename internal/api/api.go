@@ -100,7 +100,9 @@ type Config struct {
 	Forward func(w http.ResponseWriter, r *http.Request, id string, port uint16) error
 	// Ready returns why the server cannot start sandboxes now; nil: it can.
 	Ready func() error
-	Log   *slog.Logger
+	// Shares divide the API among its keys; nil: shares of this handler alone.
+	Shares *Shares
+	Log    *slog.Logger
 }
 
 // server implements the generated interface; its methods are the operations.
@@ -116,13 +118,16 @@ func New(c Config) http.Handler {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	if c.Shares == nil {
+		c.Shares = NewShares()
+	}
 	s := &server{Config: c}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", s.noRoute)
 	for pattern, what := range notSupported {
 		mux.HandleFunc(pattern, s.refuse(what))
 	}
-	strict := control.NewStrictHandlerWithOptions(s, nil, control.StrictHTTPServerOptions{
+	strict := control.NewStrictHandlerWithOptions(s, []control.StrictMiddlewareFunc{s.inTurn}, control.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.badBody,
 		ResponseErrorHandlerFunc: s.fail,
 	})
@@ -130,7 +135,7 @@ func New(c Config) http.Handler {
 		BaseRouter:       mux,
 		ErrorHandlerFunc: s.badParameter,
 	})
-	return s.recovered(s.tunnels(s.authenticated(s.bodied(mux))))
+	return s.recovered(s.tunnels(s.authenticated(s.shared(s.bodied(mux)))))
 }
 
 // notSupported are paths of the dialect that this server answers with 501, and

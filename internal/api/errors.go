@@ -36,12 +36,15 @@ const retryAfter = 1
 
 // fail answers with err.
 func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
+	err = asRefusal(err)
 	body := s.describe(r.Context(), r.Method+" "+r.URL.Path, err)
 	switch body.Code {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", `Bearer realm="cordon"`)
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", strconv.Itoa(retryAfter))
+		if w.Header().Get("Retry-After") == "" {
+			w.Header().Set("Retry-After", strconv.Itoa(retryAfter))
+		}
 	}
 	writeError(w, body)
 }

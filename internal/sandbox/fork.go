@@ -69,6 +69,11 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 	if err != nil {
 		return Record{}, nil, cannot(err, "Sandbox %q cannot be copied", string(id))
 	}
+	leave, err := turn(ctx, m.starts, rec.Owner)
+	if err != nil {
+		return Record{}, nil, err
+	}
+	defer leave()
 	dir, remove, err := m.vault.lend(func(dir string) error {
 		return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir)
 	})

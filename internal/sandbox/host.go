@@ -38,8 +38,30 @@ func newMeters(host Use) (m meters) {
 	return m
 }
 
-// Pools are the counts of what sandboxes hold, for metrics.
+// Of one owner, startQueue starts may wait, each for startWait. Rules are put in force one
+// set after another by the kernel, so two updates at a time keep it busy: one is the most
+// that one owner has under way, whatever the number and the size of its updates.
+const (
+	startQueue      = 512
+	startWait       = time.Minute
+	parallelUpdates = 2
+)
+
+// turn waits until it is the owner's turn at a gate.
+func turn(ctx context.Context, g *share.Gate, owner string) (leave func(), err error) {
+	leave, err = g.Enter(ctx, owner, "")
+	switch {
+	case err == nil:
+		return leave, nil
+	case ctx.Err() != nil:
+		return nil, errs.Wrap(errs.Unavailable, err, "the server is busy with other sandboxes: try again")
+	}
+	return nil, Refused(err, "try again, or ask for less at a time")
+}
+
+// Pools are the counts of what sandboxes share, for metrics.
 func (m *Manager) Pools() (pools []*share.Pool) {
+	pools = []*share.Pool{m.starts.Pool(), m.updates.Pool()}
 	for _, meter := range []*share.Meter{m.meters.memory, m.meters.threads} {
 		if meter != nil {
 			pools = append(pools, meter.Pool())

@@ -128,6 +128,11 @@ func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in Networ
 	defer e.op.Unlock()
 	v := e.view.Load()
 	next := *v
+	leave, err := turn(ctx, m.updates, v.rec.Owner)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	if next.policy, err = policy.Compile(in.Egress, m.cfg.Operator, v.rec.Generation+1); err != nil {
 		return err
 	}

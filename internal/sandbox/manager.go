@@ -13,6 +13,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // Config is what a Manager is made of. Runtime, Network, Images, Store, Agents
@@ -64,7 +65,8 @@ type Config struct {
 	Allowance func(owner string) Allowance
 	// MaxTimeout is the longest time a sandbox may ask for; 0 means 24 h.
 	MaxTimeout time.Duration
-	// ParallelStarts bounds starts and restores at one time; 0 means 4 per CPU.
+	// ParallelStarts bounds starts, restores and checkpoints at one time; 0 means two per
+	// CPU. One owner has half of them while no other wants any.
 	ParallelStarts int
 	// StartTimeout is how long a sandbox may take until its agent answers; 0 means 30 s.
 	StartTimeout time.Duration
@@ -92,7 +94,7 @@ func (c *Config) setDefaults() {
 	c.MaxPaused = cmp.Or(c.MaxPaused, 1000)
 	c.MaxSnapshots = cmp.Or(c.MaxSnapshots, 1000)
 	c.MaxTimeout = cmp.Or(c.MaxTimeout, 24*time.Hour)
-	c.ParallelStarts = cmp.Or(c.ParallelStarts, 4*runtime.NumCPU())
+	c.ParallelStarts = cmp.Or(c.ParallelStarts, max(4, 2*runtime.NumCPU()))
 	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.PolicyChanged == nil {
@@ -119,7 +121,8 @@ func (c *Config) setDefaults() {
 // Run must be running for sandboxes to expire and for crashes to be noticed.
 type Manager struct {
 	cfg     Config
-	starts  chan struct{} // semaphore of starts and restores
+	starts  *share.Gate // of starts, restores and checkpoints
+	updates *share.Gate // of rules
 	tasks   chan func(context.Context)
 	ended   chan struct{} // closed when Run has returned
 	spares  *spares
@@ -161,11 +164,12 @@ type view struct {
 func New(cfg Config) *Manager {
 	cfg.setDefaults()
 	m := &Manager{
-		cfg:    cfg,
-		starts: make(chan struct{}, cfg.ParallelStarts),
-		tasks:  make(chan func(context.Context)),
-		ended:  make(chan struct{}),
-		live:   map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
+		cfg:     cfg,
+		starts:  share.NewGate(share.Starts.Of(int64(cfg.ParallelStarts), 0), startQueue, startWait),
+		updates: share.NewGate(share.RuleUpdates.Of(parallelUpdates, 0), startQueue, startWait),
+		tasks:   make(chan func(context.Context)),
+		ended:   make(chan struct{}),
+		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
 		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
 		meters: newMeters(cfg.Host),

@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -89,6 +88,11 @@ type started struct {
 // policy is in force before its first instruction; without one, it waits
 // without a network for a claim.
 func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled) (_ *started, err error) {
+	leave, err := turn(ctx, m.starts, o.owner)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.StartTimeout)
 	defer cancel()
 	fits, err := m.fit(ctx, o)
@@ -96,12 +100,6 @@ func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled
 		return nil, err
 	}
 	defer fits()
-	select {
-	case m.starts <- struct{}{}:
-		defer func() { <-m.starts }()
-	case <-ctx.Done():
-		return nil, errs.Wrap(errs.Unavailable, ctx.Err(), "the server is busy starting other sandboxes: try again")
-	}
 	var undo Cleanup
 	defer func() {
 		if err != nil {

@@ -34,6 +34,11 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 		return err
 	}
 	defer place.release()
+	leave, err := turn(ctx, m.starts, v.rec.Owner)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	written, err := m.hoard(m.footprint(ctx, id))
 	if err != nil {
 		return err

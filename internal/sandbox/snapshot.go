@@ -69,7 +69,12 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 		return Snapshot{}, err
 	}
 	defer place.release()
+	leave, err := turn(ctx, m.starts, rec.Owner)
+	if err != nil {
+		return Snapshot{}, err
+	}
 	checkpoint, size, err := m.copyOf(ctx, &rec)
+	leave()
 	if err != nil {
 		return Snapshot{}, err
 	}

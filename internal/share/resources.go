@@ -25,6 +25,10 @@ var (
 		Answer: "waits in the key's queue, then 429"}
 	Requests = Resource{Name: "api_requests", What: "API requests in a second", Alpha: 1,
 		Answer: "429 with `Retry-After`"}
+	RequestsUnderWay = Resource{Name: "api_under_way", What: "API requests under way", Alpha: 1,
+		Answer: "429 with `Retry-After`"}
+	Queries = Resource{Name: "api_queries", What: "lists, events and metrics being computed", Alpha: 1,
+		Answer: "waits in the key's queue, then 429"}
 	Exchanges = Resource{Name: "exchanges", What: "requests and tunnels to sandboxes", Alpha: 1,
 		Answer: "429"}
 	Memory = Resource{Name: "memory", What: "memory of running sandboxes", Bytes: true, Alpha: 9,
@@ -39,6 +43,12 @@ var (
 
 // All returns the resources, in the order of the documentation.
 func All() []Resource {
-	return []Resource{ProxyConnections, SniffMemory, SourcePorts, Tracker, DNSQueries, DNSHandlers, DNSRate, DNSConnections,
-		RuleUpdates, Starts, Requests, Exchanges, Memory, Threads, Disk, Events}
+	return []Resource{
+		ProxyConnections, SniffMemory, SourcePorts, Tracker,
+		DNSQueries, DNSHandlers, DNSRate, DNSConnections,
+		RuleUpdates, Starts, Requests, RequestsUnderWay, Queries,
+		Exchanges,
+		Memory, Threads, Disk,
+		Events,
+	}
 }
