@@ -156,7 +156,6 @@ var notSupported = map[string]string{
 	"POST /sandboxes/{sandboxID}/commit": "commits: take a snapshot",
 	"POST /sandboxes/{sandboxID}/hotplug-memory": "changing a running sandbox's memory",
 	"/sandboxes/{sandboxID}/volume-mounts":       "volumes",
-	"GET /sandboxes/{sandboxID}/logs":            "sandbox logs: read the commands' output",
 }
 
 // GetHealth says whether the server can start sandboxes.

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -69,12 +71,26 @@ func (l *Library) resolveHost() (sandbox.Image, error) {
 	}, nil
 }
 
+// packageMarks change whenever the machine's packages may have changed.
+var packageMarks = []string{"var/lib/dpkg/status", "var/lib/rpm/rpmdb.sqlite", "var/lib/rpm/Packages", "lib/apk/db/installed", "usr/bin", "usr/lib"}
+
+// changed is when the machine's packages changed last, or now if nothing tells.
+func (h hostSource) changed(now time.Time) time.Time {
+	var last time.Time
+	for _, name := range packageMarks {
+		if fi, err := os.Stat(filepath.Join(h.root, name)); err == nil && fi.ModTime().After(last) {
+			last = fi.ModTime().UTC()
+		}
+	}
+	return cmp.Or(last, now)
+}
+
 // fingerprint changes whenever the machine's packages may have changed: a
 // snapshot of a sandbox on the host template is worthless afterwards.
 func (h hostSource) fingerprint() string {
 	sum := sha256.New()
 	fmt.Fprintln(sum, hostVersion, strings.Join(h.extra, ":"))
-	for _, name := range []string{"var/lib/dpkg/status", "var/lib/rpm/rpmdb.sqlite", "var/lib/rpm/Packages", "lib/apk/db/installed", "usr/bin", "usr/lib"} {
+	for _, name := range packageMarks {
 		if fi, err := os.Stat(filepath.Join(h.root, name)); err == nil {
 			fmt.Fprintln(sum, name, fi.Size(), fi.ModTime().UnixNano())
 		}

@@ -74,9 +74,10 @@ type Library struct {
 	host    hostSource
 	recipes map[string]func() (recipe, error) // by template name
 
-	life context.Context // of builds, which outlive the request that began them
-	stop context.CancelFunc
-	wg   sync.WaitGroup // of builds
+	began time.Time
+	life  context.Context // of builds, which outlive the request that began them
+	stop  context.CancelFunc
+	wg    sync.WaitGroup // of builds
 
 	mu     sync.Mutex // guards builds and held
 	builds map[string]*build
@@ -122,6 +123,7 @@ func New(cfg Config) (*Library, error) {
 		cas:     cas{dir: cfg.Dir},
 		host:    hostSource{root: "/", dir: filepath.Join(cfg.StateDir, "host"), extra: cfg.HostPaths},
 		recipes: builtin(),
+		began:   time.Now().UTC(),
 		life:    life,
 		stop:    stop,
 		builds:  map[string]*build{},
@@ -325,7 +327,7 @@ type Template struct {
 	Built   bool
 	Digest  string // of the contents, when built
 	Bytes   int64
-	Created time.Time
+	Created time.Time // when it was made; of the host's, when the machine's packages changed; else the library's start
 	Rootfs  string
 }
 
@@ -341,7 +343,7 @@ func (l *Library) List(ctx context.Context) ([]Template, error) {
 	slices.Sort(names)
 	out := []Template{}
 	for _, name := range names {
-		t := Template{Name: name, Kind: OCI}
+		t := Template{Name: name, Kind: OCI, Created: l.began}
 		if _, ok := l.recipes[name]; ok {
 			t.Kind = Packages
 		}
@@ -358,7 +360,7 @@ func (l *Library) List(ctx context.Context) ([]Template, error) {
 		}
 		out = append(out, t)
 	}
-	out = append(out, Template{Name: hostName, Kind: Host, Built: true, Digest: "host:" + l.host.fingerprint()})
+	out = append(out, Template{Name: hostName, Kind: Host, Built: true, Digest: "host:" + l.host.fingerprint(), Created: l.host.changed(l.began)})
 	return out, ctx.Err()
 }
 

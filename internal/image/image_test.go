@@ -498,3 +498,15 @@ func openTempDir(t *testing.T) string {
 	}
 	return dir
 }
+
+func TestEveryTemplateHasADate(t *testing.T) {
+	list, err := library(t, t.TempDir()).List(t.Context())
+	if err != nil || len(list) < 3 {
+		t.Fatalf("%d templates, %v", len(list), err)
+	}
+	for _, tt := range list {
+		if age := time.Since(tt.Created); tt.Created.IsZero() || age < 0 {
+			t.Errorf("%s (%s, built %v) dates from %v", tt.Name, tt.Kind, tt.Built, tt.Created)
+		}
+	}
+}

@@ -180,6 +180,30 @@ func (e NetworkEventVerdict) Valid() bool {
 	}
 }
 
+// Defines values for SandboxLogEntryLevel.
+const (
+	SandboxLogEntryLevelDebug SandboxLogEntryLevel = "debug"
+	SandboxLogEntryLevelError SandboxLogEntryLevel = "error"
+	SandboxLogEntryLevelInfo  SandboxLogEntryLevel = "info"
+	SandboxLogEntryLevelWarn  SandboxLogEntryLevel = "warn"
+)
+
+// Valid indicates whether the value is a known member of the SandboxLogEntryLevel enum.
+func (e SandboxLogEntryLevel) Valid() bool {
+	switch e {
+	case SandboxLogEntryLevelDebug:
+		return true
+	case SandboxLogEntryLevelError:
+		return true
+	case SandboxLogEntryLevelInfo:
+		return true
+	case SandboxLogEntryLevelWarn:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxState.
 const (
 	Paused  SandboxState = "paused"
@@ -255,6 +279,48 @@ func (e ListSandboxesParamsOrder) Valid() bool {
 	case Asc:
 		return true
 	case Desc:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for GetSandboxLogsV2ParamsDirection.
+const (
+	Backward GetSandboxLogsV2ParamsDirection = "backward"
+	Forward  GetSandboxLogsV2ParamsDirection = "forward"
+)
+
+// Valid indicates whether the value is a known member of the GetSandboxLogsV2ParamsDirection enum.
+func (e GetSandboxLogsV2ParamsDirection) Valid() bool {
+	switch e {
+	case Backward:
+		return true
+	case Forward:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for GetSandboxLogsV2ParamsLevel.
+const (
+	GetSandboxLogsV2ParamsLevelDebug GetSandboxLogsV2ParamsLevel = "debug"
+	GetSandboxLogsV2ParamsLevelError GetSandboxLogsV2ParamsLevel = "error"
+	GetSandboxLogsV2ParamsLevelInfo  GetSandboxLogsV2ParamsLevel = "info"
+	GetSandboxLogsV2ParamsLevelWarn  GetSandboxLogsV2ParamsLevel = "warn"
+)
+
+// Valid indicates whether the value is a known member of the GetSandboxLogsV2ParamsLevel enum.
+func (e GetSandboxLogsV2ParamsLevel) Valid() bool {
+	switch e {
+	case GetSandboxLogsV2ParamsLevelDebug:
+		return true
+	case GetSandboxLogsV2ParamsLevelError:
+		return true
+	case GetSandboxLogsV2ParamsLevelInfo:
+		return true
+	case GetSandboxLogsV2ParamsLevelWarn:
 		return true
 	default:
 		return false
@@ -718,6 +784,35 @@ type SandboxDomain struct {
 	Port   int    `json:"port"`
 }
 
+// SandboxLog defines model for SandboxLog.
+type SandboxLog struct {
+	// Line A JSON object with level, logger, message and the fields.
+	Line      string    `json:"line"`
+	Timestamp time.Time `json:"timestamp"`
+}
+
+// SandboxLogEntries defines model for SandboxLogEntries.
+type SandboxLogEntries struct {
+	Logs []SandboxLogEntry `json:"logs"`
+}
+
+// SandboxLogEntry defines model for SandboxLogEntry.
+type SandboxLogEntry struct {
+	Fields    map[string]string    `json:"fields"`
+	Level     SandboxLogEntryLevel `json:"level"`
+	Message   string               `json:"message"`
+	Timestamp time.Time            `json:"timestamp"`
+}
+
+// SandboxLogEntryLevel defines model for SandboxLogEntry.Level.
+type SandboxLogEntryLevel string
+
+// SandboxLogs defines model for SandboxLogs.
+type SandboxLogs struct {
+	LogEntries []SandboxLogEntry `json:"logEntries"`
+	Logs       []SandboxLog      `json:"logs"`
+}
+
 // SandboxState defines model for SandboxState.
 type SandboxState string
 
@@ -852,6 +947,15 @@ type ForkSandboxJSONBody struct {
 	Timeout *Timeout `json:"timeout,omitempty"`
 }
 
+// GetSandboxLogsParams defines parameters for GetSandboxLogs.
+type GetSandboxLogsParams struct {
+	// Start Unix milliseconds; lines from then on.
+	Start int64 `form:"start,omitempty" json:"start,omitempty,omitzero"`
+
+	// Limit So many lines; without it, and at most, 1000.
+	Limit int `form:"limit,omitempty" json:"limit,omitempty,omitzero"`
+}
+
 // GetMetricsParams defines parameters for GetMetrics.
 type GetMetricsParams struct {
 	// Start Unix seconds.
@@ -960,6 +1064,30 @@ type ListSandboxesParams struct {
 
 // ListSandboxesParamsOrder defines parameters for ListSandboxes.
 type ListSandboxesParamsOrder string
+
+// GetSandboxLogsV2Params defines parameters for GetSandboxLogsV2.
+type GetSandboxLogsV2Params struct {
+	// Cursor Unix milliseconds; lines from then on, or up to then.
+	Cursor int64 `form:"cursor,omitempty" json:"cursor,omitempty,omitzero"`
+
+	// Limit So many lines; without it, and at most, 1000.
+	Limit int `form:"limit,omitempty" json:"limit,omitempty,omitzero"`
+
+	// Direction Without it forward.
+	Direction GetSandboxLogsV2ParamsDirection `form:"direction,omitempty" json:"direction,omitempty,omitzero"`
+
+	// Level Lines of this level and higher.
+	Level GetSandboxLogsV2ParamsLevel `form:"level,omitempty" json:"level,omitempty,omitzero"`
+
+	// Search A text in the message.
+	Search string `form:"search,omitempty" json:"search,omitempty,omitzero"`
+}
+
+// GetSandboxLogsV2ParamsDirection defines parameters for GetSandboxLogsV2.
+type GetSandboxLogsV2ParamsDirection string
+
+// GetSandboxLogsV2ParamsLevel defines parameters for GetSandboxLogsV2.
+type GetSandboxLogsV2ParamsLevel string
 
 // ListTemplatesV2Params defines parameters for ListTemplatesV2.
 type ListTemplatesV2Params struct {
@@ -1324,6 +1452,9 @@ type ServerInterface interface {
 	// ForkSandbox Start copies of a sandbox as it is now.
 	// (POST /sandboxes/{sandboxID}/fork)
 	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// GetSandboxLogs What happened to a sandbox and what its rules decided, as log lines; the first also after its end.
+	// (GET /sandboxes/{sandboxID}/logs)
+	GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsParams)
 	// GetMetrics Samples of the sandbox's resource use, oldest first.
 	// (GET /sandboxes/{sandboxID}/metrics)
 	GetMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetMetricsParams)
@@ -1384,6 +1515,9 @@ type ServerInterface interface {
 	// ConnectSandboxV2 Make sure a sandbox runs for at least a time, resuming it if it is paused.
 	// (POST /v2/sandboxes/{sandboxID}/connect)
 	ConnectSandboxV2(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// GetSandboxLogsV2 The same by pages in both directions.
+	// (GET /v2/sandboxes/{sandboxID}/logs)
+	GetSandboxLogsV2(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsV2Params)
 	// ListTemplatesV2 A page of what sandboxes can be started from.
 	// (GET /v2/templates)
 	ListTemplatesV2(w http.ResponseWriter, r *http.Request, params ListTemplatesV2Params)
@@ -1909,6 +2043,61 @@ func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Re
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ForkSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetSandboxLogs operation middleware
+func (siw *ServerInterfaceWrapper) GetSandboxLogs(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetSandboxLogsParams
+
+	// ------------- Optional query parameter "start" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "start", r.URL.Query(), &params.Start, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "start"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "start", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSandboxLogs(w, r, sandboxID, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2659,6 +2848,100 @@ func (siw *ServerInterfaceWrapper) ConnectSandboxV2(w http.ResponseWriter, r *ht
 	handler.ServeHTTP(w, r)
 }
 
+// GetSandboxLogsV2 operation middleware
+func (siw *ServerInterfaceWrapper) GetSandboxLogsV2(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", r.PathValue("sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetSandboxLogsV2Params
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "direction" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "direction", r.URL.Query(), &params.Direction, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "direction"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "direction", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "level" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "level", r.URL.Query(), &params.Level, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "level"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "level", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "search" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "search", r.URL.Query(), &params.Search, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "search"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "search", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSandboxLogsV2(w, r, sandboxID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListTemplatesV2 operation middleware
 func (siw *ServerInterfaceWrapper) ListTemplatesV2(w http.ResponseWriter, r *http.Request) {
 
@@ -2846,6 +3129,8 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls", wrapper.ListURLs)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls", wrapper.CreateURL)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/urls/{urlID}", wrapper.DeleteURL)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/logs", wrapper.GetSandboxLogs)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v2/sandboxes/{sandboxID}/logs", wrapper.GetSandboxLogsV2)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/network/events", wrapper.ListNetworkEvents)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains", wrapper.ListDomains)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/sandboxes/{sandboxID}/domains/{domain}", wrapper.UnbindDomain)
@@ -3561,6 +3846,46 @@ type ForkSandboxdefaultJSONResponse struct {
 }
 
 func (response ForkSandboxdefaultJSONResponse) VisitForkSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetSandboxLogsRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	Params    GetSandboxLogsParams
+}
+
+type GetSandboxLogsResponseObject interface {
+	VisitGetSandboxLogsResponse(w http.ResponseWriter) error
+}
+
+type GetSandboxLogs200JSONResponse SandboxLogs
+
+func (response GetSandboxLogs200JSONResponse) VisitGetSandboxLogsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetSandboxLogsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetSandboxLogsdefaultJSONResponse) VisitGetSandboxLogsResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -4399,6 +4724,46 @@ func (response ConnectSandboxV2defaultJSONResponse) VisitConnectSandboxV2Respons
 	return err
 }
 
+type GetSandboxLogsV2RequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	Params    GetSandboxLogsV2Params
+}
+
+type GetSandboxLogsV2ResponseObject interface {
+	VisitGetSandboxLogsV2Response(w http.ResponseWriter) error
+}
+
+type GetSandboxLogsV2200JSONResponse SandboxLogEntries
+
+func (response GetSandboxLogsV2200JSONResponse) VisitGetSandboxLogsV2Response(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetSandboxLogsV2defaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetSandboxLogsV2defaultJSONResponse) VisitGetSandboxLogsV2Response(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListTemplatesV2RequestObject struct {
 	Params ListTemplatesV2Params
 }
@@ -4500,6 +4865,9 @@ type StrictServerInterface interface {
 	// ForkSandbox Start copies of a sandbox as it is now.
 	// (POST /sandboxes/{sandboxID}/fork)
 	ForkSandbox(ctx context.Context, request ForkSandboxRequestObject) (ForkSandboxResponseObject, error)
+	// GetSandboxLogs What happened to a sandbox and what its rules decided, as log lines; the first also after its end.
+	// (GET /sandboxes/{sandboxID}/logs)
+	GetSandboxLogs(ctx context.Context, request GetSandboxLogsRequestObject) (GetSandboxLogsResponseObject, error)
 	// GetMetrics Samples of the sandbox's resource use, oldest first.
 	// (GET /sandboxes/{sandboxID}/metrics)
 	GetMetrics(ctx context.Context, request GetMetricsRequestObject) (GetMetricsResponseObject, error)
@@ -4560,6 +4928,9 @@ type StrictServerInterface interface {
 	// ConnectSandboxV2 Make sure a sandbox runs for at least a time, resuming it if it is paused.
 	// (POST /v2/sandboxes/{sandboxID}/connect)
 	ConnectSandboxV2(ctx context.Context, request ConnectSandboxV2RequestObject) (ConnectSandboxV2ResponseObject, error)
+	// GetSandboxLogsV2 The same by pages in both directions.
+	// (GET /v2/sandboxes/{sandboxID}/logs)
+	GetSandboxLogsV2(ctx context.Context, request GetSandboxLogsV2RequestObject) (GetSandboxLogsV2ResponseObject, error)
 	// ListTemplatesV2 A page of what sandboxes can be started from.
 	// (GET /v2/templates)
 	ListTemplatesV2(ctx context.Context, request ListTemplatesV2RequestObject) (ListTemplatesV2ResponseObject, error)
@@ -5111,6 +5482,33 @@ func (sh *strictHandler) ForkSandbox(w http.ResponseWriter, r *http.Request, san
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(ForkSandboxResponseObject); ok {
 		if err := validResponse.VisitForkSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetSandboxLogs operation middleware
+func (sh *strictHandler) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsParams) {
+	var request GetSandboxLogsRequestObject
+
+	request.SandboxID = sandboxID
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetSandboxLogs(ctx, request.(GetSandboxLogsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetSandboxLogs")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetSandboxLogsResponseObject); ok {
+		if err := validResponse.VisitGetSandboxLogsResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
@@ -5718,6 +6116,33 @@ func (sh *strictHandler) ConnectSandboxV2(w http.ResponseWriter, r *http.Request
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(ConnectSandboxV2ResponseObject); ok {
 		if err := validResponse.VisitConnectSandboxV2Response(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetSandboxLogsV2 operation middleware
+func (sh *strictHandler) GetSandboxLogsV2(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsV2Params) {
+	var request GetSandboxLogsV2RequestObject
+
+	request.SandboxID = sandboxID
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetSandboxLogsV2(ctx, request.(GetSandboxLogsV2RequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetSandboxLogsV2")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetSandboxLogsV2ResponseObject); ok {
+		if err := validResponse.VisitGetSandboxLogsV2Response(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
