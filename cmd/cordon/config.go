@@ -129,13 +129,17 @@ type networkConfig struct {
 	DNSPort   uint16       `yaml:"dns_port" env:"DNS_PORT"`
 	LogGroup  uint16       `yaml:"log_group" env:"LOG_GROUP"` // netlink group of the kernel's verdicts
 	// SourcePorts are those that connections of sandboxes have outside.
-	SourcePorts string       `yaml:"source_ports" env:"SOURCE_PORTS"`
-	Upstreams   []string     `yaml:"upstreams" env:"UPSTREAMS"` // DNS servers; default: the host's
-	DNSDeny     string       `yaml:"dns_deny" env:"DNS_DENY"`   // the answer for denied names: nodata, refused
-	FloorOpen   []string     `yaml:"floor_open" env:"FLOOR_OPEN"`
-	AlwaysAllow []string     `yaml:"always_allow" env:"ALWAYS_ALLOW"`
-	AlwaysDeny  []string     `yaml:"always_deny" env:"ALWAYS_DENY"`
-	Limits      limitsConfig `yaml:"limits" envPrefix:"LIMITS_"`
+	SourcePorts string `yaml:"source_ports" env:"SOURCE_PORTS"`
+	// PublicAddresses are those of this machine that no link of it has; NAT64 are the
+	// network's own prefixes that a name server does not tell.
+	PublicAddresses []string     `yaml:"public_addresses" env:"PUBLIC_ADDRESSES"`
+	NAT64           []string     `yaml:"nat64" env:"NAT64"`
+	Upstreams       []string     `yaml:"upstreams" env:"UPSTREAMS"` // DNS servers; default: the host's
+	DNSDeny         string       `yaml:"dns_deny" env:"DNS_DENY"`   // the answer for denied names: nodata, refused
+	FloorOpen       []string     `yaml:"floor_open" env:"FLOOR_OPEN"`
+	AlwaysAllow     []string     `yaml:"always_allow" env:"ALWAYS_ALLOW"`
+	AlwaysDeny      []string     `yaml:"always_deny" env:"ALWAYS_DENY"`
+	Limits          limitsConfig `yaml:"limits" envPrefix:"LIMITS_"`
 }
 
 // limitsConfig is what one sandbox may use of the network.
@@ -379,6 +383,16 @@ func (n *networkConfig) validate() error {
 	} else if ports.Has(n.ProxyPort) || ports.Has(n.DNSPort) {
 		return wrong("network.source_ports", n.SourcePorts, "network.proxy_port and network.dns_port must be outside of it")
 	}
+	for _, text := range n.PublicAddresses {
+		if _, err := addressRange(text); err != nil {
+			return wrong("network.public_addresses", text, "use an IP address or a range such as 203.0.113.0/28")
+		}
+	}
+	for _, text := range n.NAT64 {
+		if p, err := netip.ParsePrefix(text); err != nil || !policy.IsNAT64(p) {
+			return wrong("network.nat64", text, "use an IPv6 prefix of 32, 40, 48, 56, 64 or 96 bits")
+		}
+	}
 	for _, up := range n.Upstreams {
 		if _, err := upstream(up); err != nil {
 			return wrong("network.upstreams", up, "use an IP address, with :port if it is not 53")
@@ -410,6 +424,35 @@ func (l *listenConfig) proxies() ([]netip.Prefix, error) {
 		out = append(out, p.Masked())
 	}
 	return out, nil
+}
+
+// addressRange reads an address or a range.
+func addressRange(s string) (netip.Prefix, error) {
+	if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
+		return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	return p.Masked(), err
+}
+
+// public are the addresses that validate has checked.
+func (n *networkConfig) public() (out []netip.Prefix) {
+	for _, text := range n.PublicAddresses {
+		if p, err := addressRange(text); err == nil {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// nat64 are the prefixes that validate has checked.
+func (n *networkConfig) nat64() (out []netip.Prefix) {
+	for _, text := range n.NAT64 {
+		if p, err := netip.ParsePrefix(text); err == nil {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
 }
 
 // upstream parses a DNS server's address; the port is 53 unless given.

@@ -77,7 +77,7 @@ func examine(ctx context.Context, cfg *config) []finding {
 		return []finding{root, checkKernel(), checkCgroups(), checkMmdebstrap(), checkNames(ctx, cfg)}
 	}
 	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
-	out = append(out, checkSourcePorts(ctx, cfg))
+	out = append(out, checkSourcePorts(ctx, cfg), checkPublic(cfg))
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3), checkImages(cfg.imagesDir()))
 }
@@ -204,6 +204,17 @@ func checkSourcePorts(ctx context.Context, cfg *config) finding {
 		return f
 	}
 	f.ok, f.say = true, "no service of this machine listens in "+ports.String()
+	return f
+}
+
+// checkPublic looks whether the addresses of this machine are known to it.
+func checkPublic(cfg *config) finding {
+	f := finding{name: "addresses", warn: true}
+	if found := network.CheckPublic(cfg.Network.public()); len(found) > 0 {
+		f.say = strings.Join(found, " ")
+		return f
+	}
+	f.ok, f.say = true, "every address of this machine is known"
 	return f
 }
 

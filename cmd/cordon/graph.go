@@ -137,8 +137,9 @@ func (s *server) makeNetwork(context.Context) (err error) {
 	s.network, err = network.New(network.Config{
 		Name: s.cfg.Name, RunDir: s.cfg.RunDir, Subnet4: n.Subnet4,
 		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup, SourcePorts: ports,
-		Sandboxes: s.cfg.Sandboxes.Max,
-		MaxFlows:  clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
+		PublicAddresses: n.public(),
+		Sandboxes:       s.cfg.Sandboxes.Max,
+		MaxFlows:        clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
 		Flows: s.flows, Log: s.log,
 	})
 	if err == nil {
@@ -318,8 +319,13 @@ func (s *server) makeResolver(context.Context) (err error) {
 			id, p, ok := s.network.Owner(a)
 			return string(id), p, ok
 		},
-		Policy:    func(id string) (*policy.Compiled, bool) { return s.manager.Policy(sandbox.ID(id)) },
-		Key:       s.keyOf,
+		Key: s.keyOf,
+		Policy: func(id string) (*policy.Compiled, bool) {
+			if id == serverItself {
+				return resolvable, true
+			}
+			return s.manager.Policy(sandbox.ID(id))
+		},
 		Upstreams: upstreams,
 		Pin:       s.pin,
 		IPv6:      s.network.HasIPv6(),

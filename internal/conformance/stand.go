@@ -60,7 +60,7 @@ func newStand(ctx context.Context, o Options) (_ *stand, err error) {
 		return nil, err
 	}
 	s.lab, err = lab.New(ctx, lab.Config{Domain: domain, IPv6: true, Dir: s.dir, Names: map[string][]netip.Addr{
-		unicodeName: {addrUnicode}, longLabel + ".test": {addrA}, longName: {addrA},
+		unicodeName: {addrUnicode}, longLabel + ".test": {addrA}, longName: {addrA}, nameForbidden: {addrForbidden},
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("start the lab: %w", err)
@@ -101,11 +101,15 @@ listen:
   plain: %[3]s
 network:
   upstreams: [%[4]s]
+  public_addresses: [%[7]s]
+  nat64: ["2001:db8:64::/96"]
+  always_deny: [%[8]s, %[9]s]
 sandboxes:
   extra_ca: %[5]s
   spares: {base: 2}
 log: {level: debug}
-`, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile(), s.name)
+`, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile(), s.name,
+		addrHairpin, addrForbidden, nameForbidden)
 	return os.WriteFile(s.config, []byte(text), 0o600)
 }
 

@@ -63,6 +63,9 @@ type Config struct {
 	// SourcePorts are the ports that flows of sandboxes have outside; nothing of the
 	// host may listen there. Default DefaultSourcePorts.
 	SourcePorts PortRange
+	// PublicAddresses are those that others know the machine by, where no link of it has
+	// them.
+	PublicAddresses []netip.Prefix
 	// NFLogGroup is the netfilter log group that refused packets go to; default
 	// derived from Name. Groups belong to a whole network namespace.
 	NFLogGroup uint16
@@ -175,8 +178,10 @@ type Network struct {
 	hidden  atomic.Bool // the table's rules for source ports are in force
 	shutter *shutter    // nil before Reconcile, or where the kernel lacks it
 
-	addrs  atomic.Pointer[map[netip.Addr]struct{}] // the machine's own
-	owners []atomic.Pointer[owner]                 // by slot number: who may be asked about without a lock
+	around atomic.Pointer[near]
+	nat64  atomic.Pointer[[]netip.Prefix] // the network's own prefixes
+	nearMu sync.Mutex                     // held while around is replaced
+	owners []atomic.Pointer[owner]        // by slot number: who may be asked about without a lock
 
 	ready  chan *slot    // the pool
 	wake   chan struct{} // the pool is not full

@@ -221,6 +221,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 		all = append(all, b)
 	}
 	n.hidden.Store(false)
+	n.nearMu.Lock() // what is near the machine must not change between here and there
 	err := n.kern.do(func(tx *transaction) {
 		n.addTable(tx)
 		for _, b := range all {
@@ -235,6 +236,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 			n.addPins(tx, b.prog, b.live)
 		}
 	})
+	n.nearMu.Unlock()
 	if err != nil {
 		return err
 	}

@@ -35,12 +35,12 @@ func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
 	if k.Service {
 		p.ports(k.ProxyPorts, daddrIn(netip.PrefixFrom(policy.ServiceAddr4, 32)), goTo(chainProxy))
 	}
-	hole := goTo(chainOK)
+	hole, hostHole := chainOK, chainHostOpen
 	if k.OperatorNames {
-		hole = goTo(chainHole)
+		hole, hostHole = chainHole, chainHostHole
 	}
-	p.list("open", k.FloorOpen, hole)
-	p.list("openhost", k.HostOpen, when(daddrTypeIn(setHost), hole))
+	p.list("open", k.FloorOpen, goTo(hole))
+	p.list("openhost", k.HostOpen, jump(hostHole))
 	if k.FloorNames {
 		p.ports(k.ProxyPorts, nil, jump(chainFloorNames))
 	}

@@ -222,7 +222,7 @@ func TestTheHostsAddressesAreFollowed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, a := range []string{"203.0.113.77/32", "2001:db8:1::77/128"} {
+	for _, a := range []string{"203.0.115.77/32", "2001:db8:15::77/128"} {
 		own := netip.MustParsePrefix(a)
 		judged := func() bool {
 			return p.Decide(policy.Flow{Proto: policy.TCP, Dst: netip.AddrPortFrom(own.Addr(), 443)}).Allow

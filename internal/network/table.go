@@ -52,6 +52,8 @@ const (
 	chainInward     = "inward"      // forwarded to a slot
 	chainFloor      = "floor"       // returns unless the destination is in the floor
 	chainFloorNames = "floor_names" // the same, for policies where a name may open it
+	chainHostOpen   = "host_open"   // ok for what is the host's; returns for the rest
+	chainHostHole   = "host_hole"   // likewise with hole
 	chainHole       = "hole"        // ok, but for what the proxy must look at
 	chainOK         = "ok"
 	chainProxy      = "proxy"
@@ -62,8 +64,9 @@ const (
 	setSlots, setMarks, setLogs, setFlows = "slots", "marks", "logs", "flows"
 	setOwn4, setOwn6                      = "own4", "own6"
 	setFloor4, setFloor6                  = "floor4", "floor6"
-	setHost                               = "host"  // address types that are the host's own
-	setPorts                              = "ports" // where the transparent sockets listen
+	setNear4, setNear6                    = "near4", "near6" // near.go
+	setHost                               = "host"           // address types that are the host's own
+	setPorts                              = "ports"          // where the transparent sockets listen
 
 	counterRefused = "refused"
 
@@ -138,9 +141,9 @@ func (n *Network) namedSet(name string) *nftables.Set {
 	case setOwn6:
 		s.Concatenation, s.KeyByteOrder = true, nil
 		s.KeyType = nftables.MustConcatSetType(nftables.TypeIFIndex, nftables.TypeEtherAddr, nftables.TypeIP6Addr)
-	case setFloor4:
+	case setFloor4, setNear4:
 		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIPAddr, nil
-	case setFloor6:
+	case setFloor6, setNear6:
 		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIP6Addr, nil
 	case setHost:
 		s.KeyType = nftables.TypeFIBAddr
@@ -168,13 +171,16 @@ func (n *Network) addTable(tx *transaction) {
 	}
 	tx.set(n.namedSet(setFloor4), intervals(ranges(floor, false)))
 	tx.set(n.namedSet(setFloor6), intervals(ranges(floor, true)))
+	around := n.around.Load()
+	tx.set(n.namedSet(setNear4), around.elements(false))
+	tx.set(n.namedSet(setNear6), around.elements(true))
 	tx.set(n.namedSet(setHost), []nftables.SetElement{
 		{Key: native(unix.RTN_LOCAL)}, {Key: native(unix.RTN_BROADCAST)}, {Key: native(unix.RTN_ANYCAST)}, {Key: native(unix.RTN_MULTICAST)},
 	})
 	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
+		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
@@ -280,8 +286,12 @@ func (n *Network) addShared(tx *transaction) {
 		when(icmpType(policy.ICMP, 8), returns()),
 		when(icmpType(policy.ICMPv6, 128), returns()),
 		when(goTo(classProtocol.chain())))
-	inFloor := [][]expr.Any{daddrTypeIn(setHost), daddrInSet(setFloor4, false, false), daddrInSet(setFloor6, true, false)}
-	for _, m := range inFloor {
+	inHost := [][]expr.Any{daddrTypeIn(setHost), daddrInSet(setNear4, false, false), daddrInSet(setNear6, true, false)}
+	for _, m := range inHost {
+		tx.rules(n.chain(chainHostOpen), when(m, goTo(chainOK)))
+		tx.rules(n.chain(chainHostHole), when(m, goTo(chainHole)))
+	}
+	for _, m := range append(inHost, daddrInSet(setFloor4, false, false), daddrInSet(setFloor6, true, false)) {
 		tx.rules(n.chain(chainFloor), when(m, goTo(classFloor.chain())))
 		tx.rules(n.chain(chainFloorNames), when(m, goTo(chainProxy)))
 	}

@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"time"
 
 	"github.com/mdlayher/netlink"
-	vish "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -51,27 +49,4 @@ func (n *Network) keepRoutes() error {
 		return fmt.Errorf("find lo: %w", err)
 	}
 	return errors.Join(n.routeMarked(lo), n.shutRoutes())
-}
-
-// readAddrs reads the machine's own addresses.
-func (n *Network) readAddrs() error {
-	list, err := n.link.AddrList(nil, vish.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("list addresses: %w", err)
-	}
-	all := make(map[netip.Addr]struct{}, len(list))
-	for _, a := range list {
-		if addr, ok := netip.AddrFromSlice(a.IP); ok {
-			all[addr.Unmap()] = struct{}{}
-		}
-	}
-	n.addrs.Store(&all)
-	return nil
-}
-
-// IsHost reports whether addr is the machine's own, as of the last moment. The
-// kernel asks its own tables; this is for those who judge what a name resolves to.
-func (n *Network) IsHost(addr netip.Addr) bool {
-	_, own := (*n.addrs.Load())[addr.Unmap()]
-	return own
 }

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/gaissmai/bart"
@@ -98,16 +99,48 @@ func embedded(a netip.Addr) (netip.Addr, bool) {
 
 // translations returns the NAT64 and 6to4 forms of an IPv4 prefix, nothing for
 // an IPv6 prefix.
-func translations(p netip.Prefix) []netip.Prefix {
+func translations(p netip.Prefix) []netip.Prefix { return Translations(p) }
+
+// Translations returns the IPv6 forms of an IPv4 prefix: 6to4, and NAT64 with the
+// well-known prefix and with more of a network's own. An IPv6 prefix has none.
+func Translations(p netip.Prefix, own ...netip.Prefix) []netip.Prefix {
 	if !p.Addr().Is4() {
 		return nil
 	}
-	v4 := p.Addr().As4()
-	a, b := nat64.Addr().As16(), sixTo4.Addr().As16()
-	copy(a[12:], v4[:])
+	v4, b := p.Addr().As4(), sixTo4.Addr().As16()
 	copy(b[2:], v4[:])
-	return []netip.Prefix{
-		netip.PrefixFrom(netip.AddrFrom16(a), nat64.Bits()+p.Bits()),
-		netip.PrefixFrom(netip.AddrFrom16(b), sixTo4.Bits()+p.Bits()),
+	out := []netip.Prefix{netip.PrefixFrom(netip.AddrFrom16(b), sixTo4.Bits()+p.Bits())}
+	for _, prefix := range append([]netip.Prefix{nat64}, own...) {
+		if t, ok := Embed(p, prefix); ok {
+			out = append(out, t)
+		}
 	}
+	return out
+}
+
+// Embed returns the form of an IPv4 prefix below a NAT64 prefix (RFC 6052, 2.2): the
+// octet of the bits 64 to 71 is zero, and the address goes round it.
+func Embed(p, below netip.Prefix) (netip.Prefix, bool) {
+	if !p.Addr().Is4() || !IsNAT64(below) {
+		return netip.Prefix{}, false
+	}
+	v4, b := p.Addr().As4(), below.Masked().Addr().As16()
+	at, bits := below.Bits()/8, below.Bits()
+	for i := range 4 {
+		if at == 8 {
+			at, bits = 9, bits+8
+		}
+		b[at] = v4[i]
+		used := min(8, max(0, p.Bits()-8*i))
+		if used == 0 {
+			break
+		}
+		at, bits = at+1, bits+used
+	}
+	return netip.PrefixFrom(netip.AddrFrom16(b), bits).Masked(), true
+}
+
+// IsNAT64 reports whether a prefix has one of the lengths of RFC 6052, 2.2.
+func IsNAT64(p netip.Prefix) bool {
+	return p.Addr().Is6() && !p.Addr().Is4In6() && slices.Contains([]int{32, 40, 48, 56, 64, 96}, p.Bits())
 }

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// How often the server looks again at what names say of the network around it, and
+// how long one look may take.
+const (
+	surroundingsEvery = 10 * time.Minute
+	surroundingsWait  = 10 * time.Second
+)
+
+// followSurroundings keeps the network's NAT64 prefixes known, until ctx ends.
+func (s *server) followSurroundings(ctx context.Context) error {
+	var known []netip.Prefix
+	for {
+		if s.network.HasIPv6() {
+			found := s.findNAT64(ctx)
+			if !slices.Equal(found, known) {
+				if err := s.network.SetNAT64(found); err != nil {
+					s.log.Error("the ranges around the machine are not up to date", "err", err)
+				} else {
+					known = found
+					s.log.Info("the network translates IPv4 addresses", "nat64", found)
+				}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(surroundingsEvery):
+		}
+	}
+}
+
+// findNAT64 asks for the name that has no IPv6 address but those a NAT64 gives it
+// (RFC 7050, 3). Whatever fails leaves what the configuration says.
+func (s *server) findNAT64(ctx context.Context) []netip.Prefix {
+	ctx, cancel := context.WithTimeout(ctx, surroundingsWait)
+	defer cancel()
+	addrs, err := s.resolver.Resolve(ctx, serverItself, "ipv4only.arpa")
+	if err != nil {
+		s.log.Debug("no NAT64 prefix found", "err", err)
+	}
+	out := slices.Clone(s.cfg.Network.nat64())
+	for _, a := range addrs {
+		if p, ok := prefixOf(a); ok && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	slices.SortFunc(out, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+	return out
+}
+
+// prefixOf finds the prefix below which an address is one of the two of ipv4only.arpa.
+func prefixOf(a netip.Addr) (netip.Prefix, bool) {
+	for _, bits := range []int{96, 64, 56, 48, 40, 32} {
+		p, err := a.Prefix(bits)
+		if err != nil || !a.Is6() {
+			return netip.Prefix{}, false
+		}
+		for _, last := range []byte{170, 171} {
+			known := netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 0, last}), 32)
+			if e, ok := policy.Embed(known, p); ok && e.Addr() == a {
+				return p, true
+			}
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+// serverItself stands for a sandbox in the resolver's look-ups that no sandbox asked for.
+const serverItself = ""
+
+// resolvable is the policy of such look-ups: none but the floor.
+var resolvable = func() *policy.Compiled {
+	p, err := policy.Compile(policy.Input{}, nil, 0)
+	if err != nil {
+		panic(err) // it has no rules
+	}
+	return p
+}()
