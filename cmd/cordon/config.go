@@ -328,7 +328,7 @@ func (c *config) validDomains() error {
 		if i > 0 {
 			field = "domains"
 		}
-		if name, ok := policy.CanonicalName(d); !ok || name != d {
+		if name, ok := policy.PublicName(d); !ok || name != d {
 			return wrong(field, d, "use a domain name such as sandbox.example.com, without port or scheme")
 		}
 		if slices.Contains(c.allDomains()[:i], d) {

@@ -229,7 +229,7 @@ func flowOf(b *control.ExplainRequest) (policy.Flow, error) {
 		flow.Dst = netip.AddrPortFrom(a, uint16(port))
 		return flow, nil
 	}
-	if flow.Name, ok = policy.CanonicalName(host); !ok {
+	if flow.Name, ok = policy.CanonicalHost(host); !ok {
 		return none, errs.New(errs.Invalid, "destination %q is neither a domain nor an IP address", b.Destination)
 	}
 	at := unnamed

@@ -86,10 +86,18 @@ func letterCase(t *Trial) {
 func unicodeNames(t *Trial) {
 	s := t.Sandbox(only(nameA, "bücher.test"))
 	acceptNames(t, "the A-label of a rule in Unicode", s, place{addrUnicode, unicodeName}, unicodeName, strings.ToUpper(unicodeName))
-	refuseNames(t, "Unicode as it is", s, []string{"bad-name"}, "bücher.test", "b\xfccher.test")
+	t.Try(Try{
+		What: "Unicode and Latin-1 as SNI", By: s, Answer: alerted, Log: denied("bad-name"),
+		Orders: each([]string{"bücher.test", "b\xfccher.test"}, func(n string) probe.Order { return hello(addrA, newHello(nameA).named(hostName(n)).bytes()) }),
+	})
+	t.Try(Try{
+		What: "control: the same as Host; the server reads the A-label", By: s,
+		Orders:  []probe.Order{http80(addrAttacker, get("bücher.test", "/")), http80(addrAttacker, get("B\xdccher.test", "/"))},
+		Reaches: []Arrival{{At: addrUnicode, Port: 80}}, Answer: served(addrUnicode, unicodeName), Log: allowed("allow-name"),
+	})
 	refuseNames(t, "full-width letters and dots, ideographic dot", s, []string{"bad-name"},
 		"ａllowed.test", "allowed．test", "allowed。test", "allowed｡test")
-	refuseNames(t, "homoglyphs, zero-width and soft hyphen", s, []string{"bad-name"},
+	refuseNames(t, "homoglyphs, zero-width and soft hyphen", s, []string{"bad-name", "name-denied"},
 		"аllowed.test", "allow\u200bed.test", "allow\u00aded.test", "ſomething."+nameA)
 	refuseNames(t, "A-labels of homoglyphs", s, []string{"name-denied"}, "xn--llowed-4nf.test", "xn--allowed-9za.test", "xn--bcher-kvb.test")
 }
@@ -114,10 +122,10 @@ func controlNames(t *Trial) {
 	s := t.Sandbox(standard())
 	refuseNames(t, "NUL, line ends, DEL", s, []string{"bad-name", "bad-hello", "bad-request"},
 		nameA+"\x00."+nameB, nameB+"\x00."+nameA, "\x00"+nameA, nameA+"\x00", "a\x01."+nameWild, nameA+"\x7f")
-	refuseNames(t, "backslash, slash, percent, underscore, space", s, []string{"bad-name", "bad-hello"},
-		nameB+"\\."+nameA, "x\\."+nameWild, "x/."+nameWild, nameA+"/", "allowed%2etest", "x_y."+nameWild, "x y."+nameWild, nameB+",."+nameWild)
-	refuseNames(t, "hyphens at the edges, empty labels", s, []string{"bad-name"},
-		"-."+nameWild, "-x."+nameWild, "x-."+nameWild, "x.."+nameWild)
+	refuseNames(t, "backslash, slash, percent, space", s, []string{"bad-name", "bad-hello"},
+		nameB+"\\."+nameA, "x\\."+nameWild, "x/."+nameWild, nameA+"/", "allowed%2etest", "x y."+nameWild, nameB+",."+nameWild)
+	refuseNames(t, "a hyphen first, empty labels", s, []string{"bad-name"}, "-."+nameWild, "-x."+nameWild, "x.."+nameWild)
+	acceptNames(t, "underscores, a hyphen last", s, place{addrWild, nameWild}, "x_y."+nameWild, "_x."+nameWild, "x-."+nameWild)
 }
 
 func hostExtras(t *Trial) {

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -279,6 +280,9 @@ func (q *request) readHost(hosts [][]byte, authority []byte) error {
 	if q.name, q.port, err = parseHost(q.host, q.port); err != nil {
 		return err
 	}
+	if q.name != "" && len(q.host) != len(q.name) {
+		q.rewriteHost()
+	}
 	if authority == nil {
 		return nil
 	}
@@ -290,6 +294,30 @@ func (q *request) readHost(hosts [][]byte, authority []byte) error {
 		return badRequest("the target's authority is not the Host")
 	}
 	return nil
+}
+
+// rewriteHost writes Host in A-labels where it is in another script, so that the next
+// reader finds the name that was judged.
+func (q *request) rewriteHost() {
+	for i := range len(q.host) {
+		if q.host[i] < utf8.RuneSelf {
+			continue
+		}
+		for j := range q.fields {
+			if is(q.fields[j].name, "host") {
+				q.fields[j].value = append([]byte(q.name), q.host[len(q.host)-portLen(q.host):]...)
+			}
+		}
+		return
+	}
+}
+
+// portLen is the length of the port in "name:port", with the colon.
+func portLen(host string) int {
+	if i := strings.LastIndexByte(host, ':'); i >= 0 {
+		return len(host) - i
+	}
+	return 0
 }
 
 // parseHost splits "name[:port]". An address literal, or nothing, is no name;
@@ -317,7 +345,7 @@ func parseHost(s string, at uint16) (name string, port uint16, err error) {
 	if a, err := netip.ParseAddr(host); err == nil && a.Is4() {
 		return "", port, nil
 	}
-	name, ok := policy.CanonicalName(host)
+	name, ok := policy.CanonicalHost(host)
 	if !ok {
 		return "", 0, &sniffError{ReasonBadName, "Host is no domain name"}
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
@@ -229,7 +230,9 @@ var badHTTP = []struct {
 	{"a tab in the request line", lines("GET /\tHTTP/1.1", "Host: a.example"), ReasonBadRequest},
 	{"a space in the target", lines("GET / / HTTP/1.1", "Host: a.example"), ReasonBadRequest},
 	{"(34) full-width dots", lines("GET / HTTP/1.1", "Host: a．example"), ReasonBadName},
-	{"(34) a homoglyph", lines("GET / HTTP/1.1", "Host: а.example"), ReasonBadName},
+	{"(34) full-width letters", lines("GET / HTTP/1.1", "Host: ａ.example"), ReasonBadName},
+	{"(34) Latin-1", lines("GET / HTTP/1.1", "Host: b\xfccher.example"), policy.ReasonNameDenied},
+	{"(34) a homoglyph", lines("GET / HTTP/1.1", "Host: а.example"), policy.ReasonNameDenied},
 	{"(37) userinfo", lines("GET / HTTP/1.1", "Host: a.example@b.example"), ReasonBadName},
 	{"(37) brackets", lines("GET / HTTP/1.1", "Host: [a.example]"), ReasonBadName},
 	{"(37) another port", lines("GET / HTTP/1.1", "Host: a.example:8080"), ReasonPortMismatch},
@@ -374,6 +377,30 @@ func TestARequestIsWrittenAnew(t *testing.T) {
 	ask(t, c, bufio.NewReader(c), "GET http://a.example/p HTTP/1.1\r\nhOsT:a.example\r\nX-Odd:   v  \r\nAccept: */*\r\n\r\n")
 	if got, want := a.text(), "GET /p HTTP/1.1\r\nhOsT: a.example\r\nX-Odd: v\r\nAccept: */*\r\n\r\n"; got != want {
 		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+// TestHostsAsClientsWriteThem reach their owner, who reads the name that was judged.
+func TestHostsAsClientsWriteThem(t *testing.T) {
+	in := policy.Input{AllowOut: []string{"bücher.example", "data_set.s3.example", "x-.example"}, DenyOut: []string{"0.0.0.0/0"}}
+	for host, seen := range map[string]string{
+		"b\xfccher.example": "xn--bcher-kva.example", "B\u00dccher.example.:80": "xn--bcher-kva.example:80", "XN--bcher-kva.example": "XN--bcher-kva.example",
+		"data_set.s3.example": "data_set.s3.example", "DATA_set.s3.example.:80": "DATA_set.s3.example.:80", "x-.example": "x-.example",
+	} {
+		l := newLab(t, in)
+		l.mu.Lock()
+		for _, name := range []string{"xn--bcher-kva.example", "data_set.s3.example", "x-.example"} {
+			l.names[name] = []netip.Addr{addrA}
+		}
+		l.mu.Unlock()
+		a := l.httpOn(echo, "93.184.216.1:80")
+		c := l.connect("93.184.216.66:80")
+		if code, body := ask(t, c, bufio.NewReader(c), lines("GET / HTTP/1.1", "Host: "+host)); code != 200 || !strings.Contains(a.text(), "\r\nHost: "+seen+"\r\n") {
+			t.Errorf("Host %q: got %d %q; the server read %q", host, code, body, a.text())
+		}
+		if e := l.await(flowlog.Allowed); e.Name != strings.ToLower(strings.TrimSuffix(strings.TrimSuffix(seen, ":80"), ".")) && e.Name != "data_set.s3.example" {
+			t.Errorf("event %+v", e)
+		}
 	}
 }
 

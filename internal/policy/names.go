@@ -2,6 +2,10 @@ package policy
 
 import (
 	"strings"
+	"sync"
+	"unicode/utf8"
+
+	"golang.org/x/net/idna"
 )
 
 // RFC 1035 section 2.3.4, without the root's length octet.
@@ -10,9 +14,12 @@ const (
 	maxLabel = 63
 )
 
-// CanonicalName lower-cases name, drops one trailing dot, and checks the LDH
-// grammar (RFC 1123, 63-octet labels, 253 octets). An IP literal in any
-// spelling is not a name. The second result is false when name is not a domain name.
+// CanonicalName lower-cases name, drops one trailing dot, and checks the grammar of
+// host names: labels of letters, digits, hyphens and underscores, 63 octets each and
+// 253 in all (RFC 1035). That is wider than RFC 1123, because real hosts are: object
+// stores have underscores in names, content networks labels that end in a hyphen. An
+// IP literal in any spelling is not a name. The second result is false when name is
+// not a host name. It is the one grammar of rules, server names, Host, DNS and tools.
 func CanonicalName(name string) (string, bool) {
 	name = strings.TrimSuffix(name, ".")
 	if len(name) == 0 || len(name) > maxName {
@@ -38,15 +45,73 @@ func CanonicalName(name string) (string, bool) {
 	return name, true
 }
 
-// isLabel reports whether s is letters, digits and inner hyphens (RFC 1123
-// section 2.1, RFC 952).
+// isLabel reports whether s is letters, digits, underscores and hyphens, without a
+// hyphen first, which programs would take for an option.
 func isLabel(s string) bool {
-	if len(s) == 0 || len(s) > maxLabel || s[0] == '-' || s[len(s)-1] == '-' {
+	if len(s) == 0 || len(s) > maxLabel || s[0] == '-' {
 		return false
 	}
 	for i := range len(s) {
 		c := s[i]
-		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || isDigit(c) || c == '-') {
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || isDigit(c) || c == '-' || c == '_') {
+			return false
+		}
+	}
+	return true
+}
+
+// PublicName is CanonicalName for a name that is to get a certificate: RFC 1123
+// section 2.1, without underscores and hyphens at the end of a label.
+func PublicName(name string) (string, bool) {
+	name, ok := CanonicalName(name)
+	if !ok || strings.Contains(name, "_") || strings.Contains(name+".", "-.") {
+		return "", false
+	}
+	return name, true
+}
+
+// idn maps names in other scripts than ASCII as browsers do (RFC 5891, UTS 46).
+// CanonicalName checks what comes of it.
+var idn = sync.OnceValue(func() *idna.Profile {
+	return idna.New(idna.MapForLookup(), idna.BidiRule(), idna.Transitional(false), idna.StrictDomainName(false))
+})
+
+// maxUnicode bounds a name before it is mapped: no name of 253 octets is longer in
+// UTF-8.
+const maxUnicode = 4 * maxName
+
+// CanonicalHost is CanonicalName for a name as programs write it, in UTF-8 or in
+// Latin-1: it brings the name to its A-labels. What is not exactly those labels in
+// lower case is refused, such as full-width letters and dots: who maps less, or more,
+// reads another name.
+func CanonicalHost(name string) (string, bool) {
+	if isASCII(name) {
+		return CanonicalName(name)
+	}
+	name = strings.TrimSuffix(name, ".")
+	if len(name) > maxUnicode {
+		return "", false
+	}
+	if !utf8.ValidString(name) {
+		runes := make([]rune, len(name))
+		for i := range len(name) {
+			runes[i] = rune(name[i])
+		}
+		name = string(runes)
+	}
+	labels, err := idn().ToASCII(name)
+	if err != nil {
+		return "", false
+	}
+	if back, err := idn().ToUnicode(labels); err != nil || back != strings.ToLower(name) {
+		return "", false
+	}
+	return CanonicalName(labels)
+}
+
+func isASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] >= utf8.RuneSelf {
 			return false
 		}
 	}

@@ -5,9 +5,6 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
-	"unicode/utf8"
-
-	"golang.org/x/net/idna"
 )
 
 // entry is one parsed list entry: an address range, or a name when prefix is
@@ -104,17 +101,12 @@ func parseName(s string) (entry, error) {
 		return entry{wildcard: true}, nil
 	}
 	rest, wildcard := strings.CutPrefix(s, "*.")
-	for i := range len(rest) {
-		if rest[i] < utf8.RuneSelf {
-			continue
-		}
-		// Unicode is stored as A-labels (RFC 5891), mapped as browsers do (UTS 46).
-		ascii, err := idna.New(idna.MapForLookup(), idna.BidiRule(), idna.Transitional(false)).ToASCII(rest)
+	if !isASCII(rest) { // stored as A-labels, mapped as a person means it
+		labels, err := idn().ToASCII(rest)
 		if err != nil {
 			return entry{}, err
 		}
-		rest = ascii
-		break
+		rest = labels
 	}
 	name, ok := CanonicalName(rest)
 	if !ok {

@@ -100,6 +100,11 @@ func (q *query) checkName(asked string) (owner string, attribute, ok bool) {
 		}
 		owner, attribute = rest, true
 	}
+	if attribute && q.strict() && q.policy.DecideQuery(name).Allow { // a rule lists the name itself
+		if canonical, ok := policy.CanonicalName(name); ok {
+			owner, attribute = canonical, false
+		}
+	}
 	if canonical, ok := policy.CanonicalName(owner); ok {
 		q.name = name
 		return canonical, attribute, true
@@ -113,7 +118,7 @@ func (q *query) checkName(asked string) (owner string, attribute, ok bool) {
 	}
 	// Reverse names end in arpa and begin with digits; names that programs read
 	// as addresses stay out.
-	if _, ok := policy.CanonicalName(strings.ReplaceAll(name, "_", "x")); !ok {
+	if _, ok := policy.CanonicalName(name); !ok {
 		return "", false, false
 	}
 	q.name = name

@@ -93,7 +93,7 @@ func (m *Manager) ByDomain(name string) (ID, uint16, bool) {
 // validDomain returns the canonical form of a name that may be bound: one that the
 // public DNS could hold and that is not the server's own.
 func (m *Manager) validDomain(given string) (string, error) {
-	name, ok := policy.CanonicalName(given)
+	name, ok := policy.PublicName(given)
 	if _, err := netip.ParseAddr(given); !ok || err == nil || !strings.Contains(name, ".") {
 		return "", errs.New(errs.Invalid, "domain is %q: use a host name such as app.example.com, without scheme, port or wildcard", given)
 	}
