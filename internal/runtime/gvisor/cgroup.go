@@ -238,34 +238,60 @@ func valueIn(dirs []string, file, key string) (int64, error) {
 	return 0, fmt.Errorf("cgroups %s: no file %s: %w", strings.Join(dirs, ", "), file, os.ErrNotExist)
 }
 
-// limitMemory changes how many bytes of memory a sandbox may use; swap stays as
-// it is, none.
+// noSwap is the file that limits what a cgroup of version 2 may swap. It is set
+// whenever it is there: a machine without swap today may get some tomorrow.
+const noSwap = "memory.swap.max"
+
+// limitMemory changes how many bytes of memory a sandbox may use, and that it may not
+// swap any of them.
 func (g cgroups) limitMemory(id sandbox.ID, bytes int64) error {
-	names := []string{"memory.memsw.limit_in_bytes", "memory.limit_in_bytes"} // the greater one first
+	limit := strconv.FormatInt(bytes, 10)
+	type setting struct{ name, value string }
+	// Version 1 limits memory and swap together; the greater limit is first.
+	settings := []setting{{"memory.memsw.limit_in_bytes", limit}, {"memory.limit_in_bytes", limit}}
 	if g.unified {
-		names = []string{"memory.max"}
+		settings = []setting{{noSwap, "0"}, {"memory.max", limit}}
 	}
-	set := false
-	for _, name := range names {
+	set := ""
+	for _, s := range settings {
 		for _, dir := range g.dirs(id) {
-			f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY, 0)
+			err := writeExisting(filepath.Join(dir, s.name), s.value)
 			if errors.Is(err, os.ErrNotExist) {
 				continue // another controller's, or a kernel that does not count swap
 			}
 			if err != nil {
 				return err
 			}
-			_, err = f.Write(strconv.AppendInt(nil, bytes, 10))
-			if err := errors.Join(err, f.Close()); err != nil {
-				return err
-			}
-			set = true
+			set = s.name
 		}
 	}
-	if !set {
-		return fmt.Errorf("cgroup %s: no file %s", strings.Join(g.paths(id), ", "), names[len(names)-1])
+	if last := settings[len(settings)-1].name; set != last {
+		return fmt.Errorf("cgroup %s: no file %s", strings.Join(g.paths(id), ", "), last)
 	}
 	return nil
+}
+
+// denySwap takes swap from sandboxes that an earlier server made while the machine had
+// none.
+func (g cgroups) denySwap() error {
+	if !g.unified {
+		return nil // limited at their creation
+	}
+	var failed []error
+	for _, m := range g.mounts {
+		for _, pattern := range []string{"*", filepath.Join("*", "*")} {
+			dirs, _ := filepath.Glob(filepath.Join(m, g.parent, pattern)) // the pattern is well-formed
+			for _, dir := range dirs {
+				if !sandbox.ID(filepath.Base(dir)).Valid() {
+					continue
+				}
+				if err := writeExisting(filepath.Join(dir, noSwap), "0"); err != nil && !errors.Is(err, os.ErrNotExist) {
+					failed = append(failed, fmt.Errorf("deny swap: %w", err))
+				}
+			}
+		}
+	}
+	return errors.Join(failed...)
 }
 
 // starved reports whether the kernel killed a process of the sandbox because the

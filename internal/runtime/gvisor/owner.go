@@ -243,7 +243,7 @@ func (g cgroups) control(dir string) {
 // limitFiles are those that limit one sandbox, each after what it depends on.
 var limitFiles = []string{
 	"cpu.cfs_period_us", "cpu.cfs_quota_us", "pids.max", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", // version 1
-	"cpu.max", "memory.max", "memory.swap.max",
+	"cpu.max", "memory.max", noSwap,
 }
 
 // move takes a sandbox that runs, with its limits, to its owner's group.

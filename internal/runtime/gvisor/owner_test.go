@@ -124,6 +124,52 @@ func TestASandboxThatMovesKeepsItsLimits(t *testing.T) {
 	}
 }
 
+// TestNoSandboxSwaps looks at the files of a machine without swap, and of a server that
+// finds sandboxes which an earlier one left without that limit.
+func TestNoSandboxSwaps(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		unified bool
+		files   map[string]string
+		want    map[string]string
+	}{
+		{"version 2", true, map[string]string{"memory.max": "max", noSwap: "max"}, map[string]string{"memory.max": "4096", noSwap: "0"}},
+		{"version 2 that does not count swap", true, map[string]string{"memory.max": "max"}, map[string]string{"memory.max": "4096"}},
+		{"version 1", false, map[string]string{"memory.limit_in_bytes": "1", "memory.memsw.limit_in_bytes": "1"},
+			map[string]string{"memory.limit_in_bytes": "4096", "memory.memsw.limit_in_bytes": "4096"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			g := fakeTree(t, c.unified, c.files)
+			id := sandbox.NewID()
+			must(t, g.enter(id, ""))
+			must(t, g.makeDir(g.dirs(id)[0]))
+			must(t, g.limitMemory(id, 4096))
+			for name, want := range c.want {
+				if got := read(t, g, spareGroup, string(id), name); got != want {
+					t.Errorf("%s is %q, want %q", name, got, want)
+				}
+			}
+		})
+	}
+}
+
+func TestSandboxesOfAnEarlierServerAreDeniedSwap(t *testing.T) {
+	g := fakeTree(t, true, map[string]string{"memory.max": "max", noSwap: "max"})
+	id, older := sandbox.NewID(), sandbox.NewID()
+	must(t, g.enter(id, "an owner"))
+	must(t, g.makeDir(g.dirs(id)[0]))
+	must(t, g.makeDir(filepath.Join(g.mounts[0], g.parent, string(older)))) // where earlier versions had them
+	must(t, g.denySwap())
+	for path, want := range map[string]string{
+		filepath.Join(groupOf("an owner"), string(id), noSwap): "0", filepath.Join(string(older), noSwap): "0",
+		filepath.Join(groupOf("an owner"), noSwap): "max",
+	} {
+		if got := read(t, g, path); got != want {
+			t.Errorf("%s is %q, want %q", path, got, want)
+		}
+	}
+}
+
 // version2 is the machine's hierarchy of version 2, maybe without controllers.
 func version2(t *testing.T) cgroups {
 	t.Helper()

@@ -102,6 +102,9 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, err
 	}
 	groups.sweepGroups()
+	if err := groups.denySwap(); err != nil {
+		return nil, err
+	}
 	if err := groups.limitAll(cfg.All); err != nil {
 		return nil, err
 	}
