@@ -1,6 +1,6 @@
 // Package agent hides what happens inside a sandbox: how commands are started as
-// a user, followed and reaped, how files are read, written and watched with that
-// user's rights, and how the sandbox is told who it is. The host and the SDKs
+// a user, followed and reaped, how files are read, written and watched for that
+// user, and how the sandbox is told who it is. The host and the SDKs
 // only see an HTTP port.
 //
 // The wire format is that of the published novita-sandbox and e2b SDKs (agent

@@ -22,7 +22,7 @@ const xattrPrefix = "user.e2b."
 // maxXattr is what the kernel allows for a list of names and for one value.
 const maxXattr = 64 << 10
 
-// entryOf describes what is at p. Call it with the rights of the user asking.
+// entryOf describes what is at p.
 func entryOf(p string, n names) (*pb.EntryInfo, error) {
 	fi, err := os.Lstat(p)
 	if err != nil {
@@ -144,6 +144,7 @@ func fileCode(err error) connect.Code {
 	}{
 		{fs.ErrNotExist, connect.CodeNotFound},
 		{fs.ErrPermission, connect.CodePermissionDenied},
+		{errOurs, connect.CodePermissionDenied},
 		{syscall.EROFS, connect.CodePermissionDenied},
 		{fs.ErrExist, connect.CodeAlreadyExists},
 		{syscall.ENOSPC, connect.CodeResourceExhausted},

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -226,60 +227,122 @@ func TestDownloads(t *testing.T) {
 	}
 }
 
-func TestTheKernelJudgesTheUsersPaths(t *testing.T) {
+func TestFilesAreReachedWithRootsRightsAndBecomeTheUsers(t *testing.T) {
 	needRoot(t)
 	h := claimed(t)
-	secret := filepath.Join(filepath.Dir(h.home), "secret")
+	outer := filepath.Dir(h.home) // root's, readable
+	secret := outer + "/secret"
 	if err := os.Mkdir(secret, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(secret+"/key", []byte("root's"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	outer := filepath.Dir(h.home) // root's, readable
-	if err := os.WriteFile(outer+"/readonly", []byte("ro"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for link, to := range map[string]string{"link": secret + "/key", "linkdir": secret, "ro": outer + "/readonly"} {
-		if err := os.Symlink(to, filepath.Join(h.home, link)); err != nil {
+	put := func(path string, mode os.FileMode) {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(path, []byte("root's"), 0o600), os.Chmod(path, mode)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	octets := []string{"Content-Type", "application/octet-stream"}
-	for _, r := range []struct{ method, path string }{
-		{"GET", "/files?path=link"}, {"GET", "/files?path=linkdir/key"}, {"GET", "/files?path=ro"},
-		{"POST", "/files?path=link"}, {"POST", "/files?path=linkdir/new"}, {"POST", "/files?path=ro"},
-		{"POST", "/files?path=" + outer + "/new"}, {"POST", "/files?path=" + outer + "/newdir/x"},
-	} {
-		if got := h.do(r.method, r.path, strings.NewReader("evil"), octets...); got.StatusCode != 403 {
-			t.Errorf("%s %s: %d %s, want 403", r.method, r.path, got.StatusCode, got.body)
+	put(secret+"/key", 0o600)
+	put(outer+"/tool", 0o755|os.ModeSetuid)
+	put(outer+"/shared", 0o666)
+	if err := errors.Join(os.Symlink(secret, outer+"/rootslink"), os.Symlink("rootslink/new", outer+"/tonew")); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.do("GET", "/files?path="+secret+"/key", nil); got.body != "root's" {
+		t.Errorf("reading: %d %s", got.StatusCode, got.body)
+	}
+	long := strings.Repeat("new", headSize)
+	for _, path := range []string{outer + "/x", outer + "/deep/down/x", secret + "/key", outer + "/tool", outer + "/rootslink/a", outer + "/tonew", outer + "/shared"} {
+		for _, body := range []string{"new", long} {
+			if got := h.do("POST", "/files?path="+path, strings.NewReader(body), "Content-Type", "application/octet-stream"); got.StatusCode != 200 {
+				t.Errorf("writing %s: %d %s", path, got.StatusCode, got.body)
+			}
+			if raw, _ := os.ReadFile(path); string(raw) != body {
+				t.Errorf("%s has %d octets, want %d", path, len(raw), len(body))
+			}
 		}
 	}
-	f := h.files()
-	ctx := t.Context()
+	owner := func(path string) string {
+		fi, err := os.Stat(path)
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		st := fi.Sys().(*syscall.Stat_t)
+		return fmt.Sprintf("%d:%d %v", st.Uid, st.Gid, fi.Mode())
+	}
+	for path, want := range map[string]string{
+		outer + "/x": "4242:4242 -rw-r--r--", outer + "/deep": "4242:4242 drwxr-xr-x", outer + "/deep/down": "4242:4242 drwxr-xr-x", outer + "/deep/down/x": "4242:4242 -rw-r--r--",
+		secret: "0:0 drwx------", secret + "/key": "4242:4242 -rw-------", outer + "/tool": "4242:4242 -rwxr-xr-x", secret + "/new": "4242:4242 -rw-r--r--",
+		outer + "/shared": "0:0 -rw-rw-rw-", // the user needed no rights but his own
+	} {
+		if got := owner(path); got != want {
+			t.Errorf("%s: %s, want %s", path, got, want)
+		}
+	}
+	f, ctx := h.files(), t.Context()
+	if _, err := f.MakeDir(ctx, connect.NewRequest(&pb.MakeDirRequest{Path: outer + "/made/here"})); err != nil || owner(outer+"/made/here") != "4242:4242 drwxr-xr-x" {
+		t.Errorf("MakeDir: %v, %s", err, owner(outer+"/made/here"))
+	}
+	if _, err := f.Move(ctx, connect.NewRequest(&pb.MoveRequest{Source: outer + "/tonew", Destination: outer + "/made/link"})); err != nil {
+		t.Errorf("Move: %v", err)
+	}
+	if fi, err := os.Lstat(outer + "/made/link"); err != nil || fi.Mode()&os.ModeSymlink == 0 {
+		t.Errorf("a link was moved: %v, %v", fi, err)
+	}
+	if _, err := f.Remove(ctx, connect.NewRequest(&pb.RemoveRequest{Path: outer + "/rootslink"})); err != nil {
+		t.Errorf("Remove: %v", err)
+	}
+	if raw, err := os.ReadFile(secret + "/new"); err != nil || len(raw) == 0 {
+		t.Errorf("removing a link removed what it leads to: %v", err)
+	}
+	if _, err := f.Remove(ctx, connect.NewRequest(&pb.RemoveRequest{Path: secret})); err != nil {
+		t.Errorf("Remove: %v", err)
+	}
+	if _, err := os.Stat(secret); !os.IsNotExist(err) {
+		t.Errorf("it is still there: %v", err)
+	}
+	if got := h.do("POST", "/files/compose", strings.NewReader(`{"source_paths":["`+outer+`/x"],"destination":"`+outer+`/composed"}`)); got.StatusCode != 200 || owner(outer+"/composed") != "4242:4242 -rw-r--r--" {
+		t.Errorf("compose: %d %s", got.StatusCode, got.body)
+	}
+}
+
+// The programs of a sandbox, who have no token, lay links in the way of a request.
+func TestAUsersLinksDoNotLendRootsRights(t *testing.T) {
+	needRoot(t)
+	h := claimed(t)
+	outer := filepath.Dir(h.home)
+	secret := outer + "/secret"
+	if err := errors.Join(os.Mkdir(secret, 0o700), os.WriteFile(secret+"/key", []byte("root's"), 0o600), os.WriteFile(outer+"/readonly", []byte("ro"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for link, to := range map[string]string{"link": secret + "/key", "linkdir": secret, "ro": outer + "/readonly", "dangling": outer + "/made", "chain": "linkdir/key"} {
+		if err := errors.Join(os.Symlink(to, h.home+"/"+link), os.Lchown(h.home+"/"+link, testUID, testUID)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, path := range []string{"link", "linkdir/new", "linkdir/d/new", "ro", "dangling", "chain"} {
+		for _, size := range []int{4, 2 * headSize} {
+			if got := h.do("POST", "/files?path="+path, bytes.NewReader(make([]byte, size)), "Content-Type", "application/octet-stream"); got.StatusCode != 403 {
+				t.Errorf("POST %s: %d %s, want 403", path, got.StatusCode, got.body)
+			}
+		}
+	}
+	f, ctx := h.files(), t.Context()
 	for name, call := range map[string]func() error{
-		"Stat": func() error {
-			_, err := f.Stat(ctx, connect.NewRequest(&pb.StatRequest{Path: "linkdir/key"}))
-			return err
-		},
-		"ListDir": func() error {
-			_, err := f.ListDir(ctx, connect.NewRequest(&pb.ListDirRequest{Path: secret}))
-			return err
-		},
 		"MakeDir": func() error {
-			_, err := f.MakeDir(ctx, connect.NewRequest(&pb.MakeDirRequest{Path: outer + "/d"}))
+			_, err := f.MakeDir(ctx, connect.NewRequest(&pb.MakeDirRequest{Path: "linkdir/d"}))
 			return err
 		},
 		"Remove": func() error {
-			_, err := f.Remove(ctx, connect.NewRequest(&pb.RemoveRequest{Path: outer + "/readonly"}))
+			_, err := f.Remove(ctx, connect.NewRequest(&pb.RemoveRequest{Path: "linkdir/key"}))
 			return err
 		},
-		"Move": func() error {
-			_, err := f.Move(ctx, connect.NewRequest(&pb.MoveRequest{Source: outer + "/readonly", Destination: "mine"}))
+		"Move from": func() error {
+			_, err := f.Move(ctx, connect.NewRequest(&pb.MoveRequest{Source: "linkdir/key", Destination: "mine"}))
 			return err
 		},
-		"WatchDir": func() error {
-			_, err := f.CreateWatcher(ctx, connect.NewRequest(&pb.CreateWatcherRequest{Path: secret}))
+		"Move to": func() error {
+			_, err := f.Move(ctx, connect.NewRequest(&pb.MoveRequest{Source: "ro", Destination: "linkdir/ro"}))
 			return err
 		},
 	} {
@@ -287,15 +350,18 @@ func TestTheKernelJudgesTheUsersPaths(t *testing.T) {
 			t.Errorf("%s: %v, want permission_denied", name, err)
 		}
 	}
-	if got := h.do("POST", "/files/compose", strings.NewReader(`{"source_paths":["link"],"destination":"stolen"}`)); got.StatusCode != 403 {
+	if got := h.do("POST", "/files/compose", strings.NewReader(`{"source_paths":["link"],"destination":"linkdir/composed"}`)); got.StatusCode != 403 {
 		t.Errorf("compose: %d %s", got.StatusCode, got.body)
-	}
-	// Root may, and leaves the agent's own rights as they were.
-	if got := h.do("GET", "/files?username=root&path="+secret+"/key", nil); got.body != "root's" {
-		t.Errorf("as root: %d %s", got.StatusCode, got.body)
 	}
 	if raw, _ := os.ReadFile(secret + "/key"); string(raw) != "root's" {
 		t.Errorf("root's file is now %q", raw)
+	}
+	if left, err := os.ReadDir(secret); err != nil || len(left) != 1 {
+		t.Errorf("root's folder has %v (%v)", left, err)
+	}
+	// Root may, and leaves the agent's own rights as they were.
+	if got := h.do("POST", "/files?username=root&path=link", strings.NewReader("mine"), "Content-Type", "application/octet-stream"); got.StatusCode != 200 {
+		t.Errorf("as root: %d %s", got.StatusCode, got.body)
 	}
 }
 

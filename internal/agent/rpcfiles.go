@@ -47,16 +47,11 @@ func (a *Agent) place(h http.Header, p string) (place, error) {
 	return place{user: u, path: abs, names: n}, nil
 }
 
-// entry describes the place's path after do has run there, both with the user's
-// rights.
+// entry describes the place after do has run there.
 func (p place) entry(do func() error) (e *pb.EntryInfo, err error) {
-	err = p.user.as(func() error {
-		if err := do(); err != nil {
-			return err
-		}
+	if err = do(); err == nil {
 		e, err = entryOf(p.path, p.names)
-		return err
-	})
+	}
 	return e, fileError(err)
 }
 
@@ -84,7 +79,7 @@ func (s filesystemService) MakeDir(_ context.Context, req *connect.Request[pb.Ma
 		case err == nil:
 			return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", at.path))
 		}
-		return os.MkdirAll(at.path, 0o755)
+		return at.user.makeDirs(at.path)
 	})
 	if err != nil {
 		return nil, err
@@ -97,7 +92,7 @@ func (s filesystemService) Remove(_ context.Context, req *connect.Request[pb.Rem
 	if err != nil {
 		return nil, err
 	}
-	if err := at.user.as(func() error { return os.RemoveAll(at.path) }); err != nil {
+	if err := at.user.remove(at.path); err != nil {
 		return nil, fileError(err)
 	}
 	return connect.NewResponse(&pb.RemoveResponse{}), nil
@@ -112,7 +107,7 @@ func (s filesystemService) Move(_ context.Context, req *connect.Request[pb.MoveR
 	if err != nil {
 		return nil, err
 	}
-	e, err := to.entry(func() error { return move(from.path, to.path) })
+	e, err := to.entry(func() error { return to.user.move(from.path, to.path) })
 	if err != nil {
 		return nil, err
 	}
@@ -120,15 +115,15 @@ func (s filesystemService) Move(_ context.Context, req *connect.Request[pb.MoveR
 }
 
 // move renames, across file systems too when it is a single file.
-func move(from, to string) error {
+func (u user) move(from, to string) error {
 	fi, err := os.Lstat(from)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(path.Dir(to), 0o755); err != nil {
+	if err := u.makeDirs(path.Dir(to)); err != nil {
 		return err
 	}
-	err = os.Rename(from, to)
+	err = u.rename(from, to)
 	if !errors.Is(err, syscall.EXDEV) {
 		return err
 	}
@@ -136,7 +131,7 @@ func move(from, to string) error {
 		return connect.NewError(connect.CodeFailedPrecondition,
 			fmt.Errorf("%s and %s are on different file systems: move the directory with the command mv", from, to))
 	}
-	return moveAcross(from, to, fi.Mode().Perm())
+	return u.as(func() error { return moveAcross(from, to, fi.Mode().Perm()) })
 }
 
 // tempName is the pattern of the copy's name until it is whole.
@@ -171,11 +166,7 @@ func (s filesystemService) ListDir(ctx context.Context, req *connect.Request[pb.
 	if err != nil {
 		return nil, err
 	}
-	var entries []*pb.EntryInfo
-	err = at.user.as(func() error {
-		entries, err = at.list(ctx, max(1, int(req.Msg.GetDepth())))
-		return err
-	})
+	entries, err := at.list(ctx, max(1, int(req.Msg.GetDepth())))
 	if err != nil {
 		return nil, fileError(err)
 	}

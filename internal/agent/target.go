@@ -6,8 +6,12 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // target is a file that gets new content.
@@ -19,27 +23,11 @@ type target struct {
 	kept bool
 }
 
-// open opens the target with the user's rights, which makes it and the
-// directories above it the user's own.
+// open opens the target and makes it, with the directories above it, where it is
+// missing; what it makes is the user's.
 func (up upload) open(p string) (to *target, err error) {
 	to = &target{user: up.user, path: p}
-	err = up.user.as(func() error {
-		if err := os.MkdirAll(path.Dir(p), 0o755); err != nil {
-			if fi, statErr := os.Stat(p); statErr == nil {
-				return errors.Join(regular(p, fi), err)
-			}
-			return err
-		}
-		to.f, err = os.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NONBLOCK, 0o666)
-		if err == nil {
-			to.made = true
-			return nil
-		}
-		if !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		return to.openOld(os.O_CREATE)
-	})
+	err = up.user.orRoot(to.make, to.makeAsRoot)
 	if err != nil {
 		to.discard()
 		return nil, err
@@ -47,15 +35,74 @@ func (up upload) open(p string) (to *target, err error) {
 	return to, nil
 }
 
+// make opens the target with the user's rights.
+func (t *target) make() (err error) {
+	if err := os.MkdirAll(path.Dir(t.path), 0o755); err != nil {
+		if fi, statErr := os.Stat(t.path); statErr == nil {
+			return errors.Join(regular(t.path, fi), err)
+		}
+		return err
+	}
+	t.f, err = os.OpenFile(t.path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NONBLOCK, 0o666)
+	if err == nil {
+		t.made = true
+		t.give()
+		return nil
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return t.openOld(os.O_CREATE)
+}
+
+// makeAsRoot opens the target with root's rights; it becomes the user's in any case,
+// which takes set-user-ID bits away.
+func (t *target) makeAsRoot() error {
+	if t.f != nil { // seen by the user, but not his to write
+		t.f.Close()
+		t.f = nil
+	}
+	s, err := finder{maker: &t.user, last: true}.find(t.path)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if s.ours() {
+		return errOurs
+	}
+	const flags = unix.O_WRONLY | unix.O_NONBLOCK | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	fd, err := unix.Openat(s.fd(), s.name, flags|unix.O_CREAT|unix.O_EXCL, 0o666)
+	t.made = err == nil
+	if errors.Is(err, fs.ErrExist) {
+		fd, err = unix.Openat(s.fd(), s.name, flags, 0)
+	}
+	if err != nil {
+		return &os.PathError{Op: "open", Path: t.path, Err: err}
+	}
+	t.f = os.NewFile(uintptr(fd), t.path)
+	fi, err := t.f.Stat()
+	if err == nil {
+		err = errors.Join(regular(t.path, fi), notOurs(t.f, fi))
+	}
+	if err != nil {
+		return err
+	}
+	return t.f.Chown(int(t.user.UID), int(t.user.GID))
+}
+
+// give gives what was made to the user, whose it is already: watches tell that a
+// file was made, given away and written.
+func (t *target) give() {
+	_ = t.f.Chown(int(t.user.UID), int(t.user.GID)) // its owner is right without it
+}
+
 // check refuses what could not be written, before a large body is received for it.
 func (up upload) check(p string) error {
-	err := up.user.as(func() error {
-		t := &target{user: up.user, path: p}
-		defer t.discard()
-		return t.openOld(0)
-	})
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it may be made
+	t := &target{user: up.user, path: p}
+	defer t.discard()
+	err := up.user.as(func() error { return t.openOld(0) })
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		return nil // it may be made, or written with root's rights
 	}
 	return err
 }
@@ -76,19 +123,23 @@ func (t *target) openOld(flags int) error {
 	if fi, err = t.f.Stat(); err != nil {
 		return err
 	}
-	return errors.Join(regular(t.path, fi), notOurs(t.f, fi))
+	if err := errors.Join(regular(t.path, fi), notOurs(t.f, fi)); err != nil {
+		return err
+	}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid == t.user.UID && flags != 0 {
+		return t.f.Chown(int(st.Uid), int(st.Gid)) // as after making it
+	}
+	return nil
 }
 
 // setMetadata makes the file's metadata exactly want.
 func (t *target) setMetadata(want map[string]string) error {
-	return t.user.as(func() error {
-		var attr error
-		raw, err := t.f.SyscallConn()
-		if err == nil {
-			err = raw.Control(func(fd uintptr) { attr = setMetadata(int(fd), want) })
-		}
-		return errors.Join(err, attr)
-	})
+	var attr error
+	raw, err := t.f.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) { attr = setMetadata(int(fd), want) })
+	}
+	return errors.Join(err, attr)
 }
 
 // keep ends the target's writing.
@@ -107,24 +158,24 @@ func (t *target) discard() {
 	if t.kept || !t.made || err != nil {
 		return
 	}
-	_ = t.user.as(func() error {
-		if there, err := os.Lstat(t.path); err != nil || !os.SameFile(mine, there) {
-			return nil // somebody has put another there
-		}
-		return os.Remove(t.path)
-	})
+	if there, err := os.Lstat(t.path); err == nil && os.SameFile(mine, there) { // not another's by now
+		_ = t.user.remove(t.path)
+	}
 }
 
-// notOurs refuses files of the agent's own process below /proc: to the kernel, a
-// path that leads to /proc/self asks for the agent's memory, not for that of the
-// user who has no such right. They all claim to be empty.
+// notOurs refuses files of the agent's own process in a procfs: what they show, the
+// control key among it, is no user's. They all claim to be empty.
 func notOurs(f *os.File, fi fs.FileInfo) error {
-	if fi.Size() != 0 {
+	var st unix.Statfs_t
+	if fi.Size() != 0 || unix.Fstatfs(int(f.Fd()), &st) != nil || st.Type != unix.PROC_SUPER_MAGIC {
 		return nil
 	}
 	at, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
-	if err == nil && strings.HasPrefix(at, fmt.Sprintf("/proc/%d/", os.Getpid())) {
-		return fmt.Errorf("%s belongs to the sandbox's agent: %w", utf8(at), fs.ErrPermission)
+	if err != nil || slices.Contains(strings.Split(at, "/"), strconv.Itoa(os.Getpid())) {
+		return fmt.Errorf("%s belongs to the sandbox's agent: %w", utf8(at), errOurs)
 	}
 	return nil
 }
+
+// errOurs is a permission that nobody has.
+var errOurs = errors.New("permission denied, to root too")

@@ -58,13 +58,9 @@ func (a *Agent) openWatch(h http.Header, spec watchSpec) (*watch, error) {
 	if w.notify, err = fsnotify.NewWatcher(); err != nil {
 		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("open a watch: %w", err))
 	}
-	err = at.user.as(func() error {
-		if w.root, err = directoryAt(at.path); err != nil {
-			return err
-		}
-		_, err := w.add(w.root)
-		return err
-	})
+	if w.root, err = directoryAt(at.path); err == nil {
+		_, err = w.add(w.root)
+	}
 	if err != nil {
 		w.notify.Close()
 		return nil, fileError(err)
@@ -73,7 +69,7 @@ func (a *Agent) openWatch(h http.Header, spec watchSpec) (*watch, error) {
 }
 
 // add watches dir, and all below it when the watch is recursive; it returns what
-// it found there. Call it with the user's rights.
+// it found there.
 func (w *watch) add(dir string) (found []string, err error) {
 	if !w.recursive {
 		return nil, w.addOne(dir)
@@ -163,18 +159,14 @@ func (w *watch) translate(ev fsnotify.Event) ([]*pb.FilesystemEvent, error) {
 // descend watches a directory that has just appeared and tells what was put
 // into it before the watch was there.
 func (w *watch) descend(dir string) ([]*pb.FilesystemEvent, error) {
-	var found []string
-	err := w.user.as(func() error {
-		fi, err := os.Lstat(dir)
-		if err != nil || !fi.IsDir() {
-			return nil // a file, or gone again
-		}
-		found, err = w.add(dir)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
-			return nil
-		}
-		return err
-	})
+	fi, err := os.Lstat(dir)
+	if err != nil || !fi.IsDir() {
+		return nil, nil // a file, or gone again
+	}
+	found, err := w.add(dir)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		err = nil
+	}
 	var out []*pb.FilesystemEvent
 	for _, f := range found {
 		if len(w.seen) < maxQueued {
@@ -194,14 +186,10 @@ func (w *watch) event(name string, as pb.EventType) *pb.FilesystemEvent {
 	if !w.entries {
 		return ev
 	}
-	_ = w.user.as(func() error {
-		e, err := entryOf(name, w.names)
-		if err == nil {
-			e.Path = utf8(filepath.Join(w.path, rel))
-			ev.Entry = e
-		}
-		return nil // gone or not to be seen: the event stands alone
-	})
+	if e, err := entryOf(name, w.names); err == nil { // else it is gone: the event stands alone
+		e.Path = utf8(filepath.Join(w.path, rel))
+		ev.Entry = e
+	}
 	return ev
 }
 

@@ -323,15 +323,33 @@ func (s *live) hostile(t *testing.T) {
 			t.Errorf("%s: %s, want %s", command, got, want)
 		}
 	}
-	// Links to what is the agent's or root's lead nowhere for a user's request.
+	// What is the agent's is nobody's, and links that a program laid lend no rights.
 	run(t, sb, "ln -s /proc/self/environ own; ln -s /proc/self/mem mem; ln -s /etc/shadow shadow; ln -s /root secret; mkfifo fifo", 0)
-	for _, path := range []string{"own", "mem", "shadow", "secret/x", "fifo", "/proc/self/root/etc/shadow", "/dev/zero"} {
-		if body, err := sb.Files.Read(t.Context(), path); err == nil {
+	for path, kinds := range map[string]string{
+		"own": "rw", "mem": "rw", "/proc/1/environ": "rw", "/proc/self/environ": "rw", "/proc/self/root/proc/1/environ": "rw", "/proc/thread-self/maps": "rw",
+		"fifo": "rw", "/dev/zero": "rw", "shadow": "w", "secret/x": "rw",
+	} {
+		if body, err := sb.Files.Read(t.Context(), path); strings.Contains(kinds, "r") && err == nil {
 			t.Errorf("read %s: %d bytes", path, len(body))
 		}
-		if err := sb.Files.Write(t.Context(), path, strings.NewReader("evil")); err == nil {
+		if err := sb.Files.Write(t.Context(), path, strings.NewReader("evil")); strings.Contains(kinds, "w") && err == nil {
 			t.Errorf("wrote %s", path)
 		}
+	}
+	agent := run(t, sb, "sudo readlink /proc/1/exe", 0)
+	if err := sb.Files.Write(t.Context(), agent, strings.NewReader("evil")); err == nil {
+		t.Errorf("wrote %s", agent)
+	}
+	if err := sb.Files.Remove(t.Context(), agent); err == nil {
+		t.Errorf("removed %s", agent)
+	}
+	// A program with set-user-ID that is overwritten is root's no more.
+	run(t, sb, "sudo cp /bin/true /usr/local/bin/tool && sudo chmod 4755 /usr/local/bin/tool", 0)
+	if err := sb.Files.Write(t.Context(), "/usr/local/bin/tool", strings.NewReader("#!/bin/sh")); err != nil {
+		t.Error(err)
+	}
+	if got := run(t, sb, "stat -c '%U %a' /usr/local/bin/tool", 0); got != "user 755" {
+		t.Errorf("an overwritten program is %s", got)
 	}
 	// A link that changes between a look and the use never lends root's rights.
 	p, err := sb.Commands.Start(t.Context(), "touch good; while :; do ln -sfn /home/user/good race; ln -sfn /etc/hostname.evil race; done", client.RunOptions{})

@@ -119,6 +119,30 @@ const scenarios = {
       assert.equal((await s.commands.run("pgrep -cf 'sleep 500'")).stdout.trim() >= 1, true)
     })
   },
+
+  async 'files go where the user has no rights, and become his'() {
+    await withSandbox(async (s) => {
+      for (const path of ['/app/x.txt', '/workspace/deep/x.txt', '/data/x', '/etc/x', '/opt/x']) {
+        await s.files.write(path, 'one')
+        await s.files.write(path, 'two')
+        assert.equal(await s.files.read(path), 'two')
+        assert.equal((await run(s, `stat -c %U ${path} && echo more >>${path}`)).stdout, 'user\n')
+      }
+      assert.equal(await s.files.makeDir('/srv/a/b'), true)
+      assert.equal((await run(s, 'stat -c %U /srv/a /srv/a/b')).stdout, 'user\nuser\n')
+      await s.files.rename('/app/x.txt', '/srv/y')
+      await s.files.remove('/srv/y')
+      assert.match(await s.files.read('/etc/shadow'), /root:/)
+
+      const events = []
+      const watch = await s.files.watchDir('/app', (e) => void events.push(e))
+      await s.files.write('/app/new', 'small')
+      await until(() => events.length >= 3)
+      await new Promise((r) => setTimeout(r, 300))
+      await watch.stop()
+      assert.deepEqual(events.map((e) => `${e.type} ${e.name}`), ['create new', 'chmod new', 'write new'])
+    })
+  },
 }
 
 // ---- run

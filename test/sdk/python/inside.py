@@ -133,6 +133,36 @@ def killing_a_terminal_ends_its_session_not_a_daemon():
         assert int(s.commands.run("pgrep -cf 'sleep 500'").stdout) >= 1
 
 
+@scenario
+def files_go_where_the_user_has_no_rights_and_become_his():
+    with sandbox() as s:
+        for path in ("/app/x.txt", "/workspace/deep/x.txt", "/data/x", "/etc/x", "/opt/x"):
+            s.files.write(path, "one")
+            s.files.write(path, "two")
+            assert s.files.read(path) == "two"
+            assert run(s, f"stat -c %U {path} && echo more >>{path}").stdout == "user\n", path
+        assert s.files.make_dir("/srv/a/b")
+        assert run(s, "stat -c %U /srv/a /srv/a/b").stdout == "user\nuser\n"
+        s.files.rename("/app/x.txt", "/srv/y")
+        s.files.remove("/srv/y")
+        assert "root:" in s.files.read("/etc/shadow")
+
+        watch = s.files.watch_dir("/app")
+        s.files.write("/app/new", "small")
+        events = []
+
+        def told():
+            events.extend(watch.get_new_events())
+            return len(events) >= 3
+
+        until(told)
+        time.sleep(0.3)
+        told()
+        watch.stop()
+        got = [f"{e.type.value if hasattr(e.type, 'value') else e.type} {e.name}" for e in events]
+        assert got == ["create new", "chmod new", "write new"], got
+
+
 def main():
     failed = 0
     for f in scenarios:
