@@ -96,11 +96,11 @@ func TestNamesAsProgramsSendThem(t *testing.T) {
 	for name, a := range attempts {
 		switch {
 		case !asked[name] && !allowed[name]:
-			t.Logf("%s does not take the spelling %q: %s", a.program, a.spelling, strings.TrimSpace(tail(a.outcome.output)))
+			t.Logf("%s does not take the spelling %q: %s", a.program, a.spelling, strings.TrimSpace(tail(a.outcome.Output)))
 		case !allowed[name]:
-			t.Errorf("%s, %s: %s was not reached: exit %d\n%s", a.program, a.spelling, name, a.outcome.Exit, a.outcome.output)
+			t.Errorf("%s, %s: %s was not reached: exit %d\n%s", a.program, a.spelling, name, a.outcome.Exit, a.outcome.Output)
 		case a.http && a.outcome.Exit != 0 && a.program != "apt" && a.program != "cargo": // they find no package there
-			t.Errorf("%s, %s: exit %d\n%s", a.program, a.spelling, a.outcome.Exit, a.outcome.output)
+			t.Errorf("%s, %s: exit %d\n%s", a.program, a.spelling, a.outcome.Exit, a.outcome.Output)
 		}
 	}
 }

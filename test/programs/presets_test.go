@@ -13,13 +13,21 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/cordonhq/cordon/client"
 )
@@ -47,8 +55,11 @@ func installations() []installation {
 			tools + "/rust/bin/cargo", []string{"index.crates.io", "static.crates.io"}},
 		{"go", "go", "printf 'module x\\n\\ngo 1.21\\n\\nrequire small.test/small v1.0.0\\n' >go.mod; GONOSUMDB='small.test/*' go mod download && test -e gopath/pkg/mod/small.test/small@v1.0.0/small.go",
 			tools + "/go/bin/go", []string{"proxy.golang.org", "storage.googleapis.com"}},
-		{"debian", "apt, http", debianScript("http"), "", []string{"deb.debian.org"}},
-		{"apt", "apt, https", debianScript("https"), "", []string{"deb.debian.org"}},
+		{"debian", "apt, http", debianScript("http://deb.debian.org/debian"), "", []string{"deb.debian.org"}},
+		{"apt", "apt, https", debianScript("https://deb.debian.org/debian"), "", []string{"deb.debian.org"}},
+		{"ubuntu", "apt, Ubuntu", debianScript("http://archive.ubuntu.com/ubuntu"), "", []string{"archive.ubuntu.com"}},
+		{"huggingface", "huggingface_hub", python(`from huggingface_hub import hf_hub_download; assert open(hf_hub_download("small/small", "model")).read() == "model"`), "", []string{"huggingface.co", "*.hf.co"}},
+		{"dockerhub", "an image", "TOOLS/bin/puller small/small", tools + "/bin/puller", []string{"index.docker.io", "auth.docker.io", "production.cloudflare.docker.com"}},
 		{"maven", "mvn", pom + "keytool -importcert -noprompt -alias lab -file TOOLS/../ca.pem -keystore trust.p12 -storetype PKCS12 -storepass changeit >/dev/null 2>&1; " +
 			"MAVEN_OPTS='-Djavax.net.ssl.trustStore=trust.p12 -Djavax.net.ssl.trustStorePassword=changeit' /usr/share/maven/bin/mvn -B -q -Dmaven.repo.local=repo validate && test -e repo/org/small/small/1.0/small-1.0.pom",
 			"/usr/share/maven/bin/mvn", []string{"repo.maven.apache.org"}},
@@ -59,9 +70,9 @@ func installations() []installation {
 }
 
 // debianScript installs as far as a user without root gets: the index and the package.
-func debianScript(scheme string) string {
+func debianScript(archive string) string {
 	options := "-o Dir::State=$PWD/r -o Dir::State::status=$PWD/r/status -o Dir::Cache=$PWD/r -o Dir::Etc=$PWD/r/etc -o Dir::Etc::sourcelist=$PWD/r/list -o Debug::NoLocking=1 -o APT::Update::Error-Mode=any -o APT::Architecture=amd64"
-	return "mkdir -p r/lists/partial r/archives/partial r/etc; touch r/status; echo 'deb [trusted=yes] " + scheme + "://deb.debian.org/debian stable main' >r/list; " +
+	return "mkdir -p r/lists/partial r/archives/partial r/etc; touch r/status; echo 'deb [trusted=yes] " + archive + " stable main' >r/list; " +
 		"apt-get " + options + " update && apt-get " + options + " download small && test -s small_1.0_all.deb"
 }
 
@@ -91,13 +102,13 @@ func TestPresetsInstall(t *testing.T) {
 				t.Fatal(err)
 			}
 			if o.Exit != 0 {
-				t.Errorf("exit %d after %.1f s:\n%s", o.Exit, o.Seconds, o.output)
+				t.Errorf("exit %d after %.1f s:\n%s", o.Exit, o.Seconds, o.Output)
 			}
 			m.reached(t, in)
 			for _, url := range []string{"https://denied.test/", "https://upload.pypi.org/", "http://denied.test/"} {
 				o, err := m.run("other", "curl -fsS --max-time 20 "+url, limit)
 				if err != nil || o.Exit == 0 {
-					t.Errorf("%s is reached under preset:%s: %v %s", url, in.preset, err, o.output)
+					t.Errorf("%s is reached under preset:%s: %v %s", url, in.preset, err, o.Output)
 				}
 			}
 			if seen := m.lab.Recorder().Since(mark); seen.Err() != nil || seen.AskedFor("denied.test") || seen.AskedFor("upload.pypi.org") {
@@ -175,9 +186,59 @@ func registries(t *testing.T, m *machine) {
 	parent := "<project><modelVersion>4.0.0</modelVersion><groupId>org.small</groupId><artifactId>small</artifactId><version>1.0</version><packaging>pom</packaging></project>"
 	site("repo.maven.apache.org", map[string][]byte{"/maven2/org/small/small/1.0/small-1.0.pom": []byte(parent),
 		"/maven2/org/small/small/1.0/small-1.0.pom.sha1": fmt.Appendf(nil, "%x", sha1.Sum([]byte(parent)))}) //nolint:gosec // as Maven has it
-	site("deb.debian.org", debian(t))
+	site("deb.debian.org", debian(t, "/debian"))
+	site("archive.ubuntu.com", debian(t, "/ubuntu"))
 	site("debian.map.fastlydns.net", map[string][]byte{})
 	github(t, m)
+	huggingface(m)
+	dockerhub(t, m)
+}
+
+// huggingface plays the Hub: a file there is a redirect to its storage.
+func huggingface(m *machine) {
+	m.lab.Site("huggingface.co", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/small/small/resolve/main/model" {
+			http.NotFound(w, r)
+			return
+		}
+		w.Header().Set("X-Repo-Commit", strings.Repeat("a", 40))
+		w.Header().Set("X-Linked-Etag", `"model"`)
+		w.Header().Set("X-Linked-Size", "5")
+		http.Redirect(w, r, "https://us.aws.cdn.hf.co/small?Signature=x", http.StatusFound)
+	}))
+	m.lab.Site("us.aws.cdn.hf.co", static(map[string][]byte{"/small": []byte("model")}))
+}
+
+// dockerhub plays the registry with one image: a token from one host, blobs from another.
+func dockerhub(t *testing.T, m *machine) {
+	t.Helper()
+	img, err := random.Image(1024, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	push := httptest.NewServer(store)
+	defer push.Close()
+	ref, err := name.ParseReference(strings.TrimPrefix(push.URL, "http://") + "/small/small:latest")
+	if err == nil {
+		err = remote.Write(ref, img)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.lab.Site("auth.docker.io", static(map[string][]byte{"/token": []byte(`{"token":"small"}`)}))
+	m.lab.Site("index.docker.io", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Header.Get("Authorization") != "Bearer small":
+			w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.docker.io/token",service="registry.docker.io"`)
+			w.WriteHeader(http.StatusUnauthorized)
+		case strings.Contains(r.URL.Path, "/blobs/"):
+			http.Redirect(w, r, "https://production.cloudflare.docker.com"+r.URL.Path+"?verify=x", http.StatusTemporaryRedirect)
+		default:
+			store.ServeHTTP(w, r)
+		}
+	}))
+	m.lab.Site("production.cloudflare.docker.com", store)
 }
 
 // github plays a repository for git's dumb protocol, its archive and a release.
@@ -198,7 +259,7 @@ func github(t *testing.T, m *machine) {
 }
 
 // debian is an archive with one package.
-func debian(t *testing.T) map[string][]byte {
+func debian(t *testing.T, base string) map[string][]byte {
 	t.Helper()
 	root := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(root, "DEBIAN"), 0o755); err != nil {
@@ -219,8 +280,8 @@ func debian(t *testing.T) map[string][]byte {
 	packages := fmt.Appendf(nil, "%sFilename: pool/small_1.0_all.deb\nSize: %d\nMD5sum: %x\nSHA256: %x\n", control, len(deb), md5.Sum(deb), sha256.Sum256(deb)) //nolint:gosec // as Debian has it
 	release := fmt.Appendf(nil, "Origin: Debian\nSuite: stable\nCodename: stable\nDate: Tue, 01 Dec 2026 00:00:00 UTC\nArchitectures: all amd64\nComponents: main\nSHA256:\n %x %d main/binary-amd64/Packages\n %[1]x %d main/binary-all/Packages\n",
 		sha256.Sum256(packages), len(packages), len(packages))
-	return map[string][]byte{"/debian/dists/stable/Release": release, "/debian/dists/stable/main/binary-amd64/Packages": packages,
-		"/debian/dists/stable/main/binary-all/Packages": packages, "/debian/pool/small_1.0_all.deb": deb}
+	return map[string][]byte{base + "/dists/stable/Release": release, base + "/dists/stable/main/binary-amd64/Packages": packages,
+		base + "/dists/stable/main/binary-all/Packages": packages, base + "/pool/small_1.0_all.deb": deb}
 }
 
 // static serves files by path; a path with more behind a query is the same.

@@ -90,7 +90,7 @@ type outcome struct {
 	Exit    int     `json:"exit"`    // 124: it was ended after the limit
 	Words   string  `json:"words"`   // the line that tells most
 	Tries   int     `json:"tries"`   // questions, connections or requests that were denied
-	output  string
+	Output  string  `json:"output"`  // the end of it
 	host    string
 }
 
@@ -118,7 +118,7 @@ func (m *machine) run(name, script string, limit time.Duration) (outcome, error)
 	if !ok || err != nil || err2 != nil {
 		return outcome{}, fmt.Errorf("the run of %s printed %q %q, %s", name, r.Stdout, r.Stderr, r.Status)
 	}
-	return outcome{Seconds: float64(took) / 1000, Exit: exit, output: output}, nil
+	return outcome{Seconds: float64(took) / 1000, Exit: exit, Output: output}, nil
 }
 
 // rules replaces the sandbox's rules.
