@@ -252,6 +252,9 @@ type CreateOptions struct {
 	// AutoPause pauses rather than kills when the time is over; AutoResume then
 	// resumes when a request arrives.
 	AutoPause, AutoResume bool
+	// AutoResumeOn says what resumes it: "any" or empty, "requests" (no upgrades), or
+	// "header" (requests with the header Cordon-Wake).
+	AutoResumeOn string
 	// IdleTimeout makes every request move the end of the sandbox's life to at least
 	// so long from then; whole seconds. 0: only Timeout counts.
 	IdleTimeout time.Duration
@@ -260,7 +263,8 @@ type CreateOptions struct {
 // Create starts a sandbox and returns when it runs and its rules are in force.
 func (cl *Client) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
 	type autoResume struct {
-		Enabled bool `json:"enabled"`
+		Enabled bool   `json:"enabled"`
+		On      string `json:"on,omitempty"`
 	}
 	in := struct {
 		TemplateID string            `json:"templateID,omitempty"`
@@ -271,7 +275,7 @@ func (cl *Client) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		AutoPause  bool              `json:"autoPause"`
 		AutoResume autoResume        `json:"autoResume"`
 		Idle       int64             `json:"idleTimeout,omitempty"`
-	}{o.Template, seconds(o.Timeout), o.Metadata, o.Env, o.Network, o.AutoPause, autoResume{o.AutoResume}, seconds(o.IdleTimeout)}
+	}{o.Template, seconds(o.Timeout), o.Metadata, o.Env, o.Network, o.AutoPause, autoResume{o.AutoResume, o.AutoResumeOn}, seconds(o.IdleTimeout)}
 	var out control.Sandbox
 	if _, err := cl.do(ctx, call{method: http.MethodPost, path: "/v2/sandboxes", in: in, out: &out}); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)

@@ -421,8 +421,10 @@ func (s *server) makeIngress(ctx context.Context) (err error) {
 	}
 	s.ingress, err = ingress.New(ingress.Config{
 		Domains: s.cfg.allDomains(), Custom: s.custom, Challenge: s.challenge(), HSTS: s.cfg.TLS.HSTS,
-		Lookup:         s.target,
-		Wake:           func(ctx context.Context, id string) error { return s.manager.Wake(ctx, sandbox.ID(id)) },
+		Lookup: s.target,
+		Wake: func(ctx context.Context, id string, by ingress.Waker) error {
+			return s.manager.Wake(ctx, sandbox.ID(id), sandbox.Waker(by))
+		},
 		Traffic:        func(id string) { s.manager.Touch(context.WithoutCancel(ctx), sandbox.ID(id)) },
 		Inside:         func(src netip.Addr) (netip.Addr, bool) { return sandboxBehind(src, s.cfg.Network.Subnet4) },
 		TrustedProxies: proxies, ProxyProtocol: s.cfg.Listen.ProxyProtocol, LogRequests: s.cfg.Log.Requests,
@@ -483,7 +485,7 @@ func (s *server) target(id string) (*ingress.Target, bool) {
 		ID: id, State: state, Addr: rec.Lease.Addr4.Addr(), AgentPort: sandbox.AgentPort,
 		DialLoopback: func(ctx context.Context, port uint16) (net.Conn, error) { return s.agents.DialPort(ctx, addr, port) },
 		Public:       rec.Public(), TrafficToken: rec.TrafficToken, MaskHost: rec.MaskRequestHost, MaskOrigin: rec.MaskOrigin, HTTPSPorts: rec.HTTPSPorts,
-		AutoResume: rec.AutoResume, TrafficExtends: rec.IdleTimeout > 0, Done: ep.Done,
+		AutoResume: rec.AutoResume, WakeOn: ingress.WakeOn(rec.AutoResumeOn), TrafficExtends: rec.IdleTimeout > 0, Done: ep.Done,
 		AccessToken: rec.AccessToken, Owner: rec.Owner, AllowIn: rec.AllowIn,
 		LinkKey: rec.LinkKey, Link: rec.HasLink,
 	}, true

@@ -65,6 +65,7 @@ func createCommand(a *app) *cobra.Command {
 	f.DurationVar(&o.IdleTimeout, "idle-timeout", 0, "requests move the end of its life to at least this long from then")
 	f.BoolVar(&o.AutoPause, "auto-pause", false, "pause it rather than kill it when its time is over")
 	f.BoolVar(&o.AutoResume, "auto-resume", false, "resume it when a request arrives")
+	f.StringVar(&o.AutoResumeOn, "auto-resume-on", "", "what resumes it: any, requests (no upgrades) or header (Cordon-Wake) (default any)")
 	f.StringVar(&o.Network.MaskRequestHost, "mask-host", "", "the Host its services see; ${PORT} stands for the port")
 	f.IntSliceVar(&o.Network.HTTPSPorts, "https-port", nil, "port whose service speaks HTTPS itself")
 	f.BoolVar(&o.Network.MaskOrigin, "mask-origin", false, "its services see an Origin of their own URL as that of --mask-host")

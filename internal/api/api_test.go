@@ -185,7 +185,7 @@ func TestCreateAnswersWhatTheSDKsNeed(t *testing.T) {
 func TestCreatePassesOnWhatWasAsked(t *testing.T) {
 	yes, no := true, false
 	b := newBench(t)
-	b.create(`{"templateID":"base","timeout":60,"metadata":{"a":"1"},"envVars":{"K":"v=w"},"autoPause":true,"autoResume":{"enabled":true},
+	b.create(`{"templateID":"base","timeout":60,"metadata":{"a":"1"},"envVars":{"K":"v=w"},"autoPause":true,"autoResume":{"enabled":true,"on":"requests"},
 		"allow_internet_access":false,
 		"network":{"allowOut":["1.1.1.1","*.example.com"],"denyOut":["0.0.0.0/0"],"allowPublicTraffic":false,
 			"maskRequestHost":"localhost:${PORT}","maskOrigin":true,"httpsPorts":[8443],"dns":"open","onDeny":"explain","mode":"observe","allow_internet_access":true}}`)
@@ -194,7 +194,7 @@ func TestCreatePassesOnWhatWasAsked(t *testing.T) {
 		Owner: b.userID, Template: "base", Timeout: time.Minute,
 		Metadata: map[string]string{"a": "1"}, EnvVars: map[string]string{"K": "v=w"},
 		AllowPublicTraffic: &no, MaskRequestHost: "localhost:${PORT}", MaskOrigin: true, HTTPSPorts: []uint16{8443},
-		OnTimeout: sandbox.PauseOnTimeout, AutoResume: true, Secure: true,
+		OnTimeout: sandbox.PauseOnTimeout, AutoResume: true, AutoResumeOn: sandbox.PlainRequests, Secure: true,
 	}
 	want.Egress.AllowOut = []string{"1.1.1.1", "*.example.com"}
 	want.Egress.DenyOut = []string{"0.0.0.0/0"}
@@ -236,6 +236,8 @@ func TestCreateRefuses(t *testing.T) {
 		{"a domain without deny-all", `{"network":{"allowOut":["example.com"]}}`, 400,
 			"When specifying allowed domains in allow out, you must include 'ALL_TRAFFIC' in deny out to block all other traffic."},
 		{"an unknown DNS mode", `{"network":{"dns":"maybe"}}`, 400, `network.dns is "maybe"`},
+		{"what resumes it", `{"autoResume":{"enabled":true,"on":"sunrise"}}`, 400, `autoResume.on is "sunrise": use any, requests or header`},
+		{"what resumes it, in metadata", `{"metadata":{"cordon.autoResumeOn":"sunrise"}}`, 400, `metadata.cordon.autoResumeOn is "sunrise"`},
 		{"a mask with another scheme", `{"network":{"maskRequestHost":"https://localhost"}}`, 400, "mask request host is not valid: https://localhost"},
 		{"an invalid mask", `{"network":{"maskRequestHost":"a b"}}`, 400, "mask request host is not valid: a b"},
 		{"rules", `{"network":{"rules":{"a.com":[{}]}}}`, 501, "network.rules is not supported"},

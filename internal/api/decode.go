@@ -52,6 +52,10 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 	if err := sandbox.ValidMaskHost(mask); err != nil {
 		return none, err
 	}
+	wakeOn, err := autoResumeOn(b)
+	if err != nil {
+		return none, err
+	}
 	httpsPorts, err := sandbox.ParseHTTPSPorts(b.Network.HttpsPorts)
 	if err != nil {
 		return none, err
@@ -83,6 +87,7 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 		OnTimeout:          sandbox.KillOnTimeout,
 		AllowIn:            sources,
 		AutoResume:         b.AutoResume.Enabled,
+		AutoResumeOn:       wakeOn,
 		IdleTimeout:        idle,
 		Secure:             b.Secure == nil || *b.Secure,
 	}
@@ -90,6 +95,14 @@ func createRequest(b *control.NewSandbox) (sandbox.CreateRequest, error) {
 		req.OnTimeout = sandbox.PauseOnTimeout
 	}
 	return req, nil
+}
+
+// autoResumeOn reads what resumes a sandbox, from its field or the metadata.
+func autoResumeOn(b *control.NewSandbox) (sandbox.AutoResumeOn, error) {
+	if b.AutoResume.On != "" {
+		return sandbox.ParseAutoResumeOn("autoResume.on", b.AutoResume.On)
+	}
+	return sandbox.ParseAutoResumeOn("metadata."+sandbox.AutoResumeOnKey, b.Metadata[sandbox.AutoResumeOnKey])
 }
 
 // egressOf reads the egress half of network rules.

@@ -77,7 +77,7 @@ func (s *server) detailOf(rec *sandbox.Record) control.SandboxDetail {
 		Network:             networkOf(rec),
 		Lifecycle: control.Lifecycle{
 			OnTimeout:  control.LifecycleOnTimeout(rec.OnTimeout),
-			AutoResume: rec.AutoResume, IdleTimeout: int64(rec.IdleTimeout / time.Second),
+			AutoResume: rec.AutoResume, AutoResumeOn: string(rec.AutoResumeOn), IdleTimeout: int64(rec.IdleTimeout / time.Second),
 		},
 	}
 }

@@ -326,6 +326,12 @@ func (s *server) ListEvents(ctx context.Context, r control.ListEventsRequestObje
 			EventID: e.ID, RecordAt: e.Time.Unix(), TemplateID: e.Template, TemplateName: e.Template,
 			SandboxID: string(e.Sandbox), EventName: e.Name, State: string(e.State), ErrorMsg: e.Detail,
 		}
+		if by := e.By; by != nil {
+			out.Items[i].WokenBy = control.Waker{Method: by.Method, Path: by.Path, Port: int(by.Port), Upgrade: by.Upgrade}
+			if by.Source.IsValid() {
+				out.Items[i].WokenBy.Source = by.Source.String()
+			}
+		}
 	}
 	return out, nil
 }

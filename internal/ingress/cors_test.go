@@ -15,7 +15,7 @@ import (
 func TestAPreflightNeedsNoToken(t *testing.T) {
 	var woken atomic.Int32
 	l := newLab(t, func(c *Config) {
-		c.Wake = func(context.Context, string) error { woken.Add(1); return nil }
+		c.Wake = func(context.Context, string, Waker) error { woken.Add(1); return nil }
 	})
 	a := l.sandbox(idA, linked, func(x *Target) { x.AutoResume = true })
 	var reached atomic.Int32

@@ -182,7 +182,7 @@ func private(name string) bool {
 	}
 	switch name {
 	case "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded-Port", "X-Forwarded-Server",
-		"X-Forwarded-Scheme", "X-Forwarded-Ssl", "X-Real-Ip", "Forwarded", tokenHeader:
+		"X-Forwarded-Scheme", "X-Forwarded-Ssl", "X-Real-Ip", "Forwarded", tokenHeader, wakeHeader:
 		return true
 	}
 	return false

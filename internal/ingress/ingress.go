@@ -41,8 +41,9 @@ type Config struct {
 	// Redirect, and reports whether it did. May be nil.
 	Challenge func(w http.ResponseWriter, r *http.Request) bool
 	// Wake brings a paused sandbox back; Lookup returns it running afterwards. It
-	// is called once for all requests that wait. Nil means that none is woken.
-	Wake func(ctx context.Context, id string) error
+	// is called once for all requests that wait, with the first. Nil means that none
+	// is woken.
+	Wake func(ctx context.Context, id string, by Waker) error
 	// Traffic is called when a request to a sandbox begins or ends whose life
 	// traffic extends; see Target.TrafficExtends. May be nil.
 	Traffic func(id string)
@@ -123,6 +124,7 @@ type Target struct {
 	MaskOrigin bool
 	HTTPSPorts []uint16 // whose services speak TLS themselves
 	AutoResume bool     // traffic wakes it when it is paused
+	WakeOn     WakeOn   // which traffic does
 	// TrafficExtends makes requests call Config.Traffic.
 	TrafficExtends bool
 	// Done is closed when the sandbox is killed or paused: its connections are
@@ -304,7 +306,12 @@ func (v *visit) sandbox(to route) {
 		return
 	}
 	if t.State != Running {
-		if t, refused = v.in.wake(v.r.Context(), t); refused != nil {
+		by := v.waker(to)
+		if t.AutoResume && !t.wakes(by, v.r.Header.Get(wakeHeader) != "") {
+			v.refuse(asleep(t.ID, t.WakeOn))
+			return
+		}
+		if t, refused = v.in.wake(v.r.Context(), t, by); refused != nil {
 			v.refuse(refused)
 			return
 		}

@@ -108,6 +108,17 @@ func wakeFailed(id string, retry time.Duration) *refusal {
 		title: "The sandbox could not be resumed", hint: "It is paused and kept as it was. Try again in a moment."}
 }
 
+// asleep says what would wake the sandbox.
+func asleep(id string, on WakeOn) *refusal {
+	f := &refusal{Code: http.StatusServiceUnavailable, Sandbox: id, Message: "The sandbox is paused, and only requests with the header Cordon-Wake resume it", title: "The sandbox is paused",
+		hint: "Its owner chose that ordinary requests do not resume it. Resume it, or send the header Cordon-Wake."}
+	if on == OnRequests {
+		f.Message = "The sandbox is paused, and upgrades such as WebSockets do not resume it"
+		f.hint = "Its owner chose that only requests resume it. Load the page again."
+	}
+	return f
+}
+
 func notListed(id string) *refusal {
 	return &refusal{Code: http.StatusForbidden, Sandbox: id, Message: "The sandbox accepts requests from listed addresses only, and yours is not in network.allowIn",
 		title: "Your address is not allowed", hint: "The sandbox answers only clients in its list of addresses. Ask its owner to add yours."}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/ingress/relay"
@@ -89,10 +90,14 @@ func (v *named) lookup(name string) place {
 		return place{}
 	}
 	t, ok := v.in.cfg.Lookup(p.id)
-	if !ok || !v.mayAsk(t, p.port) || t.State != Running && !t.AutoResume {
+	if !ok || !v.mayAsk(t, p.port) || t.State != Running && (!t.AutoResume || !t.wakes(v.waker(), false)) {
 		return place{}
 	}
 	return p
+}
+
+func (v *named) waker() Waker {
+	return Waker{Method: http.MethodConnect, Source: v.from.addr, Port: v.to.port, Upgrade: true}
 }
 
 // mayAsk is what admit is to requests.
@@ -107,8 +112,12 @@ func (v *named) carry(ctx context.Context, conn *tls.Conn) (err error) {
 		return errNoName
 	}
 	if t.State != Running {
+		by := v.waker()
+		if !t.wakes(by, false) {
+			return errNoName
+		}
 		var refused *refusal
-		if t, refused = v.in.wake(ctx, t); refused != nil {
+		if t, refused = v.in.wake(ctx, t, by); refused != nil {
 			return errors.New(refused.Message)
 		}
 	}

@@ -3,7 +3,10 @@ package ingress
 import (
 	"context"
 	"errors"
+	"net/http"
+	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -45,6 +48,7 @@ type setback struct {
 // wakeCall is one waking that any number of requests wait for.
 type wakeCall struct {
 	id, owner string
+	by        Waker // the first request
 	done      chan struct{}
 	err       error // valid when done is closed
 	waiting   int   // requests; guarded by wakes.mu
@@ -55,12 +59,56 @@ func newWakes(limit int) *wakes {
 	return &wakes{limit: limit, calls: map[string]*wakeCall{}, owners: map[string]*share{}, failed: map[string]setback{}}
 }
 
+// WakeOn says which traffic wakes a paused sandbox.
+type WakeOn string
+
+// What wakes. A page that is open somewhere opens its WebSocket again and again, so
+// that a sandbox which it wakes never sleeps.
+const (
+	OnAny      WakeOn = ""
+	OnRequests WakeOn = "requests" // no upgrades, no tunnels
+	OnHeader   WakeOn = "header"   // requests with the header Cordon-Wake
+)
+
+// wakeHeader marks requests that are to wake the sandbox; services do not get it.
+const wakeHeader = "Cordon-Wake"
+
+// Waker is the traffic that wakes a sandbox.
+type Waker struct {
+	Method  string // CONNECT for a tunnel that begins without a request
+	Path    string // without the query, which may hold tokens
+	Source  netip.Addr
+	Port    uint16
+	Upgrade bool
+}
+
+// waker describes the request to who has to know what woke the sandbox.
+func (v *visit) waker(to route) (w Waker) {
+	path, _, _ := strings.Cut(to.target, "?")
+	w = Waker{Method: v.r.Method, Path: strings.Clone(path[:min(len(path), longestPath)]), Source: v.caller().addr, Port: to.port}
+	w.Upgrade = v.stream != nil || v.r.Header.Get("Upgrade") != ""
+	return w
+}
+
+// wakes reports whether the traffic wakes the sandbox.
+func (t *Target) wakes(by Waker, marked bool) bool {
+	switch t.WakeOn {
+	case OnAny:
+		return true
+	case OnRequests:
+		return !by.Upgrade && by.Method != http.MethodConnect
+	case OnHeader:
+		return marked
+	}
+	return false
+}
+
 // wake brings a paused sandbox back. Strangers cannot cause it: admit came first.
-func (in *Ingress) wake(ctx context.Context, t *Target) (*Target, *refusal) {
+func (in *Ingress) wake(ctx context.Context, t *Target, by Waker) (*Target, *refusal) {
 	if in.cfg.Wake == nil || !t.AutoResume {
 		return nil, notFound(t.ID)
 	}
-	call, refused := in.joinWake(t)
+	call, refused := in.joinWake(t, by)
 	if refused != nil {
 		return nil, refused
 	}
@@ -98,7 +146,7 @@ func sentence(err error) string {
 }
 
 // joinWake joins or queues the waking of a sandbox.
-func (in *Ingress) joinWake(t *Target) (*wakeCall, *refusal) {
+func (in *Ingress) joinWake(t *Target, by Waker) (*wakeCall, *refusal) {
 	w := in.wakes
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -119,7 +167,7 @@ func (in *Ingress) joinWake(t *Target) (*wakeCall, *refusal) {
 		w.owners[t.Owner] = mine
 	}
 	mine.queued++
-	call := &wakeCall{id: t.ID, owner: t.Owner, done: make(chan struct{}), waiting: 1}
+	call := &wakeCall{id: t.ID, by: by, owner: t.Owner, done: make(chan struct{}), waiting: 1}
 	w.calls[t.ID] = call
 	w.queue = append(w.queue, call)
 	in.startWakes()
@@ -167,7 +215,7 @@ func (in *Ingress) runWake(call *wakeCall) {
 	ctx, cancel := context.WithTimeout(in.base, in.cfg.Limits.WakeTimeout)
 	defer cancel()
 	start := time.Now()
-	call.err = in.cfg.Wake(ctx, call.id)
+	call.err = in.cfg.Wake(ctx, call.id, call.by)
 	if call.err != nil && in.base.Err() == nil {
 		in.log.Warn("sandbox not woken by traffic", "sandbox", call.id, "err", call.err)
 	}
@@ -183,7 +231,7 @@ func (in *Ingress) runWake(call *wakeCall) {
 	}
 	w.mu.Unlock()
 	close(call.done)
-	in.log.Debug("sandbox woken by traffic", "sandbox", call.id, "took", time.Since(start), "err", call.err)
+	in.log.Debug("sandbox woken by traffic", "sandbox", call.id, "method", call.by.Method, "path", call.by.Path, "src", call.by.Source, "took", time.Since(start), "err", call.err)
 }
 
 func (w *wakes) forgetOwner(owner string) {

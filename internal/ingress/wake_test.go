@@ -38,7 +38,7 @@ func (l *lab) woken(id string) {
 func TestStrangersWakeNothing(t *testing.T) {
 	var wakes atomic.Int32
 	l := newLab(t, func(c *Config) {
-		c.Wake = func(context.Context, string) error { wakes.Add(1); return errors.New("no") }
+		c.Wake = func(context.Context, string, Waker) error { wakes.Add(1); return errors.New("no") }
 	})
 	const agent = 49983
 	secured := func(t *Target) { t.AccessToken = "acc" }
@@ -87,12 +87,67 @@ func TestStrangersWakeNothing(t *testing.T) {
 	}
 }
 
+func TestWhatWakesIsTheSandboxsChoice(t *testing.T) {
+	var l *lab
+	var woke atomic.Pointer[Waker]
+	l = newLab(t, func(c *Config) {
+		c.Wake = func(_ context.Context, id string, by Waker) error {
+			woke.Store(&by)
+			l.woken(id)
+			return nil
+		}
+	})
+	a := l.sandbox(idA)
+	port := a.serve(echo)
+	upgrade := []string{"Connection", "Upgrade", "Upgrade", "websocket"}
+	local := netip.MustParseAddr("127.0.0.1")
+	for _, tt := range []struct {
+		name   string
+		on     WakeOn
+		header []string
+		code   int // 200: woken
+		by     Waker
+	}{
+		{"any: a request", OnAny, nil, 200, Waker{"GET", "/a%2Fb", local, uint16(port), false}},
+		{"any: an upgrade", OnAny, upgrade, 200, Waker{"GET", "/a%2Fb", local, uint16(port), true}},
+		{"requests: a request", OnRequests, nil, 200, Waker{"GET", "/a%2Fb", local, uint16(port), false}},
+		{"requests: an upgrade", OnRequests, upgrade, 503, Waker{}},
+		{"header: a request without it", OnHeader, nil, 503, Waker{}},
+		{"header: an upgrade without it", OnHeader, upgrade, 503, Waker{}},
+		{"header: a request with it", OnHeader, []string{"Cordon-Wake", "1"}, 200, Waker{"GET", "/a%2Fb", local, uint16(port), false}},
+		{"header: an empty one", OnHeader, []string{"Cordon-Wake", ""}, 503, Waker{}},
+		{"a choice that this server does not know", "other", nil, 503, Waker{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a.change(paused("k", func(x *Target) { x.WakeOn = tt.on }))
+			woke.Store(nil)
+			resp, body := get(t, l.client(false), "https://"+a.host(port)+"/a%2Fb?secret=1", tt.header...)
+			if resp.StatusCode != tt.code || strings.Contains(body, "cordon-wake=") {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+			var got Waker
+			if by := woke.Load(); by != nil {
+				got = *by
+			}
+			if got != tt.by {
+				t.Errorf("woken by %+v, want %+v", got, tt.by)
+			}
+		})
+	}
+	t.Run("requests: a WebSocket over HTTP/2", func(t *testing.T) {
+		a.change(paused("k", func(x *Target) { x.WakeOn = OnRequests }))
+		if s := dialStream(t, l.h2(t), "https://"+a.host(port)+"/", "websocket"); s.resp.StatusCode != 503 {
+			t.Errorf("got %d", s.resp.StatusCode)
+		}
+	})
+}
+
 func TestManyRequestsWaitForOneWake(t *testing.T) {
 	var l *lab
 	var wakes atomic.Int32
 	gate := make(chan struct{})
 	l = newLab(t, func(c *Config) {
-		c.Wake = func(ctx context.Context, id string) error {
+		c.Wake = func(ctx context.Context, id string, _ Waker) error {
 			wakes.Add(1)
 			<-gate
 			l.woken(id)
@@ -128,7 +183,7 @@ func TestAFailedWakeSaysSoAndBacksOff(t *testing.T) {
 	var wakes atomic.Int32
 	var fail atomic.Pointer[error]
 	l := newLab(t, func(c *Config) {
-		c.Wake = func(context.Context, string) error { wakes.Add(1); return *fail.Load() }
+		c.Wake = func(context.Context, string, Waker) error { wakes.Add(1); return *fail.Load() }
 	})
 	for _, tt := range []struct {
 		name  string
@@ -182,7 +237,7 @@ func TestHostileSandboxesDoNotStarveOthersWakes(t *testing.T) {
 	var hanging, most atomic.Int32
 	l = newLab(t, func(c *Config) {
 		c.Limits.Wakes = 16
-		c.Wake = func(ctx context.Context, id string) error {
+		c.Wake = func(ctx context.Context, id string, _ Waker) error {
 			if strings.HasPrefix(id, "ihostile") {
 				if n := hanging.Add(1); n > most.Load() {
 					most.Store(n)
@@ -244,7 +299,7 @@ func TestTheQueueOfWakesIsBounded(t *testing.T) {
 	gate := make(chan struct{})
 	l := newLab(t, func(c *Config) {
 		c.Limits.Wakes = 1
-		c.Wake = func(context.Context, string) error { <-gate; return errors.New("no") }
+		c.Wake = func(context.Context, string, Waker) error { <-gate; return errors.New("no") }
 	})
 	defer close(gate)
 	ctx, cancel := context.WithCancel(t.Context())

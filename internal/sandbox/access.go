@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"slices"
@@ -148,8 +149,8 @@ func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link str
 }
 
 // Wake resumes a paused sandbox that a request arrived for, for its idle time if it
-// has one.
-func (m *Manager) Wake(ctx context.Context, id ID) error {
+// has one, else for the lifetime it was made with.
+func (m *Manager) Wake(ctx context.Context, id ID, by Waker) error {
 	v, err := m.lookup(id)
 	if err != nil {
 		return err
@@ -157,7 +158,7 @@ func (m *Manager) Wake(ctx context.Context, id ID) error {
 	if !v.rec.AutoResume {
 		return errs.New(errs.Conflict, "Sandbox %q is not resumed by requests", string(id))
 	}
-	_, _, err = m.Connect(ctx, "", id, min(v.rec.IdleTimeout, m.cfg.MaxTimeout))
+	_, _, err = m.connect(ctx, "", id, min(cmp.Or(v.rec.IdleTimeout, v.rec.Timeout), m.cfg.MaxTimeout), &by)
 	return err
 }
 

@@ -200,6 +200,42 @@ func TestTrafficMovesTheEnd(t *testing.T) {
 	})
 }
 
+// A sandbox that a request resumes lives as long as it was made for, and its history
+// says which request it was.
+func TestTrafficResumesForTheSandboxsOwnTime(t *testing.T) {
+	m := newManager(t, newWorld())
+	runManager(t, m)
+	for _, tt := range []struct {
+		name       string
+		idle, want time.Duration
+	}{{"its timeout", 0, 12 * time.Second}, {"its idle time", time.Minute, time.Minute}} {
+		t.Run(tt.name, func(t *testing.T) {
+			rec, err := m.Create(t.Context(), CreateRequest{Owner: "k1", Timeout: 12 * time.Second, IdleTimeout: tt.idle, OnTimeout: PauseOnTimeout, AutoResume: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Pause(t.Context(), "k1", rec.ID); err != nil {
+				t.Fatal(err)
+			}
+			by := Waker{Method: "GET", Path: "/a", Source: netip.MustParseAddr("192.0.2.1"), Port: 3000}
+			if err := m.Wake(t.Context(), rec.ID, by); err != nil {
+				t.Fatal(err)
+			}
+			now, err := m.Get(t.Context(), "k1", rec.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := now.Expires.Sub(now.Started); got != tt.want {
+				t.Errorf("it lives for %v, want %v", got, tt.want)
+			}
+			events, _, err := m.Events(t.Context(), EventsRequest{Owner: "k1", Sandbox: rec.ID, Names: []string{"resume"}, Limit: 10})
+			if err != nil || len(events) != 1 || events[0].By == nil || *events[0].By != by {
+				t.Errorf("got %+v, %v", events, err)
+			}
+		})
+	}
+}
+
 func TestAKeysLimitsAreItsOwn(t *testing.T) {
 	m := newManager(t, newWorld(), func(c *Config) {
 		c.MaxSandboxes, c.MaxPaused = 20, 20

@@ -52,7 +52,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	}
 	undo.Add("sandbox", func(ctx context.Context) error { return m.discard(ctx, up) })
 	rec = newRecord(req, o, up)
-	rec.Expires = began.Add(timeout).UTC()
+	rec.Timeout, rec.Expires = timeout, began.Add(timeout).UTC()
 	rec.Runtime = m.cfg.Runtime.Name()
 	if err := m.claim(ctx, &rec, up, claimed{o.img, compiled}); err != nil {
 		return Record{}, err
@@ -118,7 +118,7 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 		TemplateID: o.img.TemplateID, Template: o.img.Name, ImageRef: o.img.Digest,
 		State: Running, Created: now, Started: now,
 		Metadata: maps.Clone(req.Metadata), EnvVars: maps.Clone(req.EnvVars),
-		OnTimeout: cmp.Or(req.OnTimeout, KillOnTimeout), AutoResume: req.AutoResume,
+		OnTimeout: cmp.Or(req.OnTimeout, KillOnTimeout), AutoResume: req.AutoResume, AutoResumeOn: req.AutoResumeOn,
 		IdleTimeout: req.IdleTimeout,
 		Resources:   up.resources,
 		AllowIn:     slices.Clone(req.AllowIn),

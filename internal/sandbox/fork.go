@@ -104,7 +104,7 @@ func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Durat
 		}
 	}()
 	rec = twinRecord(src, up)
-	rec.Expires = time.Now().Add(d).UTC()
+	rec.Timeout, rec.Expires = d, time.Now().Add(d).UTC()
 	rec.Runtime = m.cfg.Runtime.Name()
 	if err := m.claim(ctx, &rec, up, claimed{o.img, p}); err != nil {
 		return Record{}, err

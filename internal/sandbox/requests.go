@@ -29,6 +29,7 @@ type CreateRequest struct {
 	AllowIn            []netip.Prefix // of ParseSources; nil: everybody
 	OnTimeout          OnTimeout
 	AutoResume         bool
+	AutoResumeOn       AutoResumeOn
 	IdleTimeout        time.Duration // 0: traffic does not move the end of its life
 	Secure             bool          // whether the agent demands an access token
 }
@@ -140,6 +141,31 @@ func ParseHTTPSPorts(ports []int) ([]uint16, error) {
 		out = append(out, uint16(p))
 	}
 	return out, nil
+}
+
+// AutoResumeOn is what resumes a sandbox by itself.
+type AutoResumeOn string
+
+// What may resume a sandbox.
+const (
+	AnyTraffic    AutoResumeOn = ""         // also "any"
+	PlainRequests AutoResumeOn = "requests" // no upgrades, no tunnels
+	MarkedOnly    AutoResumeOn = "header"   // requests that say so
+)
+
+// AutoResumeOnKey is where clients whose create call has no field for it say what
+// resumes a sandbox, in its metadata.
+const AutoResumeOnKey = "cordon.autoResumeOn"
+
+// ParseAutoResumeOn reads what a user wrote in field.
+func ParseAutoResumeOn(field, s string) (AutoResumeOn, error) {
+	switch on := AutoResumeOn(s); on {
+	case AnyTraffic, PlainRequests, MarkedOnly:
+		return on, nil
+	case "any":
+		return AnyTraffic, nil
+	}
+	return "", errs.New(errs.Invalid, "%s is %q: use any, requests or header", field, s)
 }
 
 // MaskOf separates the host of a mask from the "http://" in front of it by which

@@ -13,6 +13,11 @@ import (
 // Connect makes sure a sandbox runs for at least timeout from now (0: the
 // default), resuming it when it is paused. It never shortens the time left.
 func (m *Manager) Connect(ctx context.Context, owner string, id ID, timeout time.Duration) (rec Record, resumed bool, err error) {
+	return m.connect(ctx, owner, id, timeout, nil)
+}
+
+// connect is Connect by a request that arrived for the sandbox, nil for an API call.
+func (m *Manager) connect(ctx context.Context, owner string, id ID, timeout time.Duration, by *Waker) (rec Record, resumed bool, err error) {
 	d, err := m.timeout(timeout)
 	if err != nil {
 		return Record{}, false, err
@@ -24,7 +29,7 @@ func (m *Manager) Connect(ctx context.Context, owner string, id ID, timeout time
 	defer e.op.Unlock()
 	next := *e.view.Load()
 	if next.rec.State == Paused {
-		rec, err := m.resume(ctx, e, next, d)
+		rec, err := m.resume(ctx, e, next, d, by)
 		return rec, true, err
 	}
 	if until := time.Now().Add(d).UTC(); until.After(next.rec.Expires) {
@@ -38,7 +43,7 @@ func (m *Manager) Connect(ctx context.Context, owner string, id ID, timeout time
 
 // resume restores a paused sandbox into a fresh network slot, under its stored
 // rules from the first packet on. When it fails the sandbox stays paused.
-func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Duration) (rec Record, err error) {
+func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Duration, by *Waker) (rec Record, err error) {
 	began, id := time.Now(), next.rec.ID
 	o, err := m.paused(ctx, &next.rec)
 	if err != nil {
@@ -79,7 +84,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 	}
 	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
 	rec = e.view.Load().rec
-	m.event(ctx, &rec, Event{Name: "resume"})
+	m.event(ctx, &rec, Event{Name: "resume", By: by})
 	m.cfg.Log.Info("sandbox resumed", "sandbox", rec.ID, "took", time.Since(began))
 	return rec, nil
 }

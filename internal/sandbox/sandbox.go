@@ -85,6 +85,11 @@ type Record struct {
 	Expires    time.Time         `json:"expires"`
 	OnTimeout  OnTimeout         `json:"onTimeout"`
 	AutoResume bool              `json:"autoResume"`
+	// AutoResumeOn is what resumes it; empty is AnyTraffic.
+	AutoResumeOn AutoResumeOn `json:"autoResumeOn,omitempty"`
+	// Timeout is the lifetime it was made with, and gets when traffic resumes it; 0 in
+	// old records.
+	Timeout time.Duration `json:"timeout,omitempty"`
 	// IdleTimeout is how long it lives from its last traffic on; 0: traffic changes nothing.
 	IdleTimeout time.Duration `json:"idleTimeout,omitempty"`
 	Resources   Resources     `json:"resources"`
@@ -127,4 +132,15 @@ type Event struct {
 	Name   string `json:"name"`
 	State  State  `json:"state"`
 	Detail string `json:"detail,omitempty"`
+	// By is the request that resumed it; nil where an API call did.
+	By *Waker `json:"by,omitempty"`
+}
+
+// Waker is a request that resumes a sandbox.
+type Waker struct {
+	Method  string     `json:"method"`
+	Path    string     `json:"path"` // without the query, which may hold tokens
+	Source  netip.Addr `json:"source"`
+	Port    uint16     `json:"port"`
+	Upgrade bool       `json:"upgrade,omitempty"` // to a protocol such as WebSocket
 }

@@ -452,6 +452,9 @@ type Key struct {
 type Lifecycle struct {
 	AutoResume bool `json:"autoResume"`
 
+	// AutoResumeOn cordon: what resumes it; absent: any request or connection.
+	AutoResumeOn string `json:"autoResumeOn,omitempty,omitzero"`
+
 	// IdleTimeout cordon: seconds; absent when traffic does not move the end.
 	IdleTimeout int64              `json:"idleTimeout,omitempty,omitzero"`
 	OnTimeout   LifecycleOnTimeout `json:"onTimeout"`
@@ -474,6 +477,9 @@ type LifecycleEvent struct {
 	StatusCode   int    `json:"statusCode"`
 	TemplateID   string `json:"templateID"`
 	TemplateName string `json:"templateName"`
+
+	// WokenBy cordon: the request that resumed a sandbox; absent where an API call did.
+	WokenBy Waker `json:"wokenBy,omitempty,omitzero"`
 }
 
 // LifecycleEvents defines model for LifecycleEvents.
@@ -646,6 +652,11 @@ type NewSandbox struct {
 	// AutoResume Resume by itself when a request arrives.
 	AutoResume struct {
 		Enabled bool `json:"enabled,omitempty,omitzero"`
+
+		// On cordon: what resumes it: any (default), requests (no upgrades and no tunnels, so that an
+		// open page with a WebSocket lets it sleep) or header (requests with the header Cordon-Wake).
+		// Clients that know no such field write it into metadata as cordon.autoResumeOn.
+		On string `json:"on,omitempty,omitzero"`
 	} `json:"autoResume,omitempty,omitzero"`
 
 	// EnvVars Environment of every command.
@@ -866,6 +877,22 @@ type Timeout = int64
 
 // Unsupported Part of the dialect that this server does not have; refused unless empty.
 type Unsupported = json.RawMessage
+
+// Waker cordon: the request that resumed a sandbox; absent where an API call did.
+type Waker struct {
+	// Method Of the request; CONNECT for a tunnel without one.
+	Method string `json:"method"`
+
+	// Path Without the query.
+	Path string `json:"path"`
+	Port int    `json:"port"`
+
+	// Source The client's address.
+	Source string `json:"source"`
+
+	// Upgrade Whether it asked for another protocol such as WebSocket.
+	Upgrade bool `json:"upgrade,omitempty,omitzero"`
+}
 
 // Limit defines model for Limit.
 type Limit = int

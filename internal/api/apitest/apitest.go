@@ -94,7 +94,7 @@ func (f *Sandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sandbo
 		OnTimeout: req.OnTimeout, AutoResume: req.AutoResume, IdleTimeout: req.IdleTimeout, AllowIn: req.AllowIn,
 		Resources: sandbox.Resources{CPUs: 2, MemoryMB: 512, DiskMB: 1024},
 		Egress:    req.Egress, Generation: 1,
-		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost, MaskOrigin: req.MaskOrigin, HTTPSPorts: req.HTTPSPorts,
+		AllowPublicTraffic: req.AllowPublicTraffic, MaskRequestHost: req.MaskRequestHost, MaskOrigin: req.MaskOrigin, HTTPSPorts: req.HTTPSPorts, AutoResumeOn: req.AutoResumeOn,
 		ControlToken: "control-secret",
 	}
 	if req.Secure {
