@@ -87,7 +87,33 @@ func (a *Agent) getFiles(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer f.Close()
+	w.Header().Set("Content-Disposition", disposition(path.Base(p)))
 	serveFile(w, r, f, fi)
+}
+
+// disposition names a download (RFC 6266): in quotes for every client, and beside
+// that, where the name needs it, in full (RFC 8187).
+func disposition(name string) string {
+	plain := strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' || strings.ContainsRune(`"\%`, r) {
+			return '_' // clients differ in what they make of these
+		}
+		return r
+	}, name)
+	out := `inline; filename="` + plain + `"`
+	if plain == name {
+		return out
+	}
+	const attrChar = "!#$&+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	var full strings.Builder
+	for _, b := range []byte(utf8(name)) {
+		if strings.IndexByte(attrChar, b) >= 0 {
+			full.WriteByte(b)
+		} else {
+			fmt.Fprintf(&full, "%%%02X", b)
+		}
+	}
+	return out + "; filename*=UTF-8''" + full.String()
 }
 
 // openRegular opens a regular file for reading, without waiting for the other end of

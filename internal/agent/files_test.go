@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"mime"
 	"mime/multipart"
 	"net/http"
 	"net/textproto"
@@ -225,6 +226,45 @@ func TestDownloads(t *testing.T) {
 	if got := h.do("GET", "/files?path=/proc/stat", nil); got.StatusCode != 200 || !strings.HasPrefix(got.body, "cpu") {
 		t.Errorf("a file of procfs: %d %q", got.StatusCode, got.body)
 	}
+}
+
+func TestADownloadHasItsName(t *testing.T) {
+	h := claimed(t)
+	for name, want := range map[string]string{
+		"report.pdf":      `inline; filename="report.pdf"`,
+		"a b;c=d'.txt":    `inline; filename="a b;c=d'.txt"`,
+		"Übersicht 漢.pdf": `inline; filename="_bersicht _.pdf"; filename*=UTF-8''%C3%9Cbersicht%20%E6%BC%A2.pdf`,
+		`q"u\o%te`:        `inline; filename="q_u_o_te"; filename*=UTF-8''q%22u%5Co%25te`,
+		"line\r\nbreak":   `inline; filename="line__break"; filename*=UTF-8''line%0D%0Abreak`,
+		"\xff":            `inline; filename="_"; filename*=UTF-8''%EF%BF%BD`,
+	} {
+		h.put("names/"+name, "x")
+		for _, method := range []string{"GET", "HEAD"} {
+			got := h.do(method, "/files?path="+url.QueryEscape("names/"+name), nil)
+			if header := got.Header.Get("Content-Disposition"); got.StatusCode != 200 || header != want {
+				t.Errorf("%s %q: %d %s, want %s", method, name, got.StatusCode, header, want)
+			}
+			if _, params, err := mime.ParseMediaType(got.Header.Get("Content-Disposition")); err != nil || params["filename"] != strings.ToValidUTF8(name, "\ufffd") {
+				t.Errorf("%q is understood as %q (%v)", name, params["filename"], err)
+			}
+		}
+	}
+	if got := h.do("GET", "/files?path=missing", nil); got.Header.Get("Content-Disposition") != "" {
+		t.Error("what is missing has a name")
+	}
+}
+
+func FuzzDisposition(f *testing.F) {
+	for _, s := range []string{"report.pdf", "", "Ü", "\"", "a\nb", "\xff", "a'b%c"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		got := disposition(name)
+		_, params, err := mime.ParseMediaType(got)
+		if err != nil || params["filename"] != strings.ToValidUTF8(name, "\ufffd") || strings.ContainsAny(got, "\r\n\x00") {
+			t.Errorf("%q: %s: %v", name, got, err)
+		}
+	})
 }
 
 func TestFilesAreReachedWithRootsRightsAndBecomeTheUsers(t *testing.T) {

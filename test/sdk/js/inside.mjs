@@ -143,6 +143,17 @@ const scenarios = {
       assert.deepEqual(events.map((e) => `${e.type} ${e.name}`), ['create new', 'chmod new', 'write new'])
     })
   },
+
+  async 'a download has its name'() {
+    await withSandbox(async (s) => {
+      for (const [name, want] of [['report.pdf', 'inline; filename="report.pdf"'], ['Übersicht.pdf', `inline; filename="_bersicht.pdf"; filename*=UTF-8''%C3%9Cbersicht.pdf`]]) {
+        await s.files.write(name, 'x')
+        const res = await fetch(await s.downloadUrl(name))
+        assert.equal(res.headers.get('content-disposition'), want)
+        assert.equal(await res.text(), 'x')
+      }
+    })
+  },
 }
 
 // ---- run

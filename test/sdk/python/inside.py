@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import urllib.parse
+import urllib.request
 
 SDK = sys.argv[1]
 ONLY = sys.argv[2:]
@@ -161,6 +162,19 @@ def files_go_where_the_user_has_no_rights_and_become_his():
         watch.stop()
         got = [f"{e.type.value if hasattr(e.type, 'value') else e.type} {e.name}" for e in events]
         assert got == ["create new", "chmod new", "write new"], got
+
+
+@scenario
+def a_download_has_its_name():
+    with sandbox() as s:
+        for name, want in (
+            ("report.pdf", 'inline; filename="report.pdf"'),
+            ("Übersicht.pdf", "inline; filename=\"_bersicht.pdf\"; filename*=UTF-8''%C3%9Cbersicht.pdf"),
+        ):
+            s.files.write(name, "x")
+            with urllib.request.urlopen(s.download_url(name)) as res:
+                assert res.headers["Content-Disposition"] == want, res.headers["Content-Disposition"]
+                assert res.read() == b"x"
 
 
 def main():
