@@ -109,6 +109,7 @@ func TestInside(t *testing.T) {
 	t.Run("a large file passes in little memory", s.large)
 	t.Run("programs in the sandbox get nothing from its agent", s.hostile)
 	t.Run("the agent's port is the agent's alone", s.ownPort)
+	t.Run("what a sandbox may not do is no error of the server's", s.quietEnd)
 }
 
 func (s *live) limitsAreSeen(t *testing.T) {
@@ -393,6 +394,35 @@ for family, address in [(socket.AF_INET, a) for a in own + ['127.0.0.1', '0.0.0.
 	for _, at := range []string{"127.0.0.1", own} {
 		if got := run(t, sb, "curl -s -o /dev/null -m 10 -w '%{http_code}' -H 'X-Cordon-Nonce: ABCDEFGHIJKLMNOPQRSTUVWXYZ' http://"+at+":49983/cordon/challenge", 0); got != "404" {
 			t.Errorf("a challenge from inside by %s: %s", at, got)
+		}
+	}
+}
+
+// quietEnd tries sockets that are forbidden, as every user, and ends the sandbox.
+func (s *live) quietEnd(t *testing.T) {
+	sb, err := s.Create(t.Context(), client.CreateOptions{Timeout: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const sockets = `python3 -c "
+import socket
+for family, kind, protocol in [(socket.AF_INET, socket.SOCK_RAW, 1), (socket.AF_INET, socket.SOCK_RAW, 255), (socket.AF_INET6, socket.SOCK_RAW, 58), (socket.AF_PACKET, socket.SOCK_RAW, 768), (socket.AF_PACKET, socket.SOCK_DGRAM, 768)]:
+    try:
+        socket.socket(family, kind, protocol)
+        print('made', family, kind, protocol)
+    except PermissionError:
+        print('refused')
+"`
+	for _, as := range []string{"", "sudo "} {
+		run(t, sb, as+sockets, 0)
+	}
+	if err := sb.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // what is left of it is removed behind the answer
+	for line := range strings.Lines(s.Log(500)) {
+		if strings.Contains(line, "level=ERROR") && strings.Contains(line, sb.ID) {
+			t.Error(line)
 		}
 	}
 }

@@ -509,6 +509,26 @@ func TestBoundDirectoriesShareTheDisk(t *testing.T) {
 	}
 }
 
+func TestLastWordsAreNotLinesOfALog(t *testing.T) {
+	const info = "I1201 14:29:26.886697       1 rate_limited.go:36] A process tried what it may not\n"
+	const crash = "panic: runtime error: index out of range\n\ngoroutine 1 [running]:\nmain.main()\n"
+	for name, c := range map[string]struct{ said, want string }{
+		"nothing":                  {"", ""},
+		"a line":                   {info, ""},
+		"many lines":               {strings.Repeat(info, 1000), ""},
+		"a crash":                  {crash, strings.ReplaceAll(crash, "\n\n", "\n")},
+		"a crash after many lines": {strings.Repeat(info, 1000) + crash, strings.ReplaceAll(crash, "\n\n", "\n")},
+		"a fatal error":            {info + "fatal error: all goroutines are asleep\n", "fatal error: all goroutines are asleep\n"},
+	} {
+		if got := lastWords([]byte(c.said)); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+	if got := lastWords(bytes.Repeat([]byte("goroutine\n"), panicText)); len(got) != panicText {
+		t.Errorf("%d octets of a long one, want %d", len(got), panicText)
+	}
+}
+
 // TestASentrysLastWordsAreLogged makes a sentry panic, by a file too large to
 // export.
 func TestASentrysLastWordsAreLogged(t *testing.T) {

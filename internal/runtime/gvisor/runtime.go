@@ -12,6 +12,7 @@
 package gvisor
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -357,8 +359,28 @@ func (r *Runtime) erase(ctx context.Context, id sandbox.ID) error {
 	return nil
 }
 
-// panicText is how much of a sentry's last words is logged.
-const panicText = 8 << 10
+const (
+	// panicText is how much of a sentry's last words is logged.
+	panicText = 8 << 10
+	// maxSaid is how much of what it said is searched for them.
+	maxSaid = 1 << 20
+)
+
+// sentryLine begins what gVisor logs while it works, such as that a program tried
+// what it may not: level, month and day, time.
+var sentryLine = regexp.MustCompile(`^[DIWEF]\d{4} \d\d:\d\d:\d\d\.`)
+
+// lastWords are what a sentry said that is no line of its log: what Go prints when
+// a program panics.
+func lastWords(said []byte) string {
+	var out strings.Builder
+	for line := range bytes.Lines(said) {
+		if !sentryLine.Match(line) && len(bytes.TrimSpace(line)) > 0 && out.Len() < panicText {
+			out.Write(line)
+		}
+	}
+	return out.String()[:min(out.Len(), panicText)]
+}
 
 // reportPanic logs what the sentry said before it died, if it did, and removes
 // its file. A sandbox can make its sentry panic as often as it likes, so nothing
@@ -376,13 +398,15 @@ func (r *Runtime) reportPanic(id sandbox.ID) error {
 		if err != nil {
 			return err
 		}
-		text, err := io.ReadAll(io.LimitReader(f, panicText))
+		text, err := io.ReadAll(io.LimitReader(f, maxSaid))
 		f.Close()
 		if err != nil {
 			return err
 		}
-		if len(text) > 0 {
-			r.cfg.Log.Error("sentry panicked", "sandbox", string(id), "panic", string(text))
+		if last := lastWords(text); last != "" {
+			r.cfg.Log.Error("sentry panicked", "sandbox", string(id), "panic", last)
+		} else if len(text) > 0 {
+			r.cfg.Log.Debug("sentry said", "sandbox", string(id), "text", string(text[:min(len(text), panicText)]))
 		}
 	}
 	return os.RemoveAll(r.logDir(id))
