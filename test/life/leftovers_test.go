@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -252,20 +253,68 @@ func must(t *testing.T, err error) {
 	}
 }
 
+// uninstallScript is the commands of docs/operations.md, without the line that says
+// where the server is.
+func uninstallScript(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("../../docs/operations.md")
+	must(t, err)
+	_, section, _ := strings.Cut(string(text), "\n## Uninstall\n")
+	_, script, _ := strings.Cut(section, "\n```sh\nname=0 ")
+	_, script, found := strings.Cut(script, "\n")
+	script, _, closed := strings.Cut(script, "\n```")
+	if !found || !closed {
+		t.Fatal("docs/operations.md says nothing of how to uninstall")
+	}
+	return script
+}
+
+// TestUninstallRemovesTheCgroups runs the commands that are about cgroups on a tree of
+// plain folders: the machine's own is shared with other servers.
+func TestUninstallRemovesTheCgroups(t *testing.T) {
+	script := uninstallScript(t)
+	i := strings.Index(script, "find /sys/fs/cgroup ")
+	if i < 0 {
+		t.Fatal("docs/operations.md says nothing of cgroups")
+	}
+	for _, c := range []struct {
+		name        string
+		before, end []string
+	}{
+		{"version 2", []string{"cordon/0/spares/i1", "cordon/0/k1", "system.slice"}, []string{"system.slice"}},
+		{"version 1", []string{"cpu/cordon/0/k1/i1", "memory/cordon/0/k1/i1", "pids/cordon/0"}, []string{"cpu", "memory", "pids"}},
+		{"another server with a longer name", []string{"cordon/0/k1", "cordon/0x/k1/i1"}, []string{"cordon", "cordon/0x", "cordon/0x/k1", "cordon/0x/k1/i1"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			root := t.TempDir()
+			for _, dir := range c.before {
+				must(t, os.MkdirAll(filepath.Join(root, dir), 0o755))
+			}
+			cmd := exec.CommandContext(t.Context(), "bash", "-eu", "-c", strings.ReplaceAll(script[i:], "/sys/fs/cgroup", root))
+			cmd.Env = append(os.Environ(), "name=0")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			var left []string
+			must(t, filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+				if path != root {
+					left = append(left, strings.TrimPrefix(path, root+"/"))
+				}
+				return err
+			}))
+			if !slices.Equal(left, c.end) {
+				t.Errorf("left: %v, want %v", left, c.end)
+			}
+		})
+	}
+}
+
 // TestUninstallRemovesEverything runs the commands of docs/operations.md.
 func TestUninstallRemovesEverything(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a server and a sandbox")
 	}
-	text, err := os.ReadFile("../../docs/operations.md")
-	must(t, err)
-	_, section, _ := strings.Cut(string(text), "\n## Uninstall\n")
-	_, script, _ := strings.Cut(section, "\n```sh\nname=0 ")
-	_, script, found := strings.Cut(script, "\n") // where the server of this test is comes from here
-	script, _, closed := strings.Cut(script, "\n```")
-	if !found || !closed {
-		t.Fatal("docs/operations.md says nothing of how to uninstall")
-	}
+	script := uninstallScript(t)
 	s := stand.New(t, stand.Options{})
 	before := look(t, s)
 	must(t, s.Start(t.Context()))
