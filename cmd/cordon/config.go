@@ -117,7 +117,8 @@ type sandboxConfig struct {
 	MaxSnapshots    int            `yaml:"max_snapshots" env:"MAX_SNAPSHOTS"`
 	MinFreeDiskMB   int64          `yaml:"min_free_disk_mb" env:"MIN_FREE_DISK_MB"` // 0: 2 GiB, or a twentieth of a small disk
 	MaxTimeout      time.Duration  `yaml:"max_timeout" env:"MAX_TIMEOUT"`
-	Spares          map[string]int `yaml:"spares" env:"SPARES"` // running spares by template
+	StartTimeout    time.Duration  `yaml:"start_timeout" env:"START_TIMEOUT"` // until the agent of a new or resumed sandbox answers
+	Spares          map[string]int `yaml:"spares" env:"SPARES"`               // running spares by template
 	// ExtraCA is a PEM file whose certificates every sandbox trusts as well.
 	ExtraCA string `yaml:"extra_ca" env:"EXTRA_CA"`
 }
@@ -260,6 +261,7 @@ func (c *config) setDefaults() {
 	s.MaxPausedPerKey = cmp.Or(s.MaxPausedPerKey, max(1, s.MaxPaused/4))
 	s.MaxSnapshots = cmp.Or(s.MaxSnapshots, 400)
 	s.MaxTimeout = cmp.Or(s.MaxTimeout, 24*time.Hour)
+	s.StartTimeout = cmp.Or(s.StartTimeout, 30*time.Second)
 	if s.Spares == nil {
 		s.Spares = map[string]int{s.DefaultTemplate: 2}
 	}
@@ -349,7 +351,7 @@ func (c *config) validNumbers() error {
 		{"sandboxes.reserve_memory_mb", l.ReserveMemoryMB}, {"sandboxes.processes", l.Processes}, {"sandboxes.max", int64(l.Max)},
 		{"sandboxes.max_per_key", int64(l.MaxPerKey)}, {"sandboxes.max_paused", int64(l.MaxPaused)}, {"sandboxes.max_paused_per_key", int64(l.MaxPausedPerKey)},
 		{"sandboxes.max_snapshots", int64(l.MaxSnapshots)},
-		{"sandboxes.max_timeout", int64(l.MaxTimeout)},
+		{"sandboxes.max_timeout", int64(l.MaxTimeout)}, {"sandboxes.start_timeout", int64(l.StartTimeout)},
 		{"network.limits.connections", int64(nl.Connections)}, {"network.limits.new_connections", int64(nl.NewConnections)},
 		{"network.limits.dns_queries", int64(nl.DNSQueries)}, {"network.limits.bytes_out", nl.BytesOut},
 		{"listen.connections_per_sandbox", int64(c.Listen.PerSandbox)}, {"listen.connections_per_source", int64(c.Listen.PerSource)},

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -202,7 +203,8 @@ func (s *server) makeManager(context.Context) error {
 	}
 	s.closers = append(s.closers, images)
 	s.images = images
-	s.agents = agentctl.New(agentctl.Config{})
+	// A machine that takes long to start a sandbox takes long to answer as well.
+	s.agents = agentctl.New(agentctl.Config{CallTimeout: max(5*time.Second, s.cfg.Sandboxes.StartTimeout/6)})
 	s.manager = sandbox.New(sandbox.Config{
 		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
 		Operator:    s.operator,
@@ -213,6 +215,7 @@ func (s *server) makeManager(context.Context) error {
 		Defaults:    s.cfg.resources(), DefaultTemplate: s.cfg.Sandboxes.DefaultTemplate,
 		Host: all, HostFree: hostFree,
 		Spares: s.cfg.Sandboxes.Spares, MaxSandboxes: s.cfg.Sandboxes.Max, MaxTimeout: s.cfg.Sandboxes.MaxTimeout,
+		StartTimeout: s.cfg.Sandboxes.StartTimeout,
 		MaxSnapshots: s.cfg.Sandboxes.MaxSnapshots, MinFree: s.cfg.Sandboxes.MinFreeDiskMB << 20,
 		MaxPaused: s.cfg.Sandboxes.MaxPaused, Allowance: s.allowance,
 		AccessChanged: func(id sandbox.ID) { s.ingress.Recheck(string(id)) },

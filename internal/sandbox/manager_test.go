@@ -1,8 +1,10 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -337,6 +339,53 @@ func TestSparesAreClaimedAndRefilled(t *testing.T) {
 		}
 		if len(w.running) != 1 {
 			t.Errorf("%d run after the server ended, want the sandbox alone", len(w.running))
+		}
+	})
+}
+
+// TestFailedSparesAreTriedLessAndLessOften counts attempts and log lines of a template
+// whose sandboxes cannot be started for a day, and then can.
+func TestFailedSparesAreTriedLessAndLessOften(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.failAt("start", true)
+		var log bytes.Buffer
+		m := newManager(t, w, func(c *Config) {
+			c.Spares = map[string]int{"base": 2}
+			c.Log = slog.New(slog.NewTextHandler(&log, nil))
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- m.Run(ctx) }()
+		attempts := func() (n int) {
+			synctest.Wait()
+			for _, s := range w.since() {
+				if s == "start" {
+					n++
+				}
+			}
+			return n
+		}
+		time.Sleep(time.Minute)
+		if n := attempts(); n < 2 || n > 4 {
+			t.Errorf("%d attempts in the first minute, want 3", n)
+		}
+		time.Sleep(24 * time.Hour)
+		if n := attempts(); n < 100 || n > 160 {
+			t.Errorf("%d attempts in a day, want one in ten minutes", n)
+		}
+		if n := strings.Count(log.String(), "spare not started"); n != 1 {
+			t.Errorf("%d lines about it, want one:\n%s", n, &log)
+		}
+		w.failAt("start", false)
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if len(w.running) != 2 || strings.Count(log.String(), "spares can be started again") != 1 {
+			t.Errorf("%d spares run, want 2; the log:\n%s", len(w.running), &log)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
 		}
 	})
 }

@@ -14,12 +14,19 @@ type spares struct {
 	want map[string]int // template name → how many to keep
 	wake chan struct{}  // a spare was taken
 
-	mu    sync.Mutex // guards ready
-	ready map[string][]*started
+	mu     sync.Mutex // guards the rest
+	ready  map[string][]*started
+	failed map[string]failure
+}
+
+// failure is what is known of a template whose last spares could not be made.
+type failure struct {
+	wait  time.Duration // after the last one
+	again time.Time     // when the next is tried
 }
 
 func newSpares(want map[string]int) *spares {
-	return &spares{want: want, wake: make(chan struct{}, 1), ready: map[string][]*started{}}
+	return &spares{want: want, wake: make(chan struct{}, 1), ready: map[string][]*started{}, failed: map[string]failure{}}
 }
 
 // take returns a spare that runs exactly img, or nil.
@@ -47,16 +54,47 @@ func (s *spares) put(template string, up *started) {
 	s.ready[template] = append(s.ready[template], up)
 }
 
-// short returns a template that lacks a spare.
-func (s *spares) short() (string, bool) {
+// short returns a template that lacks a spare and may be tried now; if there is none,
+// how long until one may. A wait of 0 is one for a spare to be taken.
+func (s *spares) short(now time.Time) (template string, wait time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for template, n := range s.want {
-		if len(s.ready[template]) < n {
-			return template, true
+		if len(s.ready[template]) >= n {
+			continue
+		}
+		left := s.failed[template].again.Sub(now)
+		if left <= 0 {
+			return template, 0
+		}
+		if wait == 0 || left < wait {
+			wait = left
 		}
 	}
-	return "", false
+	return "", wait
+}
+
+// A template whose spares cannot be made is tried again after spareRetry, and each
+// time after twice as long, up to spareRetryMost: an attempt takes as much of the
+// machine as a start.
+const (
+	spareRetry     = 10 * time.Second
+	spareRetryMost = 10 * time.Minute
+)
+
+// outcome notes whether a spare could be made, and reports whether that is news.
+func (s *spares) outcome(template string, ok bool, now time.Time) (news bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, failing := s.failed[template]
+	if ok {
+		delete(s.failed, template)
+		return failing
+	}
+	f.wait = min(max(2*f.wait, spareRetry), spareRetryMost)
+	f.again = now.Add(f.wait)
+	s.failed[template] = f
+	return !failing
 }
 
 // drain takes all spares out of the pool.
@@ -71,10 +109,6 @@ func (s *spares) drain() []*started {
 	return all
 }
 
-// spareRetry is how long the pool waits after a spare could not be made, so
-// that a broken template costs little.
-const spareRetry = 10 * time.Second
-
 // fillSpares keeps the pool full, one start at a time so that requests come
 // first, and empties it when ctx ends.
 func (m *Manager) fillSpares(ctx context.Context) {
@@ -87,18 +121,40 @@ func (m *Manager) fillSpares(ctx context.Context) {
 		}
 	}()
 	for ctx.Err() == nil {
-		template, ok := m.spares.short()
-		if !ok {
-			select {
-			case <-ctx.Done():
-			case <-m.spares.wake:
-			}
+		template, wait := m.spares.short(time.Now())
+		if template == "" {
+			m.spares.idle(ctx, wait)
 			continue
 		}
-		if err := m.makeSpare(ctx, template); err != nil && ctx.Err() == nil {
-			m.cfg.Log.Warn("spare not started", "template", template, "err", err)
-			pause(ctx, spareRetry)
+		err := m.makeSpare(ctx, template)
+		if ctx.Err() != nil {
+			return
 		}
+		news := m.spares.outcome(template, err == nil, time.Now())
+		switch {
+		case err != nil && news: // the next ones are no news
+			m.cfg.Log.Warn("spare not started; it is tried again, less and less often", "template", template, "err", err)
+		case err != nil:
+			m.cfg.Log.Debug("spare not started", "template", template, "err", err)
+		case news:
+			m.cfg.Log.Info("spares can be started again", "template", template)
+		}
+	}
+}
+
+// idle waits until a spare is taken, for d at the most unless that is 0, or until ctx
+// ends.
+func (s *spares) idle(ctx context.Context, d time.Duration) {
+	var after <-chan time.Time
+	if d > 0 {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		after = t.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-s.wake:
+	case <-after:
 	}
 }
 

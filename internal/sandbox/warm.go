@@ -176,7 +176,7 @@ func (m *Manager) warmUp(ctx context.Context, id ID, o *origin, key string) (_ *
 			err = errors.Join(err, m.discard(context.WithoutCancel(ctx), up))
 		}
 	}()
-	limit := cmp.Or(img.Ready.Timeout, readyTimeout)
+	limit := max(cmp.Or(img.Ready.Timeout, readyTimeout), m.cfg.StartTimeout)
 	starting, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	err = m.cfg.Agents.Start(starting, up.lease.agent(up.controlToken), AgentStart{

@@ -46,7 +46,7 @@ type Config struct {
 	DialTimeout time.Duration
 	// CallTimeout bounds one whole exchange with an agent; 5 s.
 	CallTimeout time.Duration
-	// ProbeTimeout bounds one attempt of WaitReady; 20 ms. A packet sent before
+	// ProbeTimeout bounds one attempt of WaitReady at first; 20 ms. A packet sent before
 	// the sandbox has a network is lost, and TCP repeats it only after a second.
 	ProbeTimeout time.Duration
 }
@@ -75,10 +75,11 @@ func New(cfg Config) *Client {
 // what the last attempt saw.
 func (c *Client) WaitReady(ctx context.Context, a sandbox.AgentAddr) error {
 	const slowest = 8 * time.Millisecond
-	pause := 500 * time.Microsecond
+	began, pause := time.Now(), 500*time.Microsecond
 	var last error
 	for {
-		err := c.probe(ctx, a)
+		// A machine that takes long to start a sandbox takes long to answer as well.
+		err := c.probe(ctx, a, max(c.cfg.ProbeTimeout, time.Since(began)/8))
 		if err == nil {
 			return nil
 		}
@@ -97,15 +98,15 @@ func (c *Client) WaitReady(ctx context.Context, a sandbox.AgentAddr) error {
 
 // probe connects with little patience, and asks with more: once connected,
 // nothing gets lost any more, the sandbox is only busy starting.
-func (c *Client) probe(ctx context.Context, a sandbox.AgentAddr) error {
-	dialing, cancel := context.WithTimeout(ctx, c.cfg.ProbeTimeout)
+func (c *Client) probe(ctx context.Context, a sandbox.AgentAddr, patience time.Duration) error {
+	dialing, cancel := context.WithTimeout(ctx, patience)
 	conn, err := c.dial.DialContext(dialing, "tcp", a.Addr.String())
 	cancel()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	asking, cancel := context.WithTimeout(ctx, 10*c.cfg.ProbeTimeout)
+	asking, cancel := context.WithTimeout(ctx, 10*patience)
 	defer cancel()
 	head, err := exchange(asking, conn, "GET /health HTTP/1.1\r\nHost: "+a.Addr.String()+"\r\nConnection: close\r\n\r\n")
 	if err != nil {
