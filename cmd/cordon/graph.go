@@ -373,6 +373,36 @@ func (s *server) pin(p resolver.Pin) error {
 	return s.network.Pin(sandbox.ID(p.Sandbox), p.Name, p.Addr, ports, p.TTL)
 }
 
+// pinned returns the names that are pinned to dst, after it asked again for those
+// that are due. If a name lost the address, expired says so.
+func (s *server) pinned(ctx context.Context, sandboxID string, dst netip.AddrPort) (names []string, expired string) {
+	id := sandbox.ID(sandboxID)
+	names, due, lost := s.network.Pinned(id, dst)
+	if lost != "" {
+		expired = fmt.Sprintf("the pin of %s expired: it no longer has this address", lost)
+	}
+	for _, name := range due {
+		ttl, has, err := s.resolver.Has(ctx, sandboxID, name, dst.Addr())
+		switch {
+		case err == nil && has:
+			if err := s.network.Pin(id, name, dst.Addr(), []uint16{dst.Port()}, ttl); err != nil {
+				s.log.Warn("pin not renewed", "sandbox", id, "host", name, "dst", dst, "err", err)
+			}
+			names = append(names, name)
+		case err == nil:
+			expired = fmt.Sprintf("the pin of %s expired: it no longer has this address", name)
+			if err := s.network.Unpin(id, name, dst); err != nil {
+				s.log.Warn("pin not removed", "sandbox", id, "host", name, "dst", dst, "err", err)
+			}
+		case s.network.Confirm(id, name, dst):
+			names = append(names, name)
+		default:
+			expired = fmt.Sprintf("the pin of %s expired, and it could not be asked for again: %v", name, err)
+		}
+	}
+	return names, expired
+}
+
 func (s *server) makeEgress(context.Context) (err error) {
 	s.egress, err = egress.New(egress.Config{
 		Owner: func(a netip.Addr) (egress.Owner, bool) {
@@ -380,7 +410,7 @@ func (s *server) makeEgress(context.Context) (err error) {
 			return egress.Owner{Sandbox: string(id), Policy: p}, ok
 		},
 		Resolve:  s.resolver.Resolve,
-		Pinned:   func(id string, dst netip.AddrPort) []string { return s.network.Pinned(sandbox.ID(id), dst) },
+		Pinned:   s.pinned,
 		DialSelf: s.dialSelf,
 		Limits:   s.cfg.Network.Limits.proxy(egressLimits(s.descriptors)),
 		Flows:    s.flows, Log: s.log,

@@ -498,13 +498,34 @@ func ttlGames(t *Trial) {
 	pinned := netip.MustParseAddr("198.51.100.13")
 	echo := said(pinned, 4000, "canary-54\r\n")
 	t.Try(Try{
-		What: "control: the pin of a name of TTL 0 holds a while", By: s, Orders: []probe.Order{echo},
+		What: "control: a name of TTL 0 is pinned", By: s, Orders: []probe.Order{echo},
 		Reaches: []Arrival{{At: pinned, Port: 4000, Text: "canary-54"}}, Answer: echoed(echo.Parts[0]), Log: allowed("pinned"),
 	})
+	// A pin is trusted for half a minute at least. Then the server asks for the name
+	// before it lets a connection pass, and rotate.test has another address by then.
+	rotating := t.Fresh(only("rotate.test:4000"))
+	got := t.Try(Try{
+		What: "control: a name with another address each time is pinned", By: rotating,
+		Orders: []probe.Order{ask(addrDNS, "rotate.test", dns.TypeA)}, Asks: []string{"rotate.test"}, Log: allowed("allow-name"),
+	})
+	m, err := reply(got[0])
+	if err == nil && len(addresses(m)) != 1 {
+		err = fmt.Errorf("%v holds no address", m)
+	}
+	t.must("resolve rotate.test", err)
+	former := said(addresses(m)[0], 4000, "canary-54b\r\n")
 	t.Later(36*time.Second, func(t *Trial) {
 		t.Try(Try{
-			What: "and ends", By: s, Orders: []probe.Order{echo},
-			Never: []string{"canary-54"}, Answer: refused, Log: denied("no-name", "deny-address"),
+			What: "half a minute later the name still has the address", By: s, Orders: []probe.Order{echo}, Asks: []string{"zero.test"},
+			Reaches: []Arrival{{At: pinned, Port: 4000, Text: "canary-54"}}, Answer: echoed(echo.Parts[0]), Log: allowed("pinned"),
+		})
+		t.Try(Try{
+			What: "and another name no longer has its own: ended", By: rotating, Orders: []probe.Order{former}, Asks: []string{"rotate.test"},
+			Never: []string{"canary-54b"}, Answer: cut, Log: denied("pin-expired"),
+		})
+		t.Try(Try{
+			What: "and refused from then on", By: rotating, Orders: []probe.Order{former},
+			Never: []string{"canary-54b"}, Answer: refused, Log: denied("pin-expired"),
 		})
 	})
 }

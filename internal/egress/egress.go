@@ -37,8 +37,9 @@ type Config struct {
 	// Resolve returns the addresses of a canonical name, for the proxy's own dial.
 	Resolve func(ctx context.Context, sandbox, name string) ([]netip.Addr, error)
 	// Pinned returns the names that the sandbox had resolved to an address for one
-	// port, by rules with a port. Nil: none are.
-	Pinned func(sandbox string, dst netip.AddrPort) []string
+	// port, by rules with a port, and that still have it; it may ask for them again.
+	// If one no longer has the address, expired says so. Nil: none are.
+	Pinned func(ctx context.Context, sandbox string, dst netip.AddrPort) (names []string, expired string)
 	// DialSelf connects to this service's own ingress, for a name under one of
 	// its domains; port is 80 or 443. Nil refuses such names.
 	DialSelf func(ctx context.Context, client netip.AddrPort, port uint16) (net.Conn, error)

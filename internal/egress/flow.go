@@ -34,6 +34,7 @@ type flow struct {
 	settled           atomic.Bool  // the TLS server's answer asks for no second hello
 	headRequest       bool         // the request going on is HEAD: an answer has no body
 	wantsJSON         bool         // the request going on names JSON in Accept
+	expired           string       // why the address is not pinned any more, if it was
 
 	mu       sync.Mutex // guards the rest
 	begun    bool       // an upstream was reached: a Closed event is due

@@ -36,10 +36,10 @@ func rulePinned(c *policy.Compiled, dst netip.AddrPort, names []string) ruling {
 }
 
 // judgePinned is judge for a flow that shows no name.
-func (f *flow) judgePinned() (ruling, bool) {
+func (f *flow) judgePinned(ctx context.Context) (ruling, bool) {
 	var names []string
 	if f.p.cfg.Pinned != nil {
-		names = f.p.cfg.Pinned(f.sandbox, f.dst)
+		names, f.expired = f.p.cfg.Pinned(ctx, f.sandbox, f.dst)
 	}
 	return f.judgeBy(func(c *policy.Compiled) ruling { return rulePinned(c, f.dst, names) })
 }
@@ -77,16 +77,25 @@ func (f *flow) serveShown(ctx context.Context) bool {
 		return f.unreadable(ctx, errProxyPreamble)
 	}
 	f.p.sniffed(f)
-	r, ok := f.judgePinned()
+	r, ok := f.judgePinned(ctx)
 	if !ok {
 		f.kill(ReasonRevoked)
 		return false
 	}
 	if !r.Allow {
-		f.deny(r.policy, denial{rule: r.Rule, reason: denialReason(r.Verdict, ReasonProtocolMismatch), detail: "neither TLS nor HTTP, and the address is not pinned"})
+		f.denyUnpinned(r)
 		return false
 	}
 	return f.pass(ctx, r)
+}
+
+// denyUnpinned ends a flow that shows no name, at an address that no name is pinned to.
+func (f *flow) denyUnpinned(r ruling) {
+	why := denial{rule: r.Rule, reason: denialReason(r.Verdict, ReasonProtocolMismatch), detail: "neither TLS nor HTTP, and the address is not pinned"}
+	if f.expired != "" {
+		why.reason, why.detail = denialReason(r.Verdict, policy.ReasonPinExpired), f.expired
+	}
+	f.deny(r.policy, why)
 }
 
 // classify reads until the protocol is known; what it read stays pending.
@@ -110,9 +119,13 @@ func (f *flow) classify() (protocol, error) {
 // serveSilent serves a client that waits for the server to speak first: the server
 // is connected, and what the client then says is looked at before any of it passes.
 func (f *flow) serveSilent(ctx context.Context) bool {
-	r, ok := f.judgePinned()
+	r, ok := f.judgePinned(ctx)
 	if !ok {
 		f.kill(ReasonRevoked)
+		return false
+	}
+	if !r.Allow && f.expired != "" {
+		f.denyUnpinned(r)
 		return false
 	}
 	if !r.Allow { // nothing to reach without a name, which may still come

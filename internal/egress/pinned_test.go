@@ -29,11 +29,11 @@ var onlyPinned = policy.Input{AllowOut: []string{"a.example:8080", "*.sub.exampl
 func pinnedLab(t testing.TB, tune ...func(*Config)) *lab {
 	t.Helper()
 	pinned := func(c *Config) {
-		c.Pinned = func(sandbox string, dst netip.AddrPort) []string {
+		c.Pinned = func(_ context.Context, sandbox string, dst netip.AddrPort) (names []string, expired string) {
 			if sandbox == "sbx" && dst.String() == pinnedDst {
-				return []string{"gone.example", "a.example"}
+				return []string{"gone.example", "a.example"}, ""
 			}
-			return nil
+			return nil, ""
 		}
 	}
 	l := newLab(t, onlyPinned, append([]func(*Config){pinned}, tune...)...)
@@ -412,6 +412,22 @@ func TestWithoutAPinOnlyANameOpensAPort(t *testing.T) {
 	}
 	l.mu.Unlock()
 	converse(t, l.connect(pinnedDst), clientConfig("a.example"))
+}
+
+func TestARefusalNamesTheExpiredPin(t *testing.T) {
+	const why = "the pin of a.example expired: it no longer has this address"
+	l := newLab(t, onlyPinned, func(c *Config) {
+		c.Pinned = func(context.Context, string, netip.AddrPort) ([]string, string) { return nil, why }
+	})
+	l.host(tlsEcho(t), pinnedDst)
+	for _, sent := range []string{"", "PING\r\n"} { // a client that waits for the server, and one that does not
+		c := l.connect(pinnedDst)
+		send(t, c, sent)
+		wantReset(t, c)
+		if e := l.await(flowlog.Denied); e.Reason != policy.ReasonPinExpired || e.Detail != why {
+			t.Errorf("logged %s, %q", e.Reason, e.Detail)
+		}
+	}
 }
 
 func TestASilentClientThatIsKilledLeavesNothing(t *testing.T) {

@@ -176,6 +176,7 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	}
 	if !n.overBudget(&out, class(*a.Prefix)) {
 		judgeRefusal(&out, class(*a.Prefix), o.policy, p)
+		s.explainPin(&out)
 	}
 	n.cfg.Flows.Record(out)
 }

@@ -64,19 +64,6 @@ func (n *Network) flowsOf(s *slot) ([]conntrack.Flow, error) {
 	return kept, err
 }
 
-// destinations returns where the slot's flows lead.
-func (n *Network) destinations(s *slot) map[netip.AddrPort]bool {
-	flows, err := n.flowsOf(s)
-	if err != nil {
-		n.cfg.Log.Warn("list flows of a slot", "slot", s.lease.Link, "err", err)
-	}
-	out := map[netip.AddrPort]bool{}
-	for _, f := range flows {
-		out[destination(f)] = true
-	}
-	return out
-}
-
 func destination(f conntrack.Flow) netip.AddrPort {
 	return netip.AddrPortFrom(f.TupleOrig.IP.DestinationAddress, f.TupleOrig.Proto.DestinationPort)
 }

@@ -299,8 +299,8 @@ func TestPinsAdmitExactlyWhatWasResolved(t *testing.T) {
 		if who, err := hello(l, to); err != nil || who != "proxy for "+to.String() {
 			t.Errorf("%s: %q, %v", to, who, err)
 		}
-		if got := w.Pinned(l.Sandbox, to); len(got) != 1 || got[0] != "db.example.com" {
-			t.Errorf("%s is pinned to %q", to, got)
+		if got, due, _ := w.Pinned(l.Sandbox, to); len(got) != 1 || got[0] != "db.example.com" || due != nil {
+			t.Errorf("%s is pinned to %q, and due are %q", to, got, due)
 		}
 		if err := echoUDP(l, to, time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("%s over UDP: %v; want refused", to, err)
@@ -315,8 +315,8 @@ func TestPinsAdmitExactlyWhatWasResolved(t *testing.T) {
 			}
 		}
 	}
-	if got := w.Pinned(other.Sandbox, netip.AddrPortFrom(public4, 5432)); got != nil {
-		t.Errorf("another sandbox has the pins %q", got)
+	if got, due, _ := w.Pinned(other.Sandbox, netip.AddrPortFrom(public4, 5432)); got != nil || due != nil {
+		t.Errorf("another sandbox has the pins %q, %q", got, due)
 	}
 	live := open(t, l, netip.AddrPortFrom(public4, 5432))
 	w.halt()
@@ -328,8 +328,8 @@ func TestPinsAdmitExactlyWhatWasResolved(t *testing.T) {
 	if _, err := hello(l, netip.AddrPortFrom(public4, 5432)); err != nil {
 		t.Errorf("a new connection after a restart: %v", err)
 	}
-	if got := w.Pinned(l.Sandbox, netip.AddrPortFrom(public4, 5432)); len(got) != 1 || got[0] != "db.example.com" {
-		t.Errorf("after a restart: pinned to %q", got)
+	if got, due, _ := w.Pinned(l.Sandbox, netip.AddrPortFrom(public4, 5432)); len(due) != 1 || due[0] != "db.example.com" || got != nil {
+		t.Errorf("after a restart: pinned to %q, due are %q; want the name to be asked for again", got, due)
 	}
 	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"db.example.com:5432", "b.example.com:99"}})
 	if err := echoes(live); err != nil {
@@ -345,6 +345,96 @@ func TestPinsAdmitExactlyWhatWasResolved(t *testing.T) {
 }
 
 func second(_ string, err error) error { return err }
+
+// TestPinsGoAlongAndEnd follows a pin to another life of a sandbox, where its name is
+// asked for again, and to its end.
+func TestPinsGoAlongAndEnd(t *testing.T) {
+	w := start(t)
+	w.serve(5432)
+	proxy(t, w.cfg.ProxyPort)
+	rules := policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"db.example.com:5432"}}
+	old, next, stricter := w.lease(), w.lease(), w.lease()
+	w.apply(old, rules)
+	w.apply(next, rules)
+	w.apply(stricter, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"other.example.com:5432"}})
+	to := netip.AddrPortFrom(public4, 5432)
+	for _, a := range []netip.Addr{public4, public6} {
+		if err := w.Pin(old.Sandbox, "db.example.com", a, []uint16{5432}, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pins := w.Pins(old.Sandbox)
+	if len(pins) != 2 || pins[0].Name != "db.example.com" || pins[0].Verified.IsZero() {
+		t.Fatalf("the pins are %+v", pins)
+	}
+	for _, l := range []sandbox.Lease{next, stricter} {
+		if err := w.Repin(l, pins); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if names, due, _ := w.Pinned(next.Sandbox, to); names != nil || len(due) != 1 {
+		t.Errorf("in the next life: %q count, %q are due", names, due)
+	}
+	if who, err := hello(next, to); err != nil || who != "proxy for "+to.String() {
+		t.Errorf("in the next life: %q, %v", who, err)
+	}
+	if err := second(hello(stricter, to)); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("under rules that do not list the name: %v", err)
+	}
+	// The name could not be asked for: it counts, as it was found an instant ago.
+	if !w.Confirm(next.Sandbox, "db.example.com", to) || w.Confirm(next.Sandbox, "other.example.com", to) {
+		t.Error("only the name that was found there may be confirmed")
+	}
+	if names, _, _ := w.Pinned(next.Sandbox, to); len(names) != 1 {
+		t.Errorf("confirmed, and %q count", names)
+	}
+	if err := w.Pin(next.Sandbox, "db.example.com", public4, []uint16{5432}, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if names, due, _ := w.Pinned(next.Sandbox, to); len(names) != 1 || due != nil {
+		t.Errorf("asked for again: %q count, %q are due", names, due)
+	}
+	// It no longer has the address.
+	for range 2 {
+		if err := w.Unpin(next.Sandbox, "db.example.com", to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := second(hello(next, to)); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("after its end: %v", err)
+	}
+	if _, _, lost := w.Pinned(next.Sandbox, to); lost != "db.example.com" {
+		t.Errorf("lost is %q", lost)
+	}
+	w.flows.wait(t, "expired", func(e flowEvent) bool {
+		return e.Sandbox == string(next.Sandbox) && e.Reason == policy.ReasonPinExpired && e.Name == "db.example.com" && e.Dst == to
+	})
+	if who, err := hello(old, to); err != nil {
+		t.Errorf("the sandbox it came from: %q, %v", who, err)
+	}
+}
+
+func TestPinsAreBounded(t *testing.T) {
+	w := start(t)
+	l := w.lease()
+	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"*.example.com:5432"}})
+	addr := netip.MustParseAddr("198.18.0.0").As4()
+	for i := range maxPins + 10 {
+		addr[2], addr[3] = byte(i>>8), byte(i)
+		if err := w.Pin(l.Sandbox, "db.example.com", netip.AddrFrom4(addr), []uint16{5432}, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(w.byID[l.Sandbox].pins.live); n != maxPins {
+		t.Errorf("%d pins are kept", n)
+	}
+	if names, due, _ := w.Pinned(l.Sandbox, netip.AddrPortFrom(netip.AddrFrom4(addr), 5432)); len(names) != 1 || due != nil {
+		t.Errorf("the last one: %q, %q", names, due)
+	}
+	if n := len(w.Pins(l.Sandbox)); n != maxSavedPins {
+		t.Errorf("%d go along", n)
+	}
+}
 
 func TestASpoofedSourceIsDropped(t *testing.T) {
 	w := start(t)

@@ -133,7 +133,8 @@ func isNetns(path string) bool {
 }
 
 // readBack learns from the table of an earlier process which marks its flows
-// carry and which addresses its resolver pinned. Whatever cannot be read is
+// carry and which addresses its resolver pinned; those are asked for again before
+// they count. Whatever cannot be read is
 // learned again from the traffic: flows are judged anew, names resolved anew.
 func (n *Network) readBack(kept []adopted) {
 	byLink, bySlot := map[uint32]*slot{}, map[int]*slot{}
@@ -197,7 +198,7 @@ func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slot) erro
 			if s.pins.live == nil {
 				s.pins.live = map[pinKey]pin{}
 			}
-			s.pins.live[k] = pin{names: []string{e.Comment}, expires: time.Now().Add(e.Expires)}
+			s.pins.live[k] = pin{names: []pinName{{name: e.Comment}}, kept: time.Now().Add(e.Expires)}
 		}
 	}
 	return nil
@@ -216,7 +217,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 		if k.policy != nil {
 			k.slot.tries++
 			b.prog = n.compile(k.slot, markOf(k.slot.num, k.slot.tries), k.policy.Kernel())
-			b.live = n.livePins(k.slot, k.policy)
+			b.live = livePins(k.slot, k.policy)
 		}
 		all = append(all, b)
 	}

@@ -116,6 +116,7 @@ const (
 	ReasonAllowDNS     Reason = "allow-dns"     // the nameserver that came with a domain rule
 	ReasonDenyAddr     Reason = "deny-address"  // a denied IP or CIDR
 	ReasonNoName       Reason = "no-name"       // denied, and no name was shown that could allow it
+	ReasonPinExpired   Reason = "pin-expired"   // denied, at an address that an allowed name no longer has
 	ReasonNameDenied   Reason = "name-denied"   // denied, and the name shown is not listed
 	ReasonDefaultAllow Reason = "default"       // no rule names it
 	ReasonProtocol     Reason = "protocol"      // a protocol that is never forwarded

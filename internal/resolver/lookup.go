@@ -3,6 +3,8 @@ package resolver
 import (
 	"context"
 	"errors"
+	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -233,4 +235,26 @@ func (r *Resolver) chargeShown(ctx context.Context, p *policy.Compiled, sandbox,
 		return nil
 	}
 	return exhausted(r.budgets.of(sandbox).label(ctx, rule, name))
+}
+
+// Has reports whether a name still has an address that a sandbox was told, by the
+// answer that is kept or by asking again, and for how long that answer counts. An error
+// means that it could not be found out.
+func (r *Resolver) Has(ctx context.Context, sandbox, name string, addr netip.Addr) (ttl time.Duration, has bool, err error) {
+	p, ok := r.cfg.Policy(sandbox)
+	if !ok {
+		return 0, false, errs.New(errs.NotFound, "sandbox %s is not known to the resolver", sandbox)
+	}
+	if !p.DecideQuery(name).Allow || !p.AnswerAllowed(name, addr) {
+		return 0, false, nil
+	}
+	q := asking{question{sandbox, name, dns.TypeA}, name, budgetRule(p, name, false, policy.Rule{})}
+	if addr.Is6() {
+		q.qtype = dns.TypeAAAA
+	}
+	found, err := r.lookup(ctx, q)
+	if err != nil {
+		return 0, false, exhausted(err)
+	}
+	return time.Until(found.expires), slices.Contains(found.addrs(), addr), nil
 }

@@ -994,6 +994,35 @@ func TestResolveForTheProxy(t *testing.T) {
 	}
 }
 
+func TestHasAsksAgainForAPinnedName(t *testing.T) {
+	f := newFixture(t, policy.Input{AllowOut: []string{"a.test:5432", "private.test:5432"}, DenyOut: []string{"0.0.0.0/0"}})
+	for _, c := range []struct {
+		name, addr string
+		want       bool
+	}{
+		{"a.test", "198.51.100.10", true}, {"a.test", "2001:db8:80::10", true}, {"a.test", "198.51.100.99", false},
+		{"private.test", "10.0.0.5", false}, {"b.test", "198.51.100.20", false},
+	} {
+		ttl, has, err := f.Has(t.Context(), "s1", c.name, netip.MustParseAddr(c.addr))
+		if err != nil || has != c.want || has && (ttl <= 0 || ttl > time.Minute) {
+			t.Errorf("%s at %s: %v for %s, %v", c.name, c.addr, has, ttl, err)
+		}
+	}
+	for _, q := range f.up.questions() {
+		if strings.HasPrefix(q, "b.test") {
+			t.Error("a name that the rules deny was asked for")
+		}
+	}
+	f.up.set(func(u *upstream) { u.rcode = dns.RcodeServerFailure })
+	f.policy = compile(t, policy.Input{AllowOut: []string{"*.wild.test:5432"}, DenyOut: []string{"0.0.0.0/0"}})
+	if _, _, err := f.Has(t.Context(), "s1", "x.wild.test", netip.MustParseAddr("198.51.100.40")); err == nil {
+		t.Error("an upstream's failure was taken for an answer")
+	}
+	if _, _, err := f.Has(t.Context(), "s2", "a.test", netip.MustParseAddr("198.51.100.10")); !errs.Is(err, errs.NotFound) {
+		t.Errorf("an unknown sandbox: %v", err)
+	}
+}
+
 func TestNewNamesWhatIsWrong(t *testing.T) {
 	f := newFixture(t, policy.Input{})
 	for want, change := range map[string]func(*Config){

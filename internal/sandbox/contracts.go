@@ -126,6 +126,13 @@ type Network interface {
 	// Apply puts a policy in force atomically and cuts live flows it refuses.
 	// When it returns an error the former policy is still in force.
 	Apply(ctx context.Context, l Lease, p *policy.Compiled) error
+	// Pins returns the addresses that rules like "host:port" opened in the sandbox's
+	// slot, because a name was resolved to them.
+	Pins(id ID) []Pin
+	// Repin opens them for a sandbox that goes on elsewhere, or for a copy of one, as
+	// far as its policy, which was applied before, allows. Each name is asked for again
+	// before its address is used.
+	Repin(l Lease, pins []Pin) error
 	// Release withdraws the policy at once, cuts all flows and frees the slot.
 	// It is idempotent.
 	Release(ctx context.Context, l Lease) error
@@ -134,6 +141,13 @@ type Network interface {
 	// slot of an earlier server process. No traffic passes meanwhile that the
 	// policies refuse, and allowed flows of kept leases are not cut.
 	Reconcile(ctx context.Context, inUse map[ID]Held) error
+}
+
+// Pin is an address that a name had, opened by a rule for the name and a port.
+type Pin struct {
+	Name     string         `json:"name"`
+	Dst      netip.AddrPort `json:"dst"`
+	Verified time.Time      `json:"verified"` // when the name last had it
 }
 
 // Held is a lease with the policy it is under; Policy is nil for a spare.

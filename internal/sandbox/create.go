@@ -54,7 +54,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	rec = newRecord(req, o, up)
 	rec.Timeout, rec.Expires = timeout, began.Add(timeout).UTC()
 	rec.Runtime = m.cfg.Runtime.Name()
-	if err := m.claim(ctx, &rec, up, claimed{o.img, compiled}); err != nil {
+	if err := m.claim(ctx, &rec, up, claimed{o.img, compiled, o.pins}); err != nil {
 		return Record{}, err
 	}
 	if err := m.open(ctx, &rec, compiled, place); err != nil {
@@ -143,6 +143,7 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 type claimed struct {
 	img    Image
 	policy *policy.Compiled
+	pins   []Pin
 }
 
 // claim makes a started, nameless sandbox the record's: first its policy, then
@@ -151,6 +152,9 @@ func (m *Manager) claim(ctx context.Context, rec *Record, up *started, c claimed
 	if !up.policed {
 		if err := m.cfg.Network.Apply(ctx, rec.Lease, c.policy); err != nil {
 			return fmt.Errorf("apply policy: %w", err)
+		}
+		if err := m.cfg.Network.Repin(rec.Lease, c.pins); err != nil {
+			return err
 		}
 	}
 	return m.initAgent(ctx, rec, up.lease.agent(up.controlToken), c.img)

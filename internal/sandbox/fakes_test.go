@@ -29,6 +29,7 @@ type world struct {
 	steps   []string // what happened, in order
 	running map[ID]chan struct{}
 	slots   map[ID]*policy.Compiled // nil: no policy yet
+	pins    map[ID][]Pin
 	stored  map[ID]Record
 	paused  map[ID]bool
 	snaps   map[string]Snapshot
@@ -44,7 +45,7 @@ type world struct {
 
 func newWorld() *world {
 	return &world{
-		fail: map[string]bool{}, running: map[ID]chan struct{}{}, slots: map[ID]*policy.Compiled{},
+		fail: map[string]bool{}, running: map[ID]chan struct{}{}, slots: map[ID]*policy.Compiled{}, pins: map[ID][]Pin{},
 		stored: map[ID]Record{}, paused: map[ID]bool{}, snaps: map[string]Snapshot{}, agents: map[netip.Addr]AgentInit{}, nextIP: 1, kills: make(chan Kill),
 		owners: map[ID]string{}, memory: map[ID]int64{}, limits: map[string]Use{},
 	}
@@ -259,6 +260,22 @@ func (n fakeNetwork) Apply(_ context.Context, l Lease, p *policy.Compiled) error
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.slots[l.Sandbox] = p
+	return nil
+}
+
+func (n fakeNetwork) Pins(id ID) []Pin {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.pins[id]
+}
+
+func (n fakeNetwork) Repin(l Lease, pins []Pin) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.slots[l.Sandbox] == nil {
+		return errors.New("pinned before a policy was applied")
+	}
+	n.pins[l.Sandbox] = pins
 	return nil
 }
 

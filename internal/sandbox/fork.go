@@ -80,7 +80,7 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 	if err != nil {
 		return Record{}, nil, m.diskFull(err)
 	}
-	return rec, &origin{owner: rec.Owner, img: img, resources: rec.Resources, dir: dir, memory: size, token: rec.ControlToken, close: remove}, nil
+	return rec, &origin{owner: rec.Owner, img: img, resources: rec.Resources, dir: dir, memory: size, token: rec.ControlToken, pins: m.cfg.Network.Pins(id), close: remove}, nil
 }
 
 // twin starts one copy.
@@ -106,7 +106,7 @@ func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Durat
 	rec = twinRecord(src, up)
 	rec.Timeout, rec.Expires = d, time.Now().Add(d).UTC()
 	rec.Runtime = m.cfg.Runtime.Name()
-	if err := m.claim(ctx, &rec, up, claimed{o.img, p}); err != nil {
+	if err := m.claim(ctx, &rec, up, claimed{o.img, p, o.pins}); err != nil {
 		return Record{}, err
 	}
 	if err := m.open(ctx, &rec, p, place); err != nil {
@@ -122,6 +122,7 @@ func twinRecord(src *Record, up *started) Record {
 	now := time.Now().UTC()
 	rec := *src
 	rec.Revision, rec.ID, rec.Lease, rec.Checkpoint = 0, up.id, up.lease, ""
+	rec.Pins = nil                                     // they are in the network's slot now
 	rec.Domains, rec.Links, rec.LinkKey = nil, nil, "" // a name, and a link, leads to one sandbox
 	rec.State, rec.Created, rec.Started, rec.Generation = Running, now, now, 1
 	rec.Metadata, rec.EnvVars = maps.Clone(src.Metadata), maps.Clone(src.EnvVars)

@@ -25,6 +25,7 @@ type origin struct {
 	dir    string // of the checkpoint; empty for a cold start
 	memory int64  // how much of it there is, in bytes
 	token  string // the control token that the agent in the checkpoint answers to
+	pins   []Pin  // that the checkpoint's processes may go on using
 	// verify compares the checkpoint with what was written, beside the restore;
 	// nil where there is no need.
 	verify func(context.Context) error
@@ -114,6 +115,9 @@ func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled
 	if p != nil {
 		if err := m.cfg.Network.Apply(ctx, up.lease, p); err != nil {
 			return nil, fmt.Errorf("apply policy: %w", err)
+		}
+		if err := m.cfg.Network.Repin(up.lease, o.pins); err != nil {
+			return nil, err
 		}
 		up.policed = true
 	}

@@ -79,6 +79,7 @@ func (m *Manager) suspend(ctx context.Context, e *entry) (size int64, err error)
 	undo.Add("checkpoint", func(context.Context) error { return m.vault.drop(name) })
 	next := *v
 	next.rec.State, next.rec.Lease, next.rec.Checkpoint = Paused, Lease{}, name
+	next.rec.Pins = m.cfg.Network.Pins(next.rec.ID)
 	if err := m.save(ctx, e, next); err != nil {
 		return 0, errors.Join(err, m.restate(ctx, e, *v))
 	}

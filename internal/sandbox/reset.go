@@ -123,7 +123,7 @@ func (m *Manager) rerun(ctx context.Context, e *entry, next *view, to startOver)
 		}
 	}
 	m.revive(next, up, to.lifetime)
-	if err := m.claim(ctx, &next.rec, up, claimed{o.img, next.policy}); err != nil {
+	if err := m.claim(ctx, &next.rec, up, claimed{o.img, next.policy, o.pins}); err != nil {
 		return err
 	}
 	return m.save(ctx, e, *next)

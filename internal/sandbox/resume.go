@@ -92,7 +92,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 // revive makes a view that of a sandbox that runs from now on for d.
 func (m *Manager) revive(next *view, up *started, d time.Duration) {
 	now := time.Now().UTC()
-	next.rec.Lease, next.rec.Checkpoint = up.lease, ""
+	next.rec.Lease, next.rec.Checkpoint, next.rec.Pins = up.lease, "", nil
 	next.rec.State, next.rec.Started, next.rec.Expires = Running, now, now.Add(d)
 	next.done = make(chan struct{})
 }
@@ -104,7 +104,7 @@ func (m *Manager) paused(ctx context.Context, rec *Record) (*origin, error) {
 	if err == nil {
 		var o *origin
 		if o, err = m.kept(img, rec.Checkpoint, rec.Resources); err == nil {
-			o.owner = rec.Owner
+			o.owner, o.pins = rec.Owner, rec.Pins
 			return o, nil
 		}
 	}

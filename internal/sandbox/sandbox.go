@@ -95,7 +95,8 @@ type Record struct {
 	Resources   Resources     `json:"resources"`
 
 	Egress             policy.Input   `json:"egress"`
-	Generation         uint64         `json:"generation"` // of Egress
+	Generation         uint64         `json:"generation"`     // of Egress
+	Pins               []Pin          `json:"pins,omitempty"` // of a paused one
 	AllowPublicTraffic *bool          `json:"allowPublicTraffic,omitempty"`
 	MaskRequestHost    string         `json:"maskRequestHost,omitempty"`
 	MaskOrigin         bool           `json:"maskOrigin,omitempty"`

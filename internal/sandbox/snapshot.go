@@ -29,6 +29,7 @@ type Snapshot struct {
 	ImageRef   string    `json:"imageRef"` // Image.Digest of that
 	Runtime    string    `json:"runtime"`  // Runtime.Name that made it
 	Resources  Resources `json:"resources"`
+	Pins       []Pin     `json:"pins,omitempty"` // for sandboxes made of it whose rules allow them
 }
 
 // label is what users call it.
@@ -81,7 +82,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	snap := Snapshot{
 		ID: "s" + string(NewID()[1:]), Sandbox: id, Owner: rec.Owner,
 		Checkpoint: checkpoint, Bytes: size, Image: rec.image(), ImageRef: rec.ImageRef,
-		Runtime: m.cfg.Runtime.Name(), Resources: rec.Resources,
+		Runtime: m.cfg.Runtime.Name(), Resources: rec.Resources, Pins: m.pinsOf(&rec),
 	}
 	if name != "" {
 		snap.Names = []string{name}
@@ -92,6 +93,14 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	m.event(ctx, &rec, Event{Name: "snapshot", Detail: snap.ID})
 	m.cfg.Log.Info("snapshot taken", "sandbox", id, "snapshot", snap.ID, "bytes", size, "took", time.Since(began))
 	return snap, nil
+}
+
+// pinsOf are the pins of a sandbox, which the network has while it runs.
+func (m *Manager) pinsOf(rec *Record) []Pin {
+	if rec.State == Running {
+		return m.cfg.Network.Pins(rec.ID)
+	}
+	return rec.Pins
 }
 
 func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
@@ -206,7 +215,7 @@ func (m *Manager) fromSnapshot(ctx context.Context, owner string, snap Snapshot)
 	if err != nil {
 		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
 	}
-	o.owner, o.snapshot = owner, &snap
+	o.owner, o.snapshot, o.pins = owner, &snap, snap.Pins
 	return o, nil
 }
 

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -499,5 +500,69 @@ func TestHistoryIsARing(t *testing.T) {
 	}
 	if last := got[len(got)-1]; last.CPUUsedPct != 50 || last.MemUsed != 64<<20 || last.DiskUsed != 3 {
 		t.Errorf("one of two CPUs for all the time, and more memory than there is: %+v", last)
+	}
+}
+
+// TestPinsGoAlong: what names opened for a sandbox is open in its next life, in its
+// copies and in what is made of its snapshots, and each has it for itself.
+func TestPinsGoAlong(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w)
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{Egress: noInternet()})
+	pins := []Pin{{Name: "db.a.test", Dst: netip.MustParseAddrPort("198.51.100.10:5432"), Verified: time.Now().UTC()}}
+	has := func(what string, id ID) {
+		t.Helper()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if got := w.pins[id]; len(got) != 1 || got[0] != pins[0] {
+			t.Errorf("%s has the pins %v", what, got)
+		}
+	}
+	w.mu.Lock()
+	w.pins[rec.ID] = pins
+	w.mu.Unlock()
+	snap, err := m.CreateSnapshot(t.Context(), "", rec.ID, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	forks := func(what string) {
+		t.Helper()
+		copies, err := m.Fork(t.Context(), "", rec.ID, ForkRequest{Count: 1})
+		if err != nil || copies[0].Err != nil {
+			t.Fatal(err, copies)
+		}
+		has(what, copies[0].Record.ID)
+		if len(copies[0].Record.Pins) != 0 {
+			t.Errorf("%s: the record of a running sandbox holds pins", what)
+		}
+	}
+	forks("a copy")
+	if err := m.Pause(t.Context(), "", rec.ID); err != nil {
+		t.Fatal(err)
+	}
+	forks("a copy of a paused one")
+	second := newManager(t, w, func(c *Config) { c.SnapshotDir = m.cfg.SnapshotDir }) // a restart
+	w.mu.Lock()
+	delete(w.pins, rec.ID)
+	stored := w.stored[rec.ID]
+	w.mu.Unlock()
+	if len(stored.Pins) != 1 {
+		t.Errorf("stored: %v", stored.Pins)
+	}
+	if err := second.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	runManager(t, second)
+	if _, _, err := second.Connect(t.Context(), "", rec.ID, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	has("the resumed sandbox", rec.ID)
+	made := create(t, second, CreateRequest{Template: snap.ID, Egress: noInternet()})
+	has("one made of the snapshot", made.ID)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if got := w.stored[rec.ID].Pins; len(got) != 0 {
+		t.Errorf("resumed, and the record still holds %v", got)
 	}
 }

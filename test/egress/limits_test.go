@@ -44,12 +44,11 @@ func TestLimits(t *testing.T) {
 	t.Run("questions in a second", func(t *testing.T) {
 		g := s.guest(t, client.Network{})
 		// 15 at once, and five a second for the four seconds that the others wait.
-		out := ask[map[string]int](g, "/names", asking{Server: "8.8.8.8:53", Format: "n%d.wild.test", Names: 100})
-		if n := out["NOERROR"]; n < 30 || n > 45 || out["REFUSED"] != 100-n {
-			t.Errorf("100 questions at once: %v", out)
+		out := ask[map[string]int](g, "/names", asking{Server: "8.8.8.8:53", Format: "n%d.wild.test", Names: 45})
+		if n := out["NOERROR"]; n < 30 || n > 40 || out["REFUSED"] != 45-n {
+			t.Errorf("45 questions at once: %v", out)
 		}
 		g.saw("resolver", "deny", "budget-queries")
-		g.run(check{ask8("n0.wild.test"), "NOERROR", open, "198.51.100.40"}) // known by now
 	})
 	t.Run("bytes in all, whoever passes them on", func(t *testing.T) { testBytesOut(t, s, rules) })
 }

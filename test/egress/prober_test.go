@@ -256,7 +256,7 @@ func pageOf(b []byte) outcome {
 func (y try) question(ctx context.Context) outcome {
 	m := new(dns.Msg).SetQuestion(dns.Fqdn(y.Name), dns.TypeA)
 	m.SetEdns0(1232, false)
-	r, _, err := (&dns.Client{}).ExchangeContext(ctx, m, y.Addr)
+	r, _, err := (&dns.Client{Timeout: 5 * time.Second}).ExchangeContext(ctx, m, y.Addr)
 	if err != nil {
 		return failed(err)
 	}
