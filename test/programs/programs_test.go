@@ -32,14 +32,34 @@ X
 
 // managers are package managers and the like: what they do when a registry is denied.
 func managers() []program {
+	var out []program
+	for _, p := range defaults() {
+		out = append(out, p)
+		for _, set := range shorter[p.name] {
+			out = append(out, program{name: p.name + ", " + set, needs: p.needs, script: "export " + set + "; " + p.script})
+		}
+	}
+	return out
+}
+
+// shorter are variables that make a program end sooner.
+var shorter = map[string][]string{
+	"pip 26.3": {"PIP_RETRIES=0"},
+	"uv":       {"UV_HTTP_RETRIES=0"},
+	"npm":      {"npm_config_fetch_retries=0"},
+	"pnpm":     {"npm_config_fetch_retries=0"},
+	"yarn 4":   {"YARN_HTTP_RETRY=0"},
+	"cargo":    {"CARGO_NET_RETRY=0"},
+}
+
+// defaults are package managers as they come.
+func defaults() []program {
 	return []program{
 		{name: "pip 23.0", script: "/usr/bin/python3 -m pip download --no-deps --no-cache-dir -d lib --trusted-host HOST -i URL/simple small"},
 		{name: "pip 26.3", script: "PYTHONPATH=TOOLS/python /usr/bin/python3 -m pip download --no-deps --no-cache-dir -d lib --trusted-host HOST -i URL/simple small"},
 		{name: "uv", script: "TOOLS/python/bin/uv pip install --python /usr/bin/python3 --no-cache --target lib --index-url URL/simple small"},
 		{name: "npm", script: emptyJS + "/usr/bin/node " + modules + "npm/bin/npm-cli.js install --registry URL/ small"},
-		{name: "npm, fetch-retries=0", script: emptyJS + "/usr/bin/node " + modules + "npm/bin/npm-cli.js install --fetch-retries=0 --registry URL/ small"},
 		{name: "pnpm", script: emptyJS + "/usr/bin/node " + modules + "pnpm/bin/pnpm.cjs add --registry URL/ small"},
-		{name: "pnpm, fetch-retries=0", script: emptyJS + "/usr/bin/node " + modules + "pnpm/bin/pnpm.cjs add --fetch-retries=0 --registry URL/ small"},
 		{name: "yarn 1", script: emptyJS + "/usr/bin/node " + modules + "yarn/bin/yarn.js add --registry URL/ small"},
 		{name: "yarn 4", script: emptyJS + "touch yarn.lock; export YARN_NPM_REGISTRY_SERVER=URL YARN_UNSAFE_HTTP_WHITELIST=HOST; /usr/bin/node " + modules + "@yarnpkg/cli-dist/bin/yarn.js add small"},
 		{name: "cargo", needs: tools + "/rust/bin/cargo", script: "mkdir -p src cargo; touch src/lib.rs; printf '[package]\\nname=\"x\"\\nversion=\"1.0.0\"\\n[dependencies]\\nsmall=\"1\"\\n' >Cargo.toml; " +
@@ -47,6 +67,7 @@ func managers() []program {
 		{name: "go", needs: tools + "/go/bin/go", script: "printf 'module x\\n\\ngo 1.21\\n\\nrequire small.test/small v1.0.0\\n' >go.mod; GOPROXY=URL GONOSUMDB='*' go mod download"},
 		{name: "apt", script: aptScript("")},
 		{name: "apt, Error-Mode=any", script: aptScript("-o APT::Update::Error-Mode=any")},
+		{name: "apt, Acquire::Retries=0", script: aptScript("-o Acquire::Retries=0")},
 		{name: "mvn", needs: "/usr/share/maven/bin/mvn", script: pom + "printf '<settings><mirrors><mirror><id>r</id><mirrorOf>*</mirrorOf><url>URL/maven2</url></mirror></mirrors></settings>' >s.xml; " +
 			"/usr/share/maven/bin/mvn -B -q -s s.xml -Dmaven.repo.local=repo validate"},
 		{name: "git", script: "git ls-remote URL/small/small.git"},
@@ -64,6 +85,7 @@ func clients() []program {
 	return []program{
 		{name: "curl", script: "curl -sS URL/"},
 		{name: "wget", script: "wget -nv -O page URL/"},
+		{name: "wget --tries=1", script: "wget --tries=1 -nv -O page URL/"},
 		{name: "Python urllib", script: python(`import urllib.request; urllib.request.urlopen("URL/").read()`)},
 		{name: "Python requests", script: python(`import requests; r = requests.get("URL/"); print(r.status_code, r.text); r.raise_for_status()`)},
 		{name: "Python httpx", script: python(`import httpx; r = httpx.get("URL/"); print(r.status_code, r.text); r.raise_for_status()`)},
