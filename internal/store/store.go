@@ -36,7 +36,8 @@ type Config struct {
 	// Log gets the store engine's messages at debug level; nil discards them.
 	Log *slog.Logger
 	// MaxEvents, MaxEventBytes and MaxEventAge bound the lifecycle events that are
-	// kept, whichever is reached first: 10,000 events, 16 MiB, 7 days.
+	// kept, whichever is reached first: 20,000 events, 32 MiB, 7 days. Of the first two
+	// each key has a share; one that is alone has half.
 	MaxEvents     int64
 	MaxEventBytes int64
 	MaxEventAge   time.Duration
@@ -52,10 +53,10 @@ func (c Config) withDefaults() Config {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	if c.MaxEvents <= 0 {
-		c.MaxEvents = 10_000
+		c.MaxEvents = 20_000
 	}
 	if c.MaxEventBytes <= 0 {
-		c.MaxEventBytes = 16 << 20
+		c.MaxEventBytes = 32 << 20
 	}
 	if c.MaxEventAge <= 0 {
 		c.MaxEventAge = 7 * 24 * time.Hour
@@ -78,6 +79,7 @@ type Store struct {
 	keys      *bucket[auth.Key]
 	snapshots *bucket[sandbox.Snapshot]
 	events    jetstream.Stream
+	history   *history
 
 	stop context.CancelFunc // ends the watches
 	wg   sync.WaitGroup     // of the watches
@@ -108,6 +110,9 @@ func Open(ctx context.Context, cfg Config) (s *Store, err error) {
 		return s, err
 	}
 	if s.events, err = s.eng.openEvents(ctx, cfg); err != nil {
+		return s, err
+	}
+	if err := s.loadEvents(ctx); err != nil {
 		return s, err
 	}
 	return s, s.eng.markReady(sandboxBucket, keyBucket, snapshotBucket, eventStream)

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -399,9 +400,104 @@ func TestOneSandboxDoesNotCrowdOutTheEventsOfOthers(t *testing.T) {
 	}
 }
 
+// TestAFloodOfOneKeysEventsLeavesAnothersHistory has one key with many sandboxes, of which
+// each stays below the limit of a sandbox.
+func TestAFloodOfOneKeysEventsLeavesAnothersHistory(t *testing.T) {
+	dir := t.TempDir()
+	cfg := Config{Dir: dir, MaxEvents: 100, MaxEventBytes: 60 << 10}
+	s, err := Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { s.Close() }()
+	var want []string
+	add := func(owner string, id sandbox.ID, name, detail string) {
+		t.Helper()
+		if err := s.AppendEvent(t.Context(), sandbox.Event{ID: name, Time: time.Now().UTC(), Owner: owner, Sandbox: id, Name: "create", Detail: detail}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mine := sandbox.NewID()
+	for i := range 10 {
+		want = append(want, fmt.Sprint("mine ", i))
+		add("k1", mine, want[i], "")
+	}
+	for i := range 300 {
+		add("k2", sandbox.NewID(), fmt.Sprint(i), strings.Repeat("x", 10*(i%200)))
+	}
+	check := func() {
+		t.Helper()
+		all, err := s.Events(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		theirs := 0
+		for _, e := range all {
+			if e.Owner == "k1" {
+				got = append(got, e.ID)
+			} else {
+				theirs++
+			}
+		}
+		if !slices.Equal(got, want) || theirs == 0 || theirs > 50 || all[len(all)-1].ID != "299" {
+			t.Errorf("after a flood of another key's, a key has the events %v; the other has %d", got, theirs)
+		}
+	}
+	check()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Open(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	check()
+}
+
+// TestEventsOfTheFormerLayoutAreDividedToo opens a stream that one key filled when keys
+// had no shares.
+func TestEventsOfTheFormerLayoutAreDividedToo(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(t.Context(), Config{Dir: dir, MaxEvents: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 60 {
+		e := sandbox.Event{ID: fmt.Sprint(i), Owner: "k2", Sandbox: sandbox.NewID(), Name: "create"}
+		data, err := encode(&e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.eng.js.Publish(t.Context(), "events."+string(e.Sandbox), data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, err = Open(t.Context(), Config{Dir: dir, MaxEvents: 40})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for i := range 3 {
+		if err := s.AppendEvent(t.Context(), sandbox.Event{ID: fmt.Sprint("mine ", i), Owner: "k1", Sandbox: sandbox.NewID(), Name: "create"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := s.Events(t.Context())
+	if err != nil || len(got) < 10 || len(got) > 23 || got[len(got)-1].ID != "mine 2" || got[len(got)-4].ID != "59" {
+		t.Errorf("%d events: %v, %v", len(got), got, err)
+	}
+	info, err := s.events.Info(t.Context())
+	if err != nil || int(info.State.Msgs) != len(got) {
+		t.Errorf("the stream has %d events, want %d: %v", info.State.Msgs, len(got), err)
+	}
+}
+
 func TestEventsAreOrderedAndBounded(t *testing.T) {
 	dir := t.TempDir()
-	s, err := Open(t.Context(), Config{Dir: dir, MaxEvents: 50, MaxEventAge: time.Hour})
+	s, err := Open(t.Context(), Config{Dir: dir, MaxEvents: 100, MaxEventAge: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -422,15 +518,21 @@ func TestEventsAreOrderedAndBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(got) != 50 || got[0].ID != "70" || got[49].ID != "119" {
-			t.Fatalf("%d events, want 70…119: %v", len(got), got)
+		// A key that is alone keeps half; a tenth of that is dropped at once.
+		if len(got) < 45 || len(got) > 50 {
+			t.Fatalf("%d events, want 45 to 50", len(got))
+		}
+		for i, e := range got {
+			if want := fmt.Sprint(120 - len(got) + i); e.ID != want {
+				t.Fatalf("event %d is %s, want %s", i, e.ID, want)
+			}
 		}
 	}
 	check(s)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s, err = Open(t.Context(), Config{Dir: dir, MaxEvents: 50, MaxEventAge: time.Hour})
+	s, err = Open(t.Context(), Config{Dir: dir, MaxEvents: 100, MaxEventAge: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
