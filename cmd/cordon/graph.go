@@ -125,7 +125,7 @@ func (s *server) makeStore(ctx context.Context) (err error) {
 }
 
 func (s *server) makeFlows(context.Context) (err error) {
-	s.flows, err = flowlog.New(flowlog.Config{Metrics: s.metrics})
+	s.flows, err = flowlog.New(flowlog.Config{Metrics: s.metrics, Owner: s.keyOf})
 	return err
 }
 
@@ -344,6 +344,9 @@ func (s *server) makeResolver(context.Context) (err error) {
 
 // keyOf returns the API key that a sandbox belongs to.
 func (s *server) keyOf(id string) string {
+	if s.manager == nil {
+		return "" // the server is being built
+	}
 	ep, _ := s.manager.Endpoint(sandbox.ID(id))
 	return ep.Record.Owner
 }

@@ -19,6 +19,9 @@ type Config struct {
 	PerSandbox    int // events kept of one sandbox; 4096
 	Total         int // events kept of all sandboxes; 65,536
 	FollowerQueue int // events that wait for one slow follower; 1024
+	// Owner returns the API key whose sandbox it is, "" while that is not known; nil: all
+	// are one key's. It must answer from memory and not call the log.
+	Owner func(sandbox string) string
 	// Metrics is where the counters are registered; nil: nowhere.
 	Metrics prometheus.Registerer
 }
@@ -44,6 +47,7 @@ type Log struct {
 	seq       uint64
 	kept      int // events in all rings
 	rings     map[string]*ring
+	owners    map[string]*owned    // by API key
 	gone      map[string]time.Time // sandboxes forgotten lately
 	swept     time.Time            // when gone was looked through
 	followers map[*follower]struct{}
@@ -72,6 +76,7 @@ func New(c Config) (*Log, error) {
 		// (under 2^53) until the year 4800.
 		seq:       uint64(time.Now().Unix()) * 100_000,
 		rings:     map[string]*ring{},
+		owners:    map[string]*owned{},
 		gone:      map[string]time.Time{},
 		followers: map[*follower]struct{}{},
 	}, nil
@@ -127,44 +132,95 @@ func (l *Log) Forget(sandbox string) {
 		maps.DeleteFunc(l.gone, func(_ string, at time.Time) bool { return now.Sub(at) > late })
 	}
 	if r, ok := l.rings[sandbox]; ok {
+		l.leave(r)
 		l.kept -= r.len()
 		delete(l.rings, sandbox)
 	}
 }
 
-// keep puts e into its sandbox's ring. At the total cap a sandbox that has more
-// than its fair share pays with its own oldest event, so a noisy sandbox cannot
-// push a quiet one out of the log; otherwise the largest ring pays.
+// owned is what the log keeps of one key's sandboxes.
+type owned struct{ rings, kept int }
+
+// enter counts a ring, with what is in it, for the key that its sandbox is of.
+func (l *Log) enter(r *ring, owner string) {
+	o := l.owners[owner]
+	if o == nil {
+		o = &owned{}
+		l.owners[owner] = o
+	}
+	r.owner, r.of = owner, o
+	o.rings++
+	o.kept += r.len()
+}
+
+func (l *Log) leave(r *ring) {
+	r.of.rings--
+	r.of.kept -= r.len()
+	if r.of.rings == 0 {
+		delete(l.owners, r.owner)
+	}
+}
+
+// ring returns the sandbox's ring, counted for its key as soon as that is known.
+func (l *Log) ring(sandbox string) *ring {
+	r, ok := l.rings[sandbox]
+	if ok && r.owner != "" {
+		return r
+	}
+	owner := ""
+	if l.cfg.Owner != nil {
+		owner = l.cfg.Owner(sandbox)
+	}
+	switch {
+	case !ok:
+		r = &ring{}
+		l.rings[sandbox] = r
+		l.enter(r, owner)
+	case owner != "":
+		l.leave(r)
+		l.enter(r, owner)
+	}
+	return r
+}
+
+// drop drops a ring's oldest event.
+func (l *Log) drop(r *ring) {
+	r.drop()
+	r.of.kept--
+	l.kept--
+}
+
+// keep puts e into its sandbox's ring. At the total cap the key that has most pays with
+// the oldest event of its largest ring, so a key with many noisy sandboxes cannot push
+// another's events out of the log. The sandbox whose event it is pays itself where it has
+// more than its part of its key's, which needs no search.
 func (l *Log) keep(e *Event) {
 	if _, gone := l.gone[e.Sandbox]; gone {
 		return // nobody would ever drop it
 	}
-	r, ok := l.rings[e.Sandbox]
-	if !ok {
-		r = &ring{}
-		l.rings[e.Sandbox] = r
-	}
-	for r.len() >= l.cfg.PerSandbox || (l.kept >= l.cfg.Total && r.len() > l.cfg.Total/len(l.rings)) {
-		r.drop()
-		l.kept--
+	r := l.ring(e.Sandbox)
+	for r.len() >= l.cfg.PerSandbox || (l.kept >= l.cfg.Total && r.of.kept > l.cfg.Total/len(l.owners) && r.len() > r.of.kept/r.of.rings) {
+		l.drop(r)
 	}
 	for l.kept >= l.cfg.Total {
 		name, largest := l.largest()
-		largest.drop()
-		l.kept--
+		l.drop(largest)
 		if largest.len() == 0 && largest != r {
+			l.leave(largest)
 			delete(l.rings, name)
 		}
 	}
 	r.push(e)
+	r.of.kept++
 	l.kept++
 }
 
+// largest is the largest ring of the key that has most.
 func (l *Log) largest() (string, *ring) {
 	var name string
 	var largest *ring
 	for n, r := range l.rings {
-		if largest == nil || r.len() > largest.len() {
+		if largest == nil || r.of.kept > largest.of.kept || r.of == largest.of && r.len() > largest.len() {
 			name, largest = n, r
 		}
 	}
@@ -216,6 +272,9 @@ func values(events []*Event) []Event {
 type ring struct {
 	events []*Event
 	head   int // events[:head] are dropped and nil
+
+	owner string // the API key whose sandbox it is; "" while that is not known
+	of    *owned // its key's
 }
 
 func (r *ring) len() int { return len(r.events) - r.head }
