@@ -32,7 +32,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 		return Record{}, err
 	}
 	defer place.release()
-	if err := m.room(); err != nil {
+	if err := m.room(req.Owner); err != nil {
 		return Record{}, err
 	}
 	o, err := m.from(ctx, req.Owner, req.Template)

@@ -60,7 +60,7 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 	}
 	defer place.release()
 	size := m.footprint(ctx, id)
-	written, err := m.hoard(size)
+	written, err := m.hoard(rec.Owner, size)
 	if err != nil {
 		return Record{}, nil, err
 	}

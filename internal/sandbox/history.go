@@ -72,6 +72,16 @@ func (h *history) of(id ID) []Metrics {
 	return slices.Concat(r.samples[r.next:], r.samples[:r.next])
 }
 
+// layer is the size of a sandbox's writable layer at the last sample.
+func (h *history) layer(id ID) int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if r := h.rings[id]; r != nil {
+		return r.last.DiskBytes
+	}
+	return 0
+}
+
 func (h *history) forget(id ID) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

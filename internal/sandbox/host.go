@@ -61,7 +61,7 @@ func turn(ctx context.Context, g *share.Gate, owner string) (leave func(), err e
 
 // Pools are the counts of what sandboxes share, for metrics.
 func (m *Manager) Pools() (pools []*share.Pool) {
-	pools = []*share.Pool{m.starts.Pool(), m.updates.Pool()}
+	pools = []*share.Pool{m.starts.Pool(), m.updates.Pool(), m.disk.Pool()}
 	for _, meter := range []*share.Meter{m.meters.memory, m.meters.threads} {
 		if meter != nil {
 			pools = append(pools, meter.Pool())

@@ -86,6 +86,8 @@ type Config struct {
 	InUse func(ID) bool
 
 	Log *slog.Logger
+
+	space func(dir string) (free, total int64, err error) // freeSpace but in tests
 }
 
 func (c *Config) setDefaults() {
@@ -96,6 +98,9 @@ func (c *Config) setDefaults() {
 	c.MaxTimeout = cmp.Or(c.MaxTimeout, 24*time.Hour)
 	c.ParallelStarts = cmp.Or(c.ParallelStarts, max(4, 2*runtime.NumCPU()))
 	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
+	if c.space == nil {
+		c.space = freeSpace
+	}
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.PolicyChanged == nil {
 		c.PolicyChanged = func(ID) {}
@@ -130,6 +135,7 @@ type Manager struct {
 	warm    *warm
 	history *history
 	meters  meters
+	disk    *share.Meter
 
 	naming sync.Mutex // held while a snapshot's name or record changes hands, before mu
 
@@ -172,7 +178,7 @@ func New(cfg Config) *Manager {
 		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
 		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
-		meters: newMeters(cfg.Host),
+		meters: newMeters(cfg.Host), disk: share.NewMeter(share.Disk.Of(1, 0)), // its size is what is free
 	}
 	m.warm = newWarm(m.vault)
 	return m

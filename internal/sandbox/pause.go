@@ -39,7 +39,7 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 		return err
 	}
 	defer leave()
-	written, err := m.hoard(m.footprint(ctx, id))
+	written, err := m.hoard(v.rec.Owner, m.footprint(ctx, id))
 	if err != nil {
 		return err
 	}

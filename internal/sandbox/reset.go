@@ -52,7 +52,7 @@ type startOver struct {
 
 // beginning is the origin a sandbox once started from.
 func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
-	if err := m.room(); err != nil {
+	if err := m.room(rec.Owner); err != nil {
 		return nil, err
 	}
 	if rec.Image == "" {

@@ -50,7 +50,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 		return Record{}, err
 	}
 	defer m.finish(o)
-	if err := m.room(); err != nil {
+	if err := m.room(next.rec.Owner); err != nil {
 		return Record{}, err
 	}
 	place, err := m.reserve(next.rec.Owner)

@@ -124,14 +124,14 @@ func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
 // already, whose files the copy shares: they are never written to again.
 func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size int64, err error) {
 	if rec.State == Running {
-		written, err := m.hoard(m.footprint(ctx, rec.ID))
+		written, err := m.hoard(rec.Owner, m.footprint(ctx, rec.ID))
 		if err != nil {
 			return "", 0, err
 		}
 		defer written()
 		return m.checkpoint(ctx, rec)
 	}
-	if err := m.room(); err != nil {
+	if err := m.room(rec.Owner); err != nil {
 		return "", 0, err
 	}
 	read, err := m.vault.open(rec.Checkpoint)

@@ -36,10 +36,11 @@ type vault struct {
 	mu      sync.Mutex // guards the others
 	readers map[string]int
 	dropped map[string]bool // to be removed after the last reader
+	sizes   map[string]int64
 }
 
 func newVault(dir string) *vault {
-	return &vault{dir: dir, readers: map[string]int{}, dropped: map[string]bool{}}
+	return &vault{dir: dir, readers: map[string]int{}, dropped: map[string]bool{}, sizes: map[string]int64{}}
 }
 
 const (
@@ -319,6 +320,9 @@ func (v *vault) drop(name string) error {
 
 // remove takes the name away first, so that what is half removed does not look whole.
 func (v *vault) remove(name string) error {
+	v.mu.Lock()
+	delete(v.sizes, name)
+	v.mu.Unlock()
 	gone := v.path(name) + partialSuffix
 	if err := os.Rename(v.path(name), gone); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove checkpoint: %w", err)
@@ -348,6 +352,24 @@ func (v *vault) sweep(keep map[string]bool) error {
 		failed = append(failed, os.RemoveAll(v.path(name)))
 	}
 	return errors.Join(failed...)
+}
+
+// size is how many bytes a checkpoint has; 0 of one that is not there.
+func (v *vault) size(name string) int64 {
+	v.mu.Lock()
+	n, known := v.sizes[name]
+	v.mu.Unlock()
+	if known || name == "" {
+		return n
+	}
+	man, err := v.manifestOf(name)
+	if err != nil {
+		return 0
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.sizes[name] = man.bytes()
+	return v.sizes[name]
 }
 
 // manifestOf reads a checkpoint's manifest without believing the rest.

@@ -195,7 +195,7 @@ func (m *Manager) warmUp(ctx context.Context, id ID, o *origin, key string) (_ *
 // keepWarm makes the checkpoint. Without one, the next start takes as long as this.
 func (m *Manager) keepWarm(ctx context.Context, up *started, img Image, key string) {
 	name := newCheckpointName()
-	written, err := m.hoard(m.footprint(ctx, up.id))
+	written, err := m.hoard("", m.footprint(ctx, up.id))
 	if err == nil {
 		defer written()
 		_, err = m.vault.keep(name, manifest{Token: up.controlToken, Label: key}, func(dir string) error {

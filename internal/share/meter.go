@@ -45,6 +45,13 @@ func (m *Meter) MeasuredOne(all int64, key string, held int64) {
 	}
 }
 
+// Resize changes how much there is.
+func (m *Meter) Resize(whole int64) {
+	m.pool.mu.Lock()
+	defer m.pool.mu.Unlock()
+	m.pool.r.Whole = whole
+}
+
 // Promise holds n for key until the function that it returns is called: when they are in
 // use and will be measured, or when they are not wanted any more. The error is a [*Full].
 func (m *Meter) Promise(key string, n int64) (release func(), err error) {

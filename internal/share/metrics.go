@@ -28,13 +28,13 @@ func (c *Collector) Describe(to chan<- *prometheus.Desc) {
 func (c *Collector) Collect(to chan<- prometheus.Metric) {
 	for _, p := range c.pools {
 		p.mu.Lock()
-		used, most := p.used, int64(0)
+		used, whole, most := p.used, p.r.Whole, int64(0)
 		for _, n := range p.keys {
 			most = max(most, n)
 		}
 		p.mu.Unlock()
 		name := p.r.Name
-		to <- prometheus.MustNewConstMetric(descWhole, prometheus.GaugeValue, float64(p.r.Whole), name)
+		to <- prometheus.MustNewConstMetric(descWhole, prometheus.GaugeValue, float64(whole), name)
 		to <- prometheus.MustNewConstMetric(descUsed, prometheus.GaugeValue, float64(used), name)
 		to <- prometheus.MustNewConstMetric(descMost, prometheus.GaugeValue, float64(most), name)
 		for i, s := range scopes {

@@ -117,7 +117,11 @@ func NewPool(r Resource) *Pool {
 }
 
 // Resource returns what the pool counts.
-func (p *Pool) Resource() Resource { return p.r }
+func (p *Pool) Resource() Resource {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.r
+}
 
 // Take adds n to what key and its sandbox hold, or changes nothing and returns a
 // [*Full]. An empty sandbox is not counted.
