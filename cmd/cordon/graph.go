@@ -44,17 +44,19 @@ type server struct {
 	log      *slog.Logger
 	metrics  *prometheus.Registry
 	operator *policy.Operator
-	tls      *tls.Config
-	acme     *tlsconf.ACME // nil: certificates come from elsewhere
-	store    *store.Store
-	flows    *flowlog.Log
-	network  *network.Network
-	manager  *sandbox.Manager
-	images   *image.Library
-	agents   *agentctl.Client
-	resolver *resolver.Resolver
-	egress   *egress.Proxy
-	ingress  *ingress.Ingress
+
+	deniedNow deniedNames
+	tls       *tls.Config
+	acme      *tlsconf.ACME // nil: certificates come from elsewhere
+	store     *store.Store
+	flows     *flowlog.Log
+	network   *network.Network
+	manager   *sandbox.Manager
+	images    *image.Library
+	agents    *agentctl.Client
+	resolver  *resolver.Resolver
+	egress    *egress.Proxy
+	ingress   *ingress.Ingress
 
 	pools       []*share.Pool
 	closers     []io.Closer // in the order of acquisition
@@ -69,7 +71,8 @@ type server struct {
 
 // build makes every part and connects them; nothing runs yet.
 func build(ctx context.Context, cfg config, log *slog.Logger) (_ *server, err error) {
-	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry(), operator: operatorPolicy(&cfg)}
+	s := &server{cfg: cfg, log: log, metrics: prometheus.NewRegistry(), operator: operatorPolicy(&cfg),
+		deniedNow: deniedNames{seen: map[netip.AddrPort]time.Time{}, by: map[netip.AddrPort]int{}}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -144,6 +147,7 @@ func (s *server) makeNetwork(context.Context) (err error) {
 		Flows: s.flows, Log: s.log,
 	})
 	if err == nil {
+		s.operator.DeniedAddr = s.network.Denied
 		s.operator.IsHost = s.network.IsHost // names that resolve to the machine are refused like its addresses
 		s.closers = append(s.closers, s.network)
 	}

@@ -85,7 +85,7 @@ func (s *server) below() map[string]func(context.Context) error {
 		"network":   s.network.Run,
 		"sandboxes": s.manager.Run,
 		"egress":    func(ctx context.Context) error { return s.egress.Run(ctx, s.egressOn...) },
-		"metrics":   s.runMetrics, "surroundings": s.followSurroundings,
+		"metrics":   s.runMetrics, "surroundings": s.followSurroundings, "denied names": s.followDenied,
 	}
 	if s.acme != nil {
 		parts["certificates"] = s.acme.Run

@@ -69,6 +69,10 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, out *os.File) (err
 	if err := s.listen(ctx); err != nil {
 		return err
 	}
+	s.warnDenied()
+	if err := s.denyNames(ctx); err != nil {
+		return fmt.Errorf("deny names: %w", err)
+	}
 	if err := s.manager.Reconcile(ctx); err != nil {
 		return fmt.Errorf("adopt sandboxes: %w", err)
 	}

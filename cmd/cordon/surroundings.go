@@ -4,10 +4,100 @@ import (
 	"context"
 	"net/netip"
 	"slices"
+	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
+
+// How often the addresses of denied names are asked for, and how long one that is not
+// among the answers any more stays denied: name servers hand out theirs in turns.
+const (
+	deniedEvery  = time.Minute
+	deniedLinger = 15 * time.Minute
+	deniedWait   = 5 * time.Second
+	deniedAtOnce = 16 // look-ups
+)
+
+// deniedNames keeps the addresses of the operator's denied names.
+type deniedNames struct {
+	seen map[netip.AddrPort]time.Time
+	by   map[netip.AddrPort]int // the entry
+}
+
+// warnDenied says at start what a denial by name does not do.
+func (s *server) warnDenied() {
+	var shown []string
+	exact := map[int]bool{}
+	for _, d := range s.operator.DeniedNames() {
+		exact[d.Entry] = true
+	}
+	for i, text := range s.operator.AlwaysDeny {
+		if _, err := addressRange(text); err != nil && !exact[i] && !strings.Contains(text, "/") {
+			if _, err := netip.ParseAddrPort(text); err != nil {
+				shown = append(shown, text)
+			}
+		}
+	}
+	if len(shown) > 0 {
+		s.log.Warn("these entries of network.always_deny bind connections that show a name, and questions for it: a program that knows an address of such"+
+			" a name reaches it by that, unless its range is denied too", "entries", strings.Join(shown, " "))
+	}
+}
+
+// followDenied keeps the addresses of denied names denied, until ctx ends.
+func (s *server) followDenied(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(deniedEvery):
+		}
+		if err := s.denyNames(ctx); err != nil {
+			s.log.Error("the addresses of denied names are not up to date", "err", err)
+		}
+	}
+}
+
+// denyNames asks for the addresses of all denied names.
+func (s *server) denyNames(ctx context.Context) error {
+	names := s.operator.DeniedNames()
+	if len(names) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, deniedWait)
+	defer cancel()
+	var mu sync.Mutex // guards s.deniedNow
+	var g errgroup.Group
+	g.SetLimit(deniedAtOnce)
+	now := time.Now()
+	for _, d := range names {
+		g.Go(func() error {
+			addrs, err := s.resolver.Resolve(ctx, serverItself, d.Name)
+			if err != nil {
+				s.log.Debug("a denied name has no address to deny", "name", d.Name, "err", err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for _, a := range addrs {
+				dst := netip.AddrPortFrom(a, d.Port)
+				s.deniedNow.seen[dst], s.deniedNow.by[dst] = now, d.Entry
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // they return nothing
+	for dst, at := range s.deniedNow.seen {
+		if now.Sub(at) > deniedLinger {
+			delete(s.deniedNow.seen, dst)
+			delete(s.deniedNow.by, dst)
+		}
+	}
+	return s.network.SetDenied(s.deniedNow.by)
+}
 
 // How often the server looks again at what names say of the network around it, and
 // how long one look may take.

@@ -21,7 +21,7 @@ import (
 )
 
 // What the stand's configuration says of these two is in writeConfig.
-const nameForbidden = "forbidden.test" // of always_deny
+const nameForbidden = "www.forbidden.test" // below a name of always_deny
 
 var (
 	addrForbidden = netip.MustParseAddr("198.51.100.77") // of always_deny, nameForbidden's

@@ -103,13 +103,13 @@ network:
   upstreams: [%[4]s]
   public_addresses: [%[7]s]
   nat64: ["2001:db8:64::/96"]
-  always_deny: [%[8]s, %[9]s]
+  always_deny: [%[8]s, "*.forbidden.test"]
 sandboxes:
   extra_ca: %[5]s
   spares: {base: 2}
 log: {level: debug}
 `, s.dir, domain, plain, strings.Join(upstreams, ", "), s.lab.CAFile(), s.name,
-		addrHairpin, addrForbidden, nameForbidden)
+		addrHairpin, addrForbidden)
 	return os.WriteFile(s.config, []byte(text), 0o600)
 }
 

@@ -180,8 +180,9 @@ type Network struct {
 
 	around atomic.Pointer[near]
 	nat64  atomic.Pointer[[]netip.Prefix] // the network's own prefixes
-	nearMu sync.Mutex                     // held while around is replaced
-	owners []atomic.Pointer[owner]        // by slot number: who may be asked about without a lock
+	nearMu sync.Mutex                     // held while around or denied is replaced
+	denied atomic.Pointer[map[netip.AddrPort]int]
+	owners []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
 
 	ready  chan *slot    // the pool
 	wake   chan struct{} // the pool is not full

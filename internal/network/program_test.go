@@ -46,6 +46,7 @@ func (m *machine) run() string {
 			if floor {
 				return chainProxy
 			}
+		case jumps && to == chainDenied:
 		case jumps && to == chainHostOpen:
 			if m.host {
 				return chainOK

@@ -32,6 +32,9 @@ func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
 	p.rule(ctMark(mark|markProxied, ^uint32(0)), goTo(chainProxied))
 	p.rule(jump(chainScreen))
 	p.list("opdeny", k.OperatorDeny, goTo(classDeny.chain()))
+	if k.OperatorExact {
+		p.rule(jump(chainDenied))
+	}
 	if k.Service {
 		p.ports(k.ProxyPorts, daddrIn(netip.PrefixFrom(policy.ServiceAddr4, 32)), goTo(chainProxy))
 	}

@@ -52,6 +52,7 @@ const (
 	chainInward     = "inward"      // forwarded to a slot
 	chainFloor      = "floor"       // returns unless the destination is in the floor
 	chainFloorNames = "floor_names" // the same, for policies where a name may open it
+	chainDenied     = "denied"      // returns unless the operator denies a name that the address is of
 	chainHostOpen   = "host_open"   // ok for what is the host's; returns for the rest
 	chainHostHole   = "host_hole"   // likewise with hole
 	chainHole       = "hole"        // ok, but for what the proxy must look at
@@ -64,9 +65,11 @@ const (
 	setSlots, setMarks, setLogs, setFlows = "slots", "marks", "logs", "flows"
 	setOwn4, setOwn6                      = "own4", "own6"
 	setFloor4, setFloor6                  = "floor4", "floor6"
-	setNear4, setNear6                    = "near4", "near6" // near.go
-	setHost                               = "host"           // address types that are the host's own
-	setPorts                              = "ports"          // where the transparent sockets listen
+	setNear4, setNear6                    = "near4", "near6"     // near.go
+	setDenied4, setDenied6                = "denied4", "denied6" // denied.go
+	setDeniedPorts4, setDeniedPorts6      = "denied_ports4", "denied_ports6"
+	setHost                               = "host"  // address types that are the host's own
+	setPorts                              = "ports" // where the transparent sockets listen
 
 	counterRefused = "refused"
 
@@ -145,6 +148,16 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIPAddr, nil
 	case setFloor6, setNear6:
 		s.Interval, s.KeyType, s.KeyByteOrder = true, nftables.TypeIP6Addr, nil
+	case setDenied4:
+		s.KeyType, s.KeyByteOrder = nftables.TypeIPAddr, nil
+	case setDenied6:
+		s.KeyType, s.KeyByteOrder = nftables.TypeIP6Addr, nil
+	case setDeniedPorts4:
+		s.Concatenation, s.KeyByteOrder = true, nil
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+	case setDeniedPorts6:
+		s.Concatenation, s.KeyByteOrder = true, nil
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService)
 	case setHost:
 		s.KeyType = nftables.TypeFIBAddr
 	case setPorts:
@@ -171,6 +184,9 @@ func (n *Network) addTable(tx *transaction) {
 	}
 	tx.set(n.namedSet(setFloor4), intervals(ranges(floor, false)))
 	tx.set(n.namedSet(setFloor6), intervals(ranges(floor, true)))
+	for name, elems := range n.deniedElements() {
+		tx.set(n.namedSet(name), elems)
+	}
 	around := n.around.Load()
 	tx.set(n.namedSet(setNear4), around.elements(false))
 	tx.set(n.namedSet(setNear6), around.elements(true))
@@ -180,7 +196,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
+		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainDenied, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
@@ -264,6 +280,7 @@ func (n *Network) addShared(tx *transaction) {
 		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
 		when(brief(), setCtMark(0), accept()),
 		when(drop()))
+	n.addDenied(tx)
 	tx.rules(n.chain(chainHole), when(l4proto(policy.TCP), dport(80), goTo(chainProxy)), when(l4proto(policy.TCP), dport(443), goTo(chainProxy)), when(goTo(chainOK)))
 	neighbour := func(t byte) []expr.Any { return when(icmpType(policy.ICMPv6, t), hopLimit(255)) } // RFC 4861, 7.1
 	// The tracker takes the packet that opens a connection for an answer where both

@@ -32,9 +32,13 @@ type Compiled struct {
 	floorOpen  ruleSet
 	hostAddrs  bart.Lite
 	isHost     func(netip.Addr) bool // may be nil
-	self       []string
-	kernel     KernelRules
-	autoDNSRef ruleRef
+	deniedAddr func(netip.AddrPort) (int, bool)
+	opDenyRefs []ruleRef // by entry of AlwaysDeny
+
+	opDenyExact bool // some entry is an exact name
+	self        []string
+	kernel      KernelRules
+	autoDNSRef  ruleRef
 }
 
 // Compile validates in and returns what decides. Every error is of kind
@@ -136,7 +140,12 @@ func (c *Compiled) addOperator(op *Operator) error {
 			if err != nil {
 				return errs.New(errs.Invalid, "operator %s[%d] is %q: %v", l.field, i, text, err)
 			}
-			c.addListed(list, l.id, i, func(e entry, r ruleRef) { l.add(l.set, e, r) })
+			c.addListed(list, l.id, i, func(e entry, r ruleRef) {
+				l.add(l.set, e, r)
+				if l.set == &c.opDeny && len(c.opDenyRefs) == i {
+					c.opDenyRefs = append(c.opDenyRefs, r)
+				}
+			})
 		}
 	}
 	for i, d := range op.SelfDomains {
@@ -146,7 +155,8 @@ func (c *Compiled) addOperator(op *Operator) error {
 		}
 		c.self = append(c.self, name)
 	}
-	c.isHost = op.IsHost
+	c.isHost, c.deniedAddr = op.IsHost, op.DeniedAddr
+	c.opDenyExact = len(op.DeniedNames()) > 0
 	for i, p := range op.HostAddrs {
 		if !p.IsValid() {
 			return errs.New(errs.Invalid, "operator hostAddrs[%d] is not a valid prefix", i)

@@ -151,6 +151,13 @@ func (c *Compiled) decideAbove(name string, dst netip.Addr, port uint16) (v Verd
 	if r := c.opDeny.matchDenied(dst, port).or(c.opDeny.matchName(name, port)); r != 0 {
 		return c.forbidden(r), true
 	}
+	// On the proxy's ports the name that is shown decides, and the proxy goes where that
+	// leads: other names may be at the same address.
+	if c.deniedAddr != nil && (name == "" || !proxyPort(port)) {
+		if i, ok := c.deniedAddr(netip.AddrPortFrom(dst, port)); ok && i < len(c.opDenyRefs) {
+			return c.forbidden(c.opDenyRefs[i]), true
+		}
+	}
 	if v, settled := c.decideFloor(name, dst, port); settled {
 		return v, true
 	}

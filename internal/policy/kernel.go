@@ -6,7 +6,7 @@ import "net/netip"
 // are sorted by port and address, merged and disjoint for each port; IPv4 and
 // IPv6 are mixed. They are shared: do not write to them. The kernel applies, in order:
 //
-//  1. OperatorDeny → reject
+//  1. OperatorDeny → reject; OperatorExact: what DeniedAddr says, but TCP ProxyPorts → reject
 //  2. Service: TCP ProxyPorts to ServiceAddr4 → the proxy
 //  3. FloorOpen, and HostOpen where the destination is the host's → accept, but with
 //     OperatorNames TCP ProxyPorts → the proxy; with FloorNames TCP ProxyPorts to the
@@ -28,6 +28,7 @@ type KernelRules struct {
 	HostOpen      []PrefixPort // what they may open of the host's addresses beside
 	FloorNames    bool         // a hole is a name for a proxy port: only the proxy can tell
 	OperatorDeny  []PrefixPort
+	OperatorExact bool // the operator denies an exact name
 	OperatorNames bool // the operator denies a name on ProxyPorts: no address is let past the proxy there
 	OperatorAllow []PrefixPort
 	Allow         []PrefixPort
@@ -55,6 +56,7 @@ func (c *Compiled) deriveKernel() {
 	k.FloorOpen, k.HostOpen = holes(c.floorOpen.prefixes)
 	k.FloorNames = c.floorOpen.proxied()
 	k.OperatorDeny = merge(translated(c.opDeny.prefixes))
+	k.OperatorExact = c.opDenyExact && c.deniedAddr != nil
 	k.OperatorNames = c.opDeny.proxied()
 	k.OperatorAllow = merge(c.opAllow.prefixes)
 	k.Allow = merge(c.allow.prefixes)

@@ -58,6 +58,9 @@ type Operator struct {
 	// AlwaysDeny and AlwaysAllow are decided before the sandbox's own rules,
 	// deny first. Both take IPs, CIDRs, names and wildcards, with an optional port.
 	AlwaysDeny, AlwaysAllow []string
+	// DeniedAddr tells whether an address is that of a name in AlwaysDeny
+	// ([Operator.DeniedNames]), and the number of its entry; nil: none is.
+	DeniedAddr func(netip.AddrPort) (entry int, ok bool)
 	// SelfDomains are the domains whose names this service answers itself
 	// through its ingress, e.g. "cordon.localhost". Such a name resolves to
 	// ServiceAddr4 inside a sandbox.
@@ -66,6 +69,28 @@ type Operator struct {
 	HostAddrs []netip.Prefix
 	// IsHost tells more of them, of the moment it is asked; nil: no more.
 	IsHost func(netip.Addr) bool
+}
+
+// DeniedName is an exact name of AlwaysDeny.
+type DeniedName struct {
+	Entry int // its number in the list
+	Name  string
+	Port  uint16 // 0: every port
+}
+
+// DeniedNames lists the exact names of AlwaysDeny. A name binds a connection only that
+// shows it; their addresses can be denied as well. Wildcards and presets are not among
+// them. It skips entries that Compile refuses.
+func (op *Operator) DeniedNames() (out []DeniedName) {
+	for i, text := range op.AlwaysDeny {
+		if isPreset(text) {
+			continue
+		}
+		if e, err := parseEntry(text); err == nil && !e.isAddr() && !e.wildcard {
+			out = append(out, DeniedName{i, e.name, e.port})
+		}
+	}
+	return out
 }
 
 // ServiceAddr4 is the address under which a sandbox sees this service's own

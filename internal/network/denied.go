@@ -1,0 +1,134 @@
+package network
+
+import (
+	"errors"
+	"maps"
+	"net/netip"
+
+	"github.com/google/nftables"
+
+	"github.com/cordonhq/cordon/internal/policy"
+)
+
+// Denied tells whether a destination is that of a name which the operator denies, and
+// the number of the entry; see SetDenied.
+func (n *Network) Denied(dst netip.AddrPort) (entry int, ok bool) {
+	m := n.denied.Load()
+	if m == nil {
+		return 0, false
+	}
+	addr := dst.Addr().Unmap()
+	if entry, ok = (*m)[netip.AddrPortFrom(addr, 0)]; !ok {
+		entry, ok = (*m)[netip.AddrPortFrom(addr, dst.Port())]
+	}
+	return entry, ok
+}
+
+// SetDenied replaces the destinations of names that the operator denies, each with the
+// number of its entry; port 0 stands for every port and protocol. Flows that lead to new
+// ones end.
+func (n *Network) SetDenied(all map[netip.AddrPort]int) error {
+	next := map[netip.AddrPort]int{}
+	for dst, entry := range all {
+		addr := dst.Addr().Unmap()
+		next[netip.AddrPortFrom(addr, dst.Port())] = entry
+		for _, t := range policy.Translations(netip.PrefixFrom(addr, addr.BitLen()), n.nat64Prefixes()...) {
+			if t.IsSingleIP() { // 6to4 forms are whole networks, which nobody routes any more (RFC 7526)
+				next[netip.AddrPortFrom(t.Addr(), dst.Port())] = entry
+			}
+		}
+	}
+	was, err := n.storeDenied(next)
+	if err != nil || was == nil {
+		return err
+	}
+	for dst := range next {
+		if _, known := was[dst]; !known {
+			return n.cutDenied()
+		}
+	}
+	return nil
+}
+
+// storeDenied returns what was denied before; nil: nothing has changed.
+func (n *Network) storeDenied(next map[netip.AddrPort]int) (was map[netip.AddrPort]int, err error) {
+	n.nearMu.Lock()
+	defer n.nearMu.Unlock()
+	was = map[netip.AddrPort]int{}
+	if m := n.denied.Load(); m != nil {
+		was = *m
+	}
+	if maps.Equal(was, next) {
+		return nil, nil
+	}
+	if n.isOpen() != nil {
+		n.denied.Store(&next)
+		return nil, nil // Reconcile fills the sets and cuts
+	}
+	n.denied.Store(&next)
+	return was, n.kern.do(func(tx *transaction) {
+		for name, elems := range n.deniedElements() {
+			s := n.namedSet(name)
+			tx.FlushSet(s)
+			tx.add(s, elems)
+		}
+	})
+}
+
+// cutDenied ends the flows that are denied now.
+func (n *Network) cutDenied() error {
+	n.mu.Lock()
+	slots := make([]*slot, 0, len(n.byID))
+	for _, s := range n.byID {
+		slots = append(slots, s)
+	}
+	n.mu.Unlock()
+	var all error
+	for _, s := range slots {
+		s.mu.Lock()
+		if o := n.owners[s.num].Load(); !s.retired && s.applied && o != nil && o.policy != nil {
+			all = errors.Join(all, n.cutRefused(s, o.policy))
+		}
+		s.mu.Unlock()
+	}
+	return all
+}
+
+// deniedElements are the elements of the sets, by name.
+func (n *Network) deniedElements() map[string][]nftables.SetElement {
+	out := map[string][]nftables.SetElement{setDenied4: nil, setDenied6: nil, setDeniedPorts4: nil, setDeniedPorts6: nil}
+	m := n.denied.Load()
+	if m == nil {
+		return out
+	}
+	for dst := range *m {
+		name := setDenied4
+		switch a := dst.Addr(); {
+		case dst.Port() == 0 && a.Is6():
+			name = setDenied6
+		case dst.Port() != 0 && a.Is4():
+			name = setDeniedPorts4
+		case dst.Port() != 0:
+			name = setDeniedPorts6
+		}
+		key := dst.Addr().AsSlice()
+		if dst.Port() != 0 {
+			key = withPort(dst.Addr(), dst.Port())
+		}
+		out[name] = append(out[name], nftables.SetElement{Key: key})
+	}
+	return out
+}
+
+// addDenied fills the chain. Where a name decides, on the proxy's ports, it returns: the
+// address may be others' too.
+func (n *Network) addDenied(tx *transaction) {
+	no := goTo(classDeny.chain())
+	tx.rules(n.chain(chainDenied),
+		when(l4proto(policy.TCP), dport(80), returns()),
+		when(l4proto(policy.TCP), dport(443), returns()),
+		when(daddrInSet(setDenied4, false, false), no),
+		when(daddrInSet(setDenied6, true, false), no),
+		when(ported(), daddrInSet(setDeniedPorts4, false, true), no),
+		when(ported(), daddrInSet(setDeniedPorts6, true, true), no))
+}
