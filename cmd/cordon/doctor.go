@@ -77,7 +77,7 @@ func examine(ctx context.Context, cfg *config) []finding {
 		return []finding{root, checkKernel(), checkCgroups(), checkMmdebstrap(), checkNames(ctx, cfg)}
 	}
 	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
-	out = append(out, checkSourcePorts(ctx, cfg), checkPublic(cfg))
+	out = append(out, checkSourcePorts(ctx, cfg), checkPublic(cfg), checkTracker(ctx, cfg))
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3), checkImages(cfg.imagesDir()))
 }
@@ -204,6 +204,20 @@ func checkSourcePorts(ctx context.Context, cfg *config) finding {
 		return f
 	}
 	f.ok, f.say = true, "no service of this machine listens in "+ports.String()
+	return f
+}
+
+// checkTracker looks at what the server sets of the connection tracker at start.
+func checkTracker(ctx context.Context, cfg *config) finding {
+	f := finding{name: "conntrack", warn: true}
+	switch found := network.CheckTracker(); {
+	case !serves(ctx, cfg):
+		f.ok, f.say = true, "the server sets what it needs when it starts"
+	case len(found) > 0:
+		f.say = strings.Join(found, " ")
+	default:
+		f.ok, f.say = true, "the flow log gets its figures"
+	}
 	return f
 }
 

@@ -144,7 +144,7 @@ func (s *server) makeNetwork(context.Context) (err error) {
 		PublicAddresses: n.public(),
 		Sandboxes:       s.cfg.Sandboxes.Max,
 		MaxFlows:        clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
-		Flows: s.flows, Log: s.log,
+		Flows: s.flows, Lost: s.flows.Lost, Log: s.log,
 	})
 	if err == nil {
 		s.operator.DeniedAddr = s.network.Denied

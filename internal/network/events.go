@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/florianl/go-nflog/v2"
@@ -23,7 +24,15 @@ const (
 
 // eventBuffer is what the kernel keeps for us while we are slow. When it is full
 // events are lost, and counted; packets are not held up.
-const eventBuffer = 8 << 20
+var eventBuffer = 8 << 20
+
+// lost counts one overrun. The kernel does not say how many events it dropped.
+func (n *Network) lost(of *atomic.Uint64) {
+	of.Add(1)
+	if n.cfg.Lost != nil {
+		n.cfg.Lost(1)
+	}
+}
 
 // followFlows records the beginning and end of flows that the kernel forwards.
 func (n *Network) followFlows(ctx context.Context) error {
@@ -40,7 +49,7 @@ func (n *Network) followFlows(ctx context.Context) error {
 		_ = s.close()
 	}()
 	in := newInbox()
-	lost := func() { n.stats.lostFlows.Add(1) }
+	lost := func() { n.lost(&n.stats.lostFlows) }
 	for {
 		if err := s.wait(); err != nil {
 			return fmt.Errorf("wait for flows: %w", err)
@@ -129,7 +138,7 @@ func (n *Network) followLogs(ctx context.Context) error {
 		return 0
 	}, func(err error) int {
 		if errors.Is(err, unix.ENOBUFS) {
-			n.stats.lostLogs.Add(1)
+			n.lost(&n.stats.lostLogs)
 			return 0
 		}
 		failed <- err

@@ -253,6 +253,13 @@ func opensTCP() []expr.Any {
 	})
 }
 
+// goesOnTCP matches a TCP packet that does not begin a connection.
+func goesOnTCP() []expr.Any {
+	out := opensTCP()
+	out[len(out)-1] = cmpNe(out[len(out)-1].(*expr.Cmp).Data)
+	return out
+}
+
 // ctMark matches a connection's mark. It does not match a packet that belongs to
 // no connection.
 func ctMark(v, mask uint32) []expr.Any {

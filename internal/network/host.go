@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -68,11 +70,11 @@ func (n *Network) prepareHost() error {
 	if err := n.enableForwarding(); err != nil {
 		return err
 	}
-	for _, c := range []struct{ key, value string }{
-		{"net/netfilter/nf_conntrack_acct", "1"},      // bytes of each flow, for the flow log
-		{"net/netfilter/nf_conntrack_timestamp", "1"}, // and how long it lived
-	} {
-		if err := writeSysctl(c.key, c.value); err != nil {
+	if err := n.loadTracker(); err != nil {
+		return err
+	}
+	for _, key := range []string{trackerBytes, trackerTimes} {
+		if err := writeSysctl(key, "1"); err != nil {
 			n.cfg.Log.Warn("the flow log will miss figures", "err", err)
 		}
 	}
@@ -84,6 +86,34 @@ func (n *Network) prepareHost() error {
 		return err
 	}
 	return n.prepareShut()
+}
+
+// The tracker's settings: bytes of each flow for the flow log, and how long it lived.
+const trackerBytes, trackerTimes = "net/netfilter/nf_conntrack_acct", "net/netfilter/nf_conntrack_timestamp"
+
+// loadTracker makes the kernel load its connection tracker where that is a module, as in
+// most distributions: its settings are not there before the first rule that needs it.
+// The rule is gone with the transaction that makes it.
+func (n *Network) loadTracker() error {
+	err := n.kern.do(func(tx *transaction) {
+		t := &nftables.Table{Name: n.table().Name + "_load", Family: nftables.TableFamilyINet}
+		tx.AddTable(t)
+		c := &nftables.Chain{Name: "load", Table: t}
+		tx.AddChain(c)
+		tx.rules(c, when(ctStateAny(expr.CtStateBitNEW), accept()))
+		tx.DelTable(t)
+	})
+	if err != nil {
+		return fmt.Errorf("load the connection tracker: %w", err)
+	}
+	for end := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := os.Stat("/proc/sys/" + trackerMax); err == nil {
+			return nil
+		}
+		if time.Now().After(end) {
+			return errors.New("load the connection tracker: the kernel has the rule, but no settings in /proc/sys/net/netfilter: sudo modprobe nf_conntrack")
+		}
+	}
 }
 
 // enableForwarding makes the host a router. Its other links forward then too, by
@@ -209,28 +239,37 @@ func (n *Network) Check() []string {
 	return append(out, n.checkKernel()...)
 }
 
+func readSysctl(key string) string {
+	b, err := os.ReadFile("/proc/sys/" + key)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// CheckTracker looks at the connection tracker's settings while a server runs, and
+// returns a sentence for each finding.
+func CheckTracker() (out []string) {
+	for _, c := range []struct{ key, bad, say string }{
+		{trackerBytes, "0", "is 0: the flow log has no byte counts for forwarded flows. The server sets it at start; something unset it."},
+		{trackerTimes, "0", "is 0: the flow log does not know how long forwarded flows lived. The server sets it at start; something unset it."},
+		{"net/netfilter/nf_conntrack_tcp_loose", "0", "is 0: flows that outlive a conntrack flush end instead of continuing."},
+		{"net/netfilter/nf_conntrack_helper", "1", "is 1: what a sandbox sends to the port of an old protocol, as FTP's, can make the kernel expect a connection at a port of this machine, which then misses it. Set it to 0."},
+	} {
+		if readSysctl(c.key) == c.bad {
+			out = append(out, strings.ReplaceAll(c.key, "/", ".")+" "+c.say)
+		}
+	}
+	return out
+}
+
 // checkKernel looks at kernel settings.
 func (n *Network) checkKernel() []string {
 	var out []string
-	read := func(key string) string {
-		b, err := os.ReadFile("/proc/sys/" + key)
-		if err != nil {
-			return ""
-		}
-		return strings.TrimSpace(string(b))
-	}
-	if read("net/ipv4/ip_forward") == "0" {
+	if readSysctl("net/ipv4/ip_forward") == "0" {
 		out = append(out, "net.ipv4.ip_forward is 0: allowed traffic of sandboxes is not forwarded. The server sets it at start; something unset it.")
 	}
-	if read("net/netfilter/nf_conntrack_acct") == "0" {
-		out = append(out, "net.netfilter.nf_conntrack_acct is 0: the flow log has no byte counts for forwarded flows.")
-	}
-	if read("net/netfilter/nf_conntrack_tcp_loose") == "0" {
-		out = append(out, "net.netfilter.nf_conntrack_tcp_loose is 0: flows that outlive a conntrack flush end instead of continuing.")
-	}
-	if read("net/netfilter/nf_conntrack_helper") == "1" {
-		out = append(out, "net.netfilter.nf_conntrack_helper is 1: what a sandbox sends to the port of an old protocol, as FTP's, can make the kernel expect a connection at a port of this machine, which then misses it. Set it to 0.")
-	}
+	out = append(out, CheckTracker()...)
 	if n.cfg.IPv6 == IPv6Auto && !n.v6 {
 		out = append(out, "This machine has no IPv6 default route: sandboxes get IPv4 only.")
 	}

@@ -87,7 +87,10 @@ type Config struct {
 	// Quarantine is how long a released slot's addresses rest; default one minute.
 	Quarantine time.Duration
 	Flows      flowlog.Recorder // required
-	Log        *slog.Logger     // required
+	// Lost is told of events that the kernel dropped because we were slow, at least so
+	// many; may be nil.
+	Lost func(atLeast uint64)
+	Log  *slog.Logger // required
 }
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]{1,6}$`)

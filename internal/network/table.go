@@ -232,6 +232,9 @@ func (n *Network) addRefusals(tx *transaction) {
 	// once more. ICMP errors are limited to one a second for each
 	// destination, so a client that asks two servers twice would wait for seconds.
 	tx.rules(n.chain(classDeny.chain()), when(l4proto(policy.UDP), dport(53), goTo(chainDNS)))
+	// What a service sends on after its client has gone belongs to no connection any
+	// more, but it opens none: it is reset, and no attempt to reach the host.
+	tx.rules(n.chain(classFloor.chain()), when(goesOnTCP(), daddrTypeIn(setHost), goTo(chainRefuse)))
 	for _, c := range []class{classFloor, classDeny, classProxy, classLimit} {
 		tx.rules(n.chain(c.chain()), logs(n.cfg.NFLogGroup, string(c)), when(goTo(chainRefuse)))
 	}
