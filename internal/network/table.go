@@ -1,7 +1,9 @@
 package network
 
 import (
+	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -184,8 +186,9 @@ func (n *Network) addTable(tx *transaction) {
 	}
 	tx.set(n.namedSet(setFloor4), intervals(ranges(floor, false)))
 	tx.set(n.namedSet(setFloor6), intervals(ranges(floor, true)))
-	for name, elems := range n.deniedElements() {
-		tx.set(n.namedSet(name), elems)
+	denied := n.deniedElements()
+	for _, name := range slices.Sorted(maps.Keys(denied)) {
+		tx.set(n.namedSet(name), denied[name])
 	}
 	around := n.around.Load()
 	tx.set(n.namedSet(setNear4), around.elements(false))
