@@ -270,13 +270,13 @@ func connectVariants(t *Trial) {
 }
 
 func upgrades(t *Trial) {
-	const get = "GET /canary HTTP/1.1\nHost: {A}\nConnection: Upgrade"
-	refuseHeads(t, "to HTTP/2 and others", denied("bad-request"),
+	const get = "GET /canary HTTP/1.1\nHost: {A}\nConnection: close, Upgrade"
+	acceptHeads(t, "offers of HTTP/2 and TLS, and choices, are dropped; others are A's to decline",
 		get+", HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: AAMAAABkAAQAAP__\n\n", get+"\nUpgrade: h2c\n\n",
-		get+"\nUpgrade: websocket, h2c\n\n", get+"\nUpgrade: websocket\nUpgrade: h2c\n\n", get+"\nUpgrade: TLS/1.2\n\n",
-		get+"\nUpgrade: CONNECT-UDP\n\n")
-	refuseHeads(t, "to WebSocket with a body, and at B", denied("bad-request", "name-denied"),
-		get+"\nUpgrade: websocket\nContent-Length: 6\n\ncanary",
+		get+"\nUpgrade: websocket, tcp\n\n", get+"\nUpgrade: websocket\nUpgrade: h2c\n\n", get+"\nUpgrade: TLS/1.2\n\n",
+		get+"\nUpgrade: CONNECT-UDP\n\n", get+"\nUpgrade: tcp\nContent-Length: 6\n\ncanary")
+	refuseHeads(t, "WebSocket to B, an offer that is no token", denied("bad-request", "name-denied"),
+		get+"\nUpgrade: web socket\n\n",
 		"GET /canary HTTP/1.1\nHost: {B}\nConnection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\n\n")
 	handshake := []byte("GET /ws HTTP/1.1\r\nHost: " + nameA + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")

@@ -189,15 +189,37 @@ func FuzzChunkedBody(f *testing.F) {
 func FuzzResponseHead(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"))
 	f.Add([]byte("HTTP/1.0 304\r\nTransfer-Encoding: chunked\r\nConnection: close, x\r\n\r\n"))
+	f.Add([]byte("HTTP/1.1 200 OK\nA: b\n c\nContent-Length : 5\n\n"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\nTransfer-Encoding: chunked\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var scan headScanner
-		n, err := scan.scan(b)
-		if err != nil || n == 0 {
+		var scan lineScanner
+		n := scan.scan(b)
+		if n == 0 {
 			return
 		}
 		var s response
-		if s.parse(b[:n]) == nil && (s.status < 0 || s.status > 999 || s.chunked && s.length >= 0) {
+		if s.parse(b[:n]) != nil && s.parseLeniently(b[:n]) != nil {
+			return
+		}
+		out := b[:n]
+		if len(s.head) > 0 {
+			out = s.head
+		}
+		// What is passed on has one reading: this parser's strict one …
+		var again response
+		if err := again.parse(out); err != nil || again.status != s.status || again.length != s.length || again.chunked != s.chunked || again.close != s.close {
+			t.Fatalf("%q written as %q is %+v (%v), not %+v", b[:n], out, again, err, s)
+		}
+		if s.status < 0 || s.status > 999 || s.chunked && s.length >= 0 {
 			t.Fatalf("%q read as %+v", b[:n], s)
+		}
+		// … and that of net/http, wherever it takes it.
+		r, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(out)), nil)
+		if err != nil || s.status < 200 || s.bodyless(false) || s.chunked && s.close {
+			return
+		}
+		if chunked := len(r.TransferEncoding) > 0; chunked != s.chunked || !chunked && r.ContentLength != s.length {
+			t.Fatalf("%q: a body of %d (chunked %v), for a client %d %v", out, s.length, s.chunked, r.ContentLength, r.TransferEncoding)
 		}
 	})
 }

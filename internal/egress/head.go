@@ -58,7 +58,7 @@ type request struct {
 	length  int64  // of the body; 0 when chunked
 	chunked bool
 	close   bool // the client wants the connection closed
-	upgrade bool // to WebSocket
+	upgrade bool // it offers one that may pass
 	expect  bool // 100-continue
 	json    bool // Accept names a JSON type
 }
@@ -80,10 +80,7 @@ func (q *request) parse(head []byte, at uint16) error {
 	if err != nil {
 		return err
 	}
-	if err := q.readHost(hosts, authority); err != nil {
-		return err
-	}
-	return q.check()
+	return q.readHost(hosts, authority)
 }
 
 var crlf = []byte("\r\n")
@@ -186,7 +183,7 @@ func parseField(line []byte) (field, error) {
 
 // readFields takes from the fields what framing and routing depend on.
 func (q *request) readFields() (hosts [][]byte, err error) {
-	lengths, codings := 0, 0
+	lengths, codings, offers := 0, 0, false
 	for _, f := range q.fields {
 		switch {
 		case is(f.name, "host"):
@@ -206,13 +203,8 @@ func (q *request) readFields() (hosts [][]byte, err error) {
 			if err = q.readConnection(f.value); err != nil {
 				return nil, err
 			}
-		case is(f.name, "upgrade"):
-			if q.upgrade || !is(f.value, "websocket") {
-				return nil, badRequest("only upgrades to websocket are passed on")
-			}
-			q.upgrade = true
-		case is(f.name, "http2-settings"):
-			return nil, badRequest("upgrades to HTTP/2 are not passed on")
+		case is(f.name, "upgrade"), is(f.name, "http2-settings"):
+			offers = true
 		case is(f.name, "accept"):
 			q.json = q.json || contains(f.value, "json")
 		case is(f.name, "expect"):
@@ -231,8 +223,10 @@ func (q *request) readFields() (hosts [][]byte, err error) {
 		return nil, badRequest("Content-Length and Transfer-Encoding")
 	case codings > 0 && q.minor == 0:
 		return nil, badRequest("Transfer-Encoding in HTTP/1.0")
+	case offers:
+		err = q.settleOffers()
 	}
-	return hosts, nil
+	return hosts, err
 }
 
 // readConnection reads the options of a Connection field. An option that names
@@ -350,14 +344,6 @@ func parseHost(s string, at uint16) (name string, port uint16, err error) {
 		return "", 0, &sniffError{ReasonBadName, "Host is no domain name"}
 	}
 	return name, port, nil
-}
-
-// check refuses combinations that are each well formed.
-func (q *request) check() error {
-	if q.upgrade && (q.chunked || q.length > 0 || q.minor == 0) {
-		return badRequest("an upgrade with a body")
-	}
-	return nil
 }
 
 // hasBody reports whether a body follows the head.

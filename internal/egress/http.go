@@ -2,8 +2,10 @@ package egress
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -22,6 +24,7 @@ type httpConn struct {
 	head []byte // the request head as it is sent on
 	size int    // of the request head as it came
 
+	sent   int64  // to the client before the answer that is due
 	up     source // reads from conn
 	conn   net.Conn
 	connTo ruling // what conn was dialled for
@@ -73,7 +76,10 @@ func (h *httpConn) release() {
 	pool := &h.f.p.pool
 	clear(h.req.fields[:cap(h.req.fields)]) // they point into buffers
 	clear(h.resp.fields[:cap(h.resp.fields)])
-	*h = httpConn{req: request{fields: h.req.fields[:0]}, resp: response{fields: h.resp.fields[:0]}, head: h.head[:0]}
+	if cap(h.resp.head) > smallBuffer {
+		h.resp.head = nil
+	}
+	*h = httpConn{req: request{fields: h.req.fields[:0]}, resp: response{fields: h.resp.fields[:0], head: h.resp.head[:0]}, head: h.head[:0]}
 	pool.heads.Put(h)
 }
 
@@ -214,6 +220,7 @@ func (h *httpConn) drop() {
 // exchange sends the request and relays the answer.
 func (h *httpConn) exchange() (outcome, error) {
 	f, q := h.f, &h.req
+	h.sent = f.bytesIn.Load()
 	_ = f.client.SetReadDeadline(time.Time{})
 	var body *bodySender
 	switch have := int64(len(f.in.pending())); {
@@ -271,19 +278,20 @@ func (h *httpConn) relay() (outcome, error) {
 			return ended, err
 		}
 		switch s := &h.resp; {
-		case s.status == 101 && h.req.upgrade:
-			if !h.toClient(h.up.pending()[:n]) {
-				return ended, errClientGone
-			}
-			h.up.consume(n)
-			return upgraded, nil
-		case s.status == 101:
-			return ended, errBadResponse
+		case s.status == 101 && !h.req.upgrade:
+			return ended, badResponse("an upgrade that was not asked for")
 		case s.status < 200:
+			if n, err = h.rewritten(n); err != nil {
+				return ended, err
+			}
 			if !h.toClient(h.up.pending()[:n]) {
 				return ended, errClientGone
 			}
 			h.up.consume(n)
+			if s.status == 101 {
+				return upgraded, nil
+			}
+			h.sent = h.f.bytesIn.Load()
 		default:
 			return h.relayBody(n)
 		}
@@ -293,21 +301,21 @@ func (h *httpConn) relay() (outcome, error) {
 // readResponse reads and parses the next response head and returns its length;
 // its bytes stay pending.
 func (h *httpConn) readResponse() (int, error) {
-	var scan headScanner
+	var scan lineScanner
 	for {
-		n, err := scan.scan(h.up.pending())
-		if err != nil {
-			return 0, errBadResponse
-		}
-		if n > 0 {
-			return n, h.resp.parse(h.up.pending()[:n])
+		if n := scan.scan(h.up.pending()); n > 0 {
+			head := h.up.pending()[:n]
+			if h.resp.parse(head) == nil {
+				return n, nil
+			}
+			return n, h.resp.parseLeniently(head)
 		}
 		if err := h.up.fill(maxResponseHead); err != nil {
 			switch {
 			case errors.Is(err, errClientGone):
 				return 0, err
 			case errors.Is(err, errTooBig):
-				return 0, errBadResponse
+				return 0, badResponse("its head is too long")
 			}
 			return 0, &upstreamError{err}
 		}
@@ -317,6 +325,10 @@ func (h *httpConn) readResponse() (int, error) {
 // relayBody passes on a final head of n bytes and the body behind it.
 func (h *httpConn) relayBody(n int) (outcome, error) {
 	s := &h.resp
+	n, err := h.rewritten(n)
+	if err != nil {
+		return ended, err
+	}
 	switch {
 	case s.bodyless(h.f.headRequest):
 		return h.relayCounted(n, 0)
@@ -337,6 +349,19 @@ func (h *httpConn) relayBody(n int) (outcome, error) {
 		return ended, errExchange // not a FIN: the body is cut short and the client must see that
 	}
 	return ended, nil
+}
+
+// rewritten passes on the head that was written anew in place of one of n bytes, if
+// one was, and returns how many bytes of a head are still to be passed on.
+func (h *httpConn) rewritten(n int) (int, error) {
+	if len(h.resp.head) == 0 {
+		return n, nil
+	}
+	if !h.toClient(h.resp.head) {
+		return 0, errClientGone
+	}
+	h.up.consume(n)
+	return 0, nil
 }
 
 // relayCounted passes on a head of n bytes and a body of length bytes.
@@ -409,8 +434,9 @@ func (e *upstreamError) Error() string {
 
 func (e *upstreamError) Unwrap() error { return e.err }
 
-// failed ends the flow after an exchange that could not be completed. The
-// client sees a reset, so that it takes no half answer for a whole one.
+// failed ends the flow after an exchange that could not be completed. The client gets a
+// 502 with the reason where nothing of an answer was passed on that cannot be read,
+// else a reset, so that it takes no half answer for a whole one.
 func (h *httpConn) failed(r ruling, err error) {
 	f := h.f
 	e := event{policy: r.policy, name: r.name, rule: r.Rule, detail: err.Error()}
@@ -426,8 +452,22 @@ func (h *httpConn) failed(r ruling, err error) {
 	if e.reason != "" {
 		f.record(flowlog.Failed, e)
 	}
-	f.drain()
+	if e.reason == ReasonBadResponse && f.bytesIn.Load() == h.sent {
+		f.answer(f.badGateway(cmp.Or(r.name, h.req.host), err), false)
+	} else {
+		f.drain()
+	}
 	f.kill(e.reason)
+}
+
+// badGateway says why an answer of a server is not passed on.
+func (f *flow) badGateway(host string, why error) []byte {
+	body := fmt.Sprintf("# cordon: %s: %s\n", printable(host), printable(why.Error()))
+	head := fmt.Sprintf("HTTP/1.1 502 Bad answer of the server\r\nContent-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\nConnection: close\r\nContent-Length: %d\r\n\r\n", len(body))
+	if f.headRequest {
+		body = ""
+	}
+	return []byte(head + body)
 }
 
 // bodySender sends a request body that was not yet complete when the head was.
@@ -515,7 +555,7 @@ func (b *bodySender) write(p []byte) error {
 // not get through. With patient unset the body is waited for no longer: the
 // exchange failed, or the answer came instead of the 100 the client waits for.
 func (b *bodySender) settle(out outcome, patient bool) outcome {
-	if patient && out == goingOn {
+	if patient && out != ended {
 		if sent := <-b.done; sent != nil {
 			return ended
 		}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -217,11 +218,6 @@ var badHTTP = []struct {
 	{"(22) HTTP/1.0 without Host", lines("GET / HTTP/1.0", "X: y"), ReasonNoHost},
 	{"(22) HTTP/1.0 with the name only in the target", lines("GET http://a.example/ HTTP/1.0", "X: y"), ReasonNoHost},
 	{"an empty Host", lines("GET / HTTP/1.1", "Host:"), ReasonNoHost},
-	{"(24) h2c upgrade", lines("GET / HTTP/1.1", "Host: a.example", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"), ReasonBadRequest},
-	{"(24) only HTTP2-Settings", lines("GET / HTTP/1.1", "Host: a.example", "HTTP2-Settings: AAMAAABk"), ReasonBadRequest},
-	{"(24) a choice of upgrades", lines("GET / HTTP/1.1", "Host: a.example", "Connection: Upgrade", "Upgrade: websocket, h2c"), ReasonBadRequest},
-	{"(24) two upgrades", lines("GET / HTTP/1.1", "Host: a.example", "Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"), ReasonBadRequest},
-	{"(24) TLS upgrade", lines("OPTIONS * HTTP/1.1", "Host: a.example", "Connection: Upgrade", "Upgrade: TLS/1.2"), ReasonBadRequest},
 	{"(25) PRI", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ReasonBadRequest},
 	{"(25) PRI in HTTP/1.1", lines("PRI * HTTP/1.1", "Host: a.example"), ReasonBadRequest},
 	{"HTTP/0.9", "GET /\r\n\r\n", ReasonBadRequest},
@@ -538,20 +534,25 @@ func TestAnswersKeepTheirFraming(t *testing.T) {
 	}
 }
 
-func TestBrokenAnswersEndInAReset(t *testing.T) {
+func TestBrokenAnswersAreNotPassedOn(t *testing.T) {
 	tests := []struct {
 		name, answer string
 		want         policy.Reason
+		why          string
 	}{
-		{"no answer", "", ReasonUpstream},
-		{"half a head", "HTTP/1.1 200 OK\r\nX: ", ReasonUpstream},
-		{"no HTTP", "220 smtp ready\r\n\r\n", ReasonBadResponse},
-		{"HTTP/2", "HTTP/2.0 200 OK\r\n\r\n", ReasonBadResponse},
-		{"bare LF", "HTTP/1.1 200 OK\nContent-Length: 0\n\n", ReasonBadResponse},
-		{"CL and TE", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", ReasonBadResponse},
-		{"two different CL", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", ReasonBadResponse},
-		{"an upgrade nobody asked for", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n", ReasonBadResponse},
-		{"a head without end", "HTTP/1.1 200 OK\r\n" + strings.Repeat("X: y\r\n", 12<<10), ReasonBadResponse},
+		{"no answer", "", ReasonUpstream, ""},
+		{"half a head", "HTTP/1.1 200 OK\r\nX: ", ReasonUpstream, ""},
+		{"no HTTP", "220 smtp ready\r\n\r\n", ReasonBadResponse, "the status line is malformed"},
+		{"HTTP/2", "HTTP/2.0 200 OK\r\n\r\n", ReasonBadResponse, "the status line is malformed"},
+		{"two different CL", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", ReasonBadResponse, "two different lengths"},
+		{"two different CL in one", "HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\nhello", ReasonBadResponse, "two different lengths"},
+		{"a length that is none", "HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello", ReasonBadResponse, "Content-Length is no number, or there twice"},
+		{"a NUL", "HTTP/1.1 200 OK\r\nX: \x00\r\n\r\n", ReasonBadResponse, "a header line has a control character"},
+		{"a bare CR", "HTTP/1.1 200 OK\r\nX: y\rContent-Length: 5\r\n\r\n", ReasonBadResponse, "a header line has a control character"},
+		{"a fold of nothing", "HTTP/1.1 200 OK\r\n X: y\r\n\r\n", ReasonBadResponse, "the first header line is folded"},
+		{"another coding", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", ReasonBadResponse, "Transfer-Encoding is not exactly chunked"},
+		{"an upgrade nobody asked for", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n", ReasonBadResponse, "an upgrade that was not asked for"},
+		{"a head without end", "HTTP/1.1 200 OK\r\n" + strings.Repeat("X: y\r\n", 12<<10), ReasonBadResponse, "its head is too long"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -559,7 +560,14 @@ func TestBrokenAnswersEndInAReset(t *testing.T) {
 			l.host(raw(tt.answer, true), "93.184.216.1:80")
 			c := l.connect("93.184.216.1:80")
 			send(t, c, lines("GET / HTTP/1.1", "Host: a.example"))
-			wantReset(t, c)
+			if tt.want == ReasonBadResponse {
+				got, err := everything(c)
+				if !strings.HasPrefix(got, "HTTP/1.1 502 Bad answer of the server\r\n") || !strings.Contains(got, "\r\n\r\n# cordon: a.example: ") || !strings.HasSuffix(got, tt.why+"\n") || err != nil {
+					t.Errorf("got %q and %v, want a 502 that says %q", got, err, tt.why)
+				}
+			} else {
+				wantReset(t, c)
+			}
 			if e := l.await(flowlog.Failed); e.Reason != tt.want {
 				t.Errorf("failed for %s (%s), want %s", e.Reason, e.Detail, tt.want)
 			}
@@ -800,5 +808,128 @@ func TestAnIdleConnectionIsClosed(t *testing.T) {
 	ask(t, c, br, lines("GET / HTTP/1.1", "Host: a.example"))
 	if rest, err := io.ReadAll(br); len(rest) > 0 || err != nil {
 		t.Errorf("got %q and %v, want an orderly end", rest, err)
+	}
+}
+
+// TestAnswersAreReadAsClientsReadThem has answers that a strict reader refuses: they
+// arrive as they are meant, in a form in which every reader finds the same end.
+func TestAnswersAreReadAsClientsReadThem(t *testing.T) {
+	for _, tt := range []struct{ name, answer, want string }{
+		{"a length beside chunked", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"},
+		{"chunked beside a length", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\nA: b\r\n\r\n2\r\nok\r\n0\r\n\r\n", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nA: b\r\n\r\n2\r\nok\r\n0\r\n\r\n"},
+		{"a blank before a colon", "HTTP/1.1 200 OK\r\nContent-Length \t: 2\r\n\r\nok", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"},
+		{"bare LF", "HTTP/1.1 200 OK\nA: b\nContent-Length: 2\n\nok", "HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 2\r\n\r\nok"},
+		{"bare LF after the status line alone", "HTTP/1.1 200 OK\nContent-Length: 2\r\n\r\nok", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"},
+		{"a folded field", "HTTP/1.1 200 OK\r\nA: b\r\n\t c\r\nContent-Length:\r\n 2\r\n\r\nok", "HTTP/1.1 200 OK\r\nA: b c\r\nContent-Length: 2\r\n\r\nok"},
+		{"one length twice", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\ncontent-length: 2, 2\r\n\r\nok", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"},
+		{"identity", "HTTP/1.1 200\r\nTransfer-Encoding: identity\r\nContent-Length: 2\r\n\r\nok", "HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\nok"},
+		{"an interim answer", "HTTP/1.1 103 Early Hints\nA: b\n\nHTTP/1.1 204 No Content\n\n", "HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLab(t, onlyA)
+			l.host(raw(tt.answer, false), "93.184.216.1:80")
+			c := l.connect("93.184.216.1:80")
+			for range 2 { // the end is found, and the connection kept
+				send(t, c, lines("GET / HTTP/1.1", "Host: a.example"))
+				got := make([]byte, len(tt.want))
+				if _, err := io.ReadFull(c, got); err != nil || string(got) != tt.want {
+					t.Fatalf("got %q and %v, want %q", got, err, tt.want)
+				}
+			}
+		})
+	}
+}
+
+// TestOffersOfOtherProtocolsAreDropped where what comes then would not be read.
+func TestOffersOfOtherProtocolsAreDropped(t *testing.T) {
+	for name, offer := range map[string][]string{
+		"h2c, as curl and Java have it": {"Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"},
+		"h2c, over two lines":           {"Connection: keep-alive", "Connection: HTTP2-Settings", "Connection: Upgrade", "Upgrade: H2C", "HTTP2-Settings: AAMAAABk"},
+		"only its settings":             {"Connection: HTTP2-Settings", "HTTP2-Settings: AAMAAABk"},
+		"HTTP/2 by its other name":      {"Connection: upgrade", "Upgrade: HTTP/2.0"},
+		"TLS":                           {"Connection: Upgrade", "Upgrade: TLS/1.2"},
+		"a choice":                      {"Connection: Upgrade", "Upgrade: websocket, tcp"},
+		"two":                           {"Connection: Upgrade", "Upgrade: websocket", "Upgrade: tcp"},
+		"in HTTP/1.0":                   {"Connection: Upgrade", "Upgrade: websocket"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, body := range []string{"", "hello"} {
+				l := newLab(t, onlyA)
+				a := l.httpOn(echo, "93.184.216.1:80")
+				c := l.connect("93.184.216.1:80")
+				first := "POST /x HTTP/1.1"
+				if name == "in HTTP/1.0" {
+					first = "POST /x HTTP/1.0"
+				}
+				code, got := ask(t, c, bufio.NewReader(c), lines(append([]string{first, "Host: a.example", "Content-Length: " + strconv.Itoa(len(body))}, offer...)...)+body)
+				if code != 200 || got != `POST a.example /x "`+body+`"` {
+					t.Errorf("got %d %q", code, got)
+				}
+				if seen := strings.ToLower(a.text()); strings.Contains(seen, "upgrade") || strings.Contains(seen, "http2-settings") {
+					t.Errorf("the server read %q", a.text())
+				}
+			}
+		})
+	}
+	t.Run("and an answer that takes one up is refused", func(t *testing.T) {
+		l := newLab(t, onlyA)
+		up := l.host(raw("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", false), "93.184.216.1:80")
+		c := l.connect("93.184.216.1:80")
+		send(t, c, lines("GET / HTTP/1.1", "Host: a.example", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")+"PRI * HTTP/2.0\r\n\r\n")
+		if got, _ := everything(c); !strings.HasPrefix(got, "HTTP/1.1 502 ") {
+			t.Errorf("got %q", got)
+		}
+		if strings.Contains(up.text(), "PRI") {
+			t.Errorf("the upstream got %q", up.text())
+		}
+	})
+	t.Run("one that is dropped leaves another", func(t *testing.T) {
+		var q request
+		if err := q.parse([]byte(lines("GET / HTTP/1.1", "Host: a.example", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c, websocket", "HTTP2-Settings: x")), 80); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := string(q.appendTo(nil)), lines("GET / HTTP/1.1", "Host: a.example", "Connection: Upgrade", "Upgrade: websocket"); got != want || !q.upgrade {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	})
+}
+
+// TestAnUpgradeWithABodyPinsTheConnection: what comes after it goes to where the
+// request went, whatever it says.
+func TestAnUpgradeWithABodyPinsTheConnection(t *testing.T) {
+	for _, size := range []int{5, 100_000} {
+		for _, chunked := range []bool{false, true} {
+			l := newLab(t, onlyA)
+			other := l.host(nil, "93.184.216.2:80")
+			l.host(func(c net.Conn) {
+				br := bufio.NewReader(c)
+				r, err := http.ReadRequest(br)
+				if err != nil || r.Header.Get("Upgrade") != "tcp" {
+					t.Errorf("got %+v and %v", r, err)
+					return
+				}
+				n, _ := io.Copy(io.Discard, r.Body)
+				fmt.Fprintf(c, "HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n%d\n", n)
+				_, _ = io.Copy(c, br)
+			}, "93.184.216.1:80")
+			c := l.connect("93.184.216.1:80")
+			body, framing := strings.Repeat("x", size), "Content-Length: "+strconv.Itoa(size)
+			if chunked {
+				body, framing = fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", size, body), "Transfer-Encoding: chunked"
+			}
+			then := lines("GET / HTTP/1.1", "Host: b.example")
+			send(t, c, lines("POST /exec HTTP/1.1", "Host: a.example", "Connection: Upgrade", "Upgrade: tcp", framing)+body)
+			want := lines("HTTP/1.1 101 UPGRADED", "Connection: Upgrade", "Upgrade: tcp") + strconv.Itoa(size) + "\n"
+			got := make([]byte, len(want))
+			if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+				t.Fatalf("%s: got %q and %v", framing, got, err)
+			}
+			send(t, c, then)
+			c.CloseWrite()
+			if got, err := everything(c); got != then || err != nil {
+				t.Errorf("%s: got %q and %v", framing, got, err)
+			}
+			other.untouched(t)
+		}
 	}
 }

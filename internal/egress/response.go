@@ -15,27 +15,41 @@ type response struct {
 	chunked bool
 	close   bool // the upstream closes after it
 	fields  []field
+	head    []byte // written anew, where the one that came has another form
 }
 
 // parse reads a complete response head.
 func (s *response) parse(head []byte) error {
-	*s = response{length: -1, fields: s.fields[:0]}
+	*s = response{length: -1, fields: s.fields[:0], head: s.head[:0]}
 	line, rest, _ := bytes.Cut(head, crlf)
-	// "HTTP/1.1 200 OK"; the phrase and its space may be missing.
-	if len(line) < len("HTTP/1.1 200") || !bytes.HasPrefix(line, []byte("HTTP/1.")) || line[8] != ' ' || len(line) > 12 && line[12] != ' ' {
-		return errBadResponse
+	err := s.parseStatus(line)
+	if err != nil {
+		return err
 	}
-	for _, c := range line[9:12] {
-		if c < '0' || c > '9' {
-			return errBadResponse
-		}
-		s.status = s.status*10 + int(c-'0')
+	if bytes.IndexByte(line, '\n') >= 0 { // the line ends before, for a lenient reader
+		return badResponse("a line ends without CR")
 	}
-	var err error
 	if s.fields, err = parseFields(s.fields, rest); err != nil {
 		return errors.Join(errBadResponse, err)
 	}
 	return s.readFields(line[7] == '0')
+}
+
+// parseStatus reads "HTTP/1.1 200 OK"; the phrase and its space may be missing.
+func (s *response) parseStatus(line []byte) error {
+	if len(line) < len("HTTP/1.1 200") || !bytes.HasPrefix(line, []byte("HTTP/1.")) || line[7] < '0' || line[7] > '9' || line[8] != ' ' || len(line) > 12 && line[12] != ' ' {
+		return badResponse("the status line is malformed")
+	}
+	for _, c := range line[9:12] {
+		if c < '0' || c > '9' {
+			return badResponse("the status line is malformed")
+		}
+		s.status = s.status*10 + int(c-'0')
+	}
+	if s.status < 100 {
+		return badResponse("the status is below 100")
+	}
+	return nil
 }
 
 func (s *response) readFields(http10 bool) error {
@@ -44,13 +58,13 @@ func (s *response) readFields(http10 bool) error {
 		switch {
 		case is(f.name, "content-length"):
 			n, err := parseLength(f.value)
-			if err != nil || s.length >= 0 && s.length != n {
-				return errBadResponse
+			if err != nil || s.length >= 0 {
+				return badResponse("Content-Length is no number, or there twice")
 			}
 			s.length = n
 		case is(f.name, "transfer-encoding"):
 			if s.chunked || !is(f.value, "chunked") {
-				return errBadResponse
+				return badResponse("Transfer-Encoding is not exactly chunked")
 			}
 			s.chunked = true
 		case is(f.name, "connection"):
@@ -62,9 +76,10 @@ func (s *response) readFields(http10 bool) error {
 		}
 	}
 	if s.chunked && s.length >= 0 {
-		return errBadResponse // RFC 9112 section 6.3: it may be smuggling
+		return badResponse("Content-Length and Transfer-Encoding") // RFC 9112 section 6.3: it may be smuggling
 	}
-	s.close = closes || http10 && !keeps
+	// Chunked coding in HTTP/1.0 ends with the connection for some clients.
+	s.close = closes || http10 && (!keeps || s.chunked)
 	return nil
 }
 
