@@ -368,7 +368,7 @@ func (s *server) upstreams() ([]netip.AddrPort, error) {
 	if len(out) > 0 {
 		return out, nil
 	}
-	return resolver.HostUpstreams("/etc/resolv.conf"), nil
+	return resolver.HostUpstreams("/etc/resolv.conf")
 }
 
 // pin opens ports of an address that the resolver just handed out for a name.

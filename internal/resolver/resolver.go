@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/miekg/dns"
@@ -78,10 +77,10 @@ type Pin struct {
 
 // Resolver answers sandboxes' DNS queries. It is safe for concurrent use.
 type Resolver struct {
-	cfg       Config
-	cache     *cache
-	budgets   *budgets
-	preferred atomic.Uint32 // index of the upstream that answered last
+	cfg     Config
+	servers []*server // in the order of preference
+	cache   *cache
+	budgets *budgets
 
 	mu    sync.Mutex // guards calls
 	calls map[question]*call
@@ -108,7 +107,7 @@ func New(cfg Config) (*Resolver, error) {
 		cfg.Dial = (&net.Dialer{}).DialContext
 	}
 	cfg.Upstreams = slices.Clone(cfg.Upstreams)
-	return &Resolver{cfg: cfg, cache: newCache(), budgets: newBudgets(cfg.Budget, cfg.Key), calls: map[question]*call{}}, nil
+	return &Resolver{cfg: cfg, servers: newServers(cfg.Upstreams), cache: newCache(), budgets: newBudgets(cfg.Budget, cfg.Key), calls: map[question]*call{}}, nil
 }
 
 // Resolve returns the addresses of a canonical name for the egress proxy to

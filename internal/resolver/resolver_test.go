@@ -39,6 +39,7 @@ type upstream struct {
 	delay   time.Duration
 	asked   []*dns.Msg
 	tcp     int
+	silent  bool
 	broken  map[uint16]int // what questions of a type are answered with; -1: nothing
 }
 
@@ -102,6 +103,9 @@ func (u *upstream) ServeDNS(w dns.ResponseWriter, r *dns.Msg) {
 	delay := u.delay
 	q := r.Question[0]
 	rcode, broken := u.broken[q.Qtype]
+	if u.silent {
+		rcode, broken = -1, true
+	}
 	u.mu.Unlock()
 	time.Sleep(delay)
 	if broken {
@@ -197,6 +201,13 @@ func settle(r *Resolver) {
 		r.mu.Lock()
 		n := len(r.calls)
 		r.mu.Unlock()
+		for _, s := range r.servers {
+			s.mu.Lock()
+			if s.probing {
+				n++
+			}
+			s.mu.Unlock()
+		}
 		if n == 0 {
 			return
 		}
@@ -915,7 +926,7 @@ func TestUpstreamFailures(t *testing.T) {
 		t.Errorf("the server that answered is not preferred: %v", took)
 	}
 	f.up.set(func(u *upstream) { u.rcode = dns.RcodeRefused })
-	f.cfg.Upstreams = []netip.AddrPort{broken.addr, f.up.addr}
+	f.servers = newServers([]netip.AddrPort{broken.addr, f.up.addr})
 	if r := f.send(t, ask("long.test", dns.TypeA)); r.Rcode != dns.RcodeServerFailure {
 		t.Errorf("got %v", r)
 	}
@@ -1040,20 +1051,81 @@ func TestNewNamesWhatIsWrong(t *testing.T) {
 
 func TestHostUpstreams(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "resolv.conf")
+	const public = "[8.8.8.8:53 1.1.1.1:53]"
 	for content, want := range map[string]string{
 		"nameserver 192.0.2.1\nsearch x\nnameserver 2001:db8::1\n": "[192.0.2.1:53 [2001:db8::1]:53]",
-		"nameserver nonsense\n": "[8.8.8.8:53 1.1.1.1:53]",
-		"":                      "[8.8.8.8:53 1.1.1.1:53]",
+		"nameserver fe80::1%eth0\nnameserver nonsense\n":           "[[fe80::1%eth0]:53]",
+		"search x\n": public,
+		"":           public,
 	} {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got := fmt.Sprint(HostUpstreams(path)); got != want {
-			t.Errorf("%q: got %s, want %s", content, got, want)
+		if got, err := HostUpstreams(path); err != nil || fmt.Sprint(got) != want {
+			t.Errorf("%q: got %s, %v, want %s", content, got, err, want)
 		}
 	}
-	if got := HostUpstreams(path + ".missing"); len(got) != 2 {
-		t.Errorf("no file: got %v", got)
+	if got, err := HostUpstreams(path + ".missing"); err != nil || fmt.Sprint(got) != public {
+		t.Errorf("no file: got %v, %v", got, err)
+	}
+	if err := os.WriteFile(path, []byte("nameserver nonsense\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := HostUpstreams(path); err == nil || !strings.Contains(err.Error(), "network.upstreams") {
+		t.Errorf("a server that cannot be read: got %v, %v; want an error, and no public server", got, err)
+	}
+	if got, err := HostUpstreams(filepath.Dir(path)); err == nil {
+		t.Errorf("a file that cannot be read: got %v; want an error, and no public server", got)
+	}
+}
+
+// TestASandboxDoesNotChooseTheServer: the owner of a name can make any server fail for
+// it, or stay silent. The other names are asked for where they were.
+func TestASandboxDoesNotChooseTheServer(t *testing.T) {
+	second := newUpstream(t, zone)
+	f := newFixture(t, strictInput, func(c *Config) { c.Upstreams = append(c.Upstreams, second.addr) })
+	f.up.set(func(u *upstream) { u.broken = map[uint16]int{dns.TypeTXT: -1, dns.TypeMX: dns.RcodeServerFailure} })
+	for _, qtype := range []uint16{dns.TypeTXT, dns.TypeMX} {
+		f.send(t, ask("a.test", qtype))
+		if got := second.questions(); len(got) != 1 {
+			t.Errorf("%s: the second server was asked %v", dns.TypeToString[qtype], got)
+		}
+	}
+	for end := time.Now().Add(5 * time.Second); f.order()[0].addr != f.up.addr; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the first server replies to our question, and is not asked first again")
+		}
+	}
+	if r := f.send(t, ask("b.test", dns.TypeA)); r.Rcode != dns.RcodeSuccess {
+		t.Error(r)
+	}
+	f.send(t, ask("a.test", dns.TypeA))
+	if got := second.questions(); got != nil {
+		t.Errorf("the second server was asked %v", got)
+	}
+}
+
+// TestAServerThatDoesNotReplyComesLast until it replies.
+func TestAServerThatDoesNotReplyComesLast(t *testing.T) {
+	f := newFixture(t, strictInput)
+	second := newUpstream(t, zone)
+	f.servers = newServers([]netip.AddrPort{f.up.addr, second.addr})
+	f.up.set(func(u *upstream) { u.silent = true })
+	f.send(t, ask("a.test", dns.TypeA))
+	began := time.Now()
+	f.send(t, ask("a.test", dns.TypeTXT))
+	if took := time.Since(began); took > tryTimeout/2 {
+		t.Errorf("the silent server was waited for again: %s", took)
+	}
+	f.up.set(func(u *upstream) { u.silent = false })
+	first := f.servers[0]
+	for end := time.Now().Add(10 * time.Second); f.order()[0] != first; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it replies, and is not asked first again")
+		}
+		first.mu.Lock() // the five seconds until the next question pass at once
+		first.probed = time.Time{}
+		first.mu.Unlock()
 	}
 }
 

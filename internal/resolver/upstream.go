@@ -1,19 +1,23 @@
 package resolver
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"time"
 
 	"github.com/miekg/dns"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -23,17 +27,14 @@ const (
 	totalTimeout = 5 * time.Second
 )
 
-// exchange asks the upstreams in turn, beginning with the one that answered last,
-// until one gives an answer that means something.
+// exchange asks the upstreams in turn until one gives an answer that means something.
 func (r *Resolver) exchange(ctx context.Context, q question) (*answers, error) {
-	first := int(r.preferred.Load())
-	var errs []error
-	for i := range r.cfg.Upstreams {
-		at := (first + i) % len(r.cfg.Upstreams)
-		server := r.cfg.Upstreams[at]
-		m, err := r.askOne(ctx, server, q)
+	var failed []error
+	for _, s := range r.order() {
+		m, err := r.askOne(ctx, s.addr, q)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("upstream %s: %w", server, err))
+			r.suspect(s)
+			failed = append(failed, fmt.Errorf("upstream %s: %w", s.addr, err))
 			if ctx.Err() != nil {
 				break
 			}
@@ -41,15 +42,14 @@ func (r *Resolver) exchange(ctx context.Context, q question) (*answers, error) {
 		}
 		// One server's trouble (SERVFAIL, REFUSED, …) may not be the next one's.
 		if m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError {
-			errs = append(errs, fmt.Errorf("upstream %s: %s", server, dns.RcodeToString[m.Rcode]))
+			failed = append(failed, fmt.Errorf("upstream %s: %s", s.addr, dns.RcodeToString[m.Rcode]))
 			continue
 		}
-		r.preferred.Store(uint32(at))
 		a := readAnswers(q, m, time.Now())
-		a.upstream = server
+		a.upstream = s.addr
 		return a, nil
 	}
-	return nil, errors.Join(errs...)
+	return nil, errors.Join(failed...)
 }
 
 // askOne asks one upstream over UDP, and over TCP when the answer is too long.
@@ -147,21 +147,29 @@ func matches(m *dns.Msg, id uint16, q question) bool {
 		strings.EqualFold(m.Question[0].Name, dns.Fqdn(q.name))
 }
 
-// HostUpstreams reads the servers of a resolv.conf, the machine's own, and falls
-// back to two public ones where it is missing or names none.
-func HostUpstreams(resolvConf string) []netip.AddrPort {
-	var out []netip.AddrPort
-	if cfg, err := dns.ClientConfigFromFile(resolvConf); err == nil {
-		for _, s := range cfg.Servers {
-			if a, err := netip.ParseAddr(s); err == nil {
-				out = append(out, netip.AddrPortFrom(a, 53))
-			}
-		}
+// HostUpstreams reads the servers of a resolv.conf, the machine's own. Where there is
+// no such file, or it names no server, they are two public ones; never where it does,
+// because names of a private network would then be asked for in public.
+func HostUpstreams(resolvConf string) ([]netip.AddrPort, error) {
+	text, err := os.ReadFile(resolvConf)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read the machine's DNS servers: %w", err)
 	}
-	if len(out) == 0 {
-		for _, a := range []netip.Addr{policy.DefaultNameserver, policy.SecondNameserver} {
+	cfg, err := dns.ClientConfigFromReader(bytes.NewReader(text))
+	if err != nil {
+		return nil, fmt.Errorf("read the machine's DNS servers from %s: %w", resolvConf, err)
+	}
+	if len(cfg.Servers) == 0 {
+		return []netip.AddrPort{netip.AddrPortFrom(policy.DefaultNameserver, 53), netip.AddrPortFrom(policy.SecondNameserver, 53)}, nil
+	}
+	var out []netip.AddrPort
+	for _, s := range cfg.Servers {
+		if a, err := netip.ParseAddr(s); err == nil {
 			out = append(out, netip.AddrPortFrom(a, 53))
 		}
 	}
-	return out
+	if len(out) == 0 {
+		return nil, errs.New(errs.Invalid, "%s names %q as name server, which is no address: correct it, or set network.upstreams", resolvConf, cfg.Servers[0])
+	}
+	return out, nil
 }
