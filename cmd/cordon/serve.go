@@ -8,15 +8,14 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/auth"
 	"github.com/cordonhq/cordon/internal/errs"
@@ -54,7 +53,7 @@ Sandboxes outlive it: when it is started again it adopts them.`,
 // serve builds the server, adopts what runs, and answers until ctx ends.
 func serve(ctx context.Context, cfg config, log *slog.Logger, out *os.File) (err error) {
 	began := time.Now()
-	name, err := holdName(ctx, cfg.Name)
+	name, err := holdName(ctx, locksDir, cfg.Name)
 	if err != nil {
 		return err
 	}
@@ -105,14 +104,25 @@ func greet(out *os.File, cfg *config, first bool) error {
 // that it was just starting has the server's files until it is another program.
 const nameWait = time.Second
 
-// holdName makes this the only server of its name in the network namespace: a
-// second one would replace the first one's rules. An abstract socket belongs to
-// the namespace and ends with its process (unix(7)).
-func holdName(ctx context.Context, name string) (io.Closer, error) {
+// locksDir is where servers of this machine lock their names. Only root opens files in
+// it, so that no other user can hold a server's name before it starts.
+const locksDir = "/run/cordon-locks"
+
+// holdName makes this the only server of its name in the network namespace: a second
+// one would replace the first one's rules. The lock ends with its process (flock(2)).
+func holdName(ctx context.Context, dir, name string) (io.Closer, error) {
+	var ns unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/net", &ns); err != nil {
+		return nil, fmt.Errorf("look at the network namespace: %w", err)
+	}
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.Chmod(dir, 0o700)); err != nil {
+		return nil, fmt.Errorf("make the folder of locks: %w", err)
+	}
+	path := filepath.Join(dir, fmt.Sprintf("%s-%d", name, ns.Ino))
 	for deadline := time.Now().Add(nameWait); ; {
-		l, err := (&net.ListenConfig{}).Listen(ctx, "unix", "@cordon-"+name)
-		if !errors.Is(err, syscall.EADDRINUSE) {
-			return l, err
+		f, err := lockFile(path)
+		if f != nil || err != nil {
+			return f, err
 		}
 		if time.Now().After(deadline) {
 			return nil, errs.New(errs.Conflict, "another cordon server on this machine has the name %s: stop it, or set another name for this one", name)
@@ -123,6 +133,34 @@ func holdName(ctx context.Context, name string) (io.Closer, error) {
 			return nil, ctx.Err()
 		}
 	}
+}
+
+// nameLock is a locked file that goes when it is closed.
+type nameLock struct{ *os.File }
+
+// Close removes the file first: whoever opened it meanwhile sees that it is gone.
+func (l nameLock) Close() error { return errors.Join(os.Remove(l.Name()), l.File.Close()) }
+
+// lockFile returns nil without an error when another process has the lock.
+func lockFile(path string) (io.Closer, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the lock of the server's name: %w", err)
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		opened, openErr := f.Stat()
+		named, nameErr := os.Stat(path)
+		if openErr == nil && nameErr == nil && os.SameFile(opened, named) {
+			return nameLock{f}, nil
+		}
+		err = unix.EWOULDBLOCK // it was removed between opening and locking: again
+	}
+	f.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, nil
+	}
+	return nil, fmt.Errorf("lock the server's name: %w", err)
 }
 
 // run serves until ctx ends or a part fails. The parts that end others' flows

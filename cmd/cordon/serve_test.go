@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,20 +18,54 @@ import (
 )
 
 func TestANameHasOneServer(t *testing.T) {
-	name := "test-" + strings.ToLower(t.Name()) + time.Now().Format("150405.000000000")
-	first, err := holdName(t.Context(), name)
+	const name = "one"
+	dir := filepath.Join(t.TempDir(), "locks")
+	hold := func() (io.Closer, error) { return holdName(t.Context(), dir, name) }
+	first, err := hold()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := holdName(t.Context(), name); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), name) {
+	if _, err := hold(); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), name) {
 		t.Errorf("a second server: %v, want a conflict that names %s", err, name)
 	}
+	other, err := holdName(t.Context(), dir, "two")
+	if err != nil {
+		t.Fatalf("another name: %v", err)
+	}
 	time.AfterFunc(nameWait/4, func() { first.Close() })
-	second, err := holdName(t.Context(), name)
+	second, err := hold()
 	if err != nil {
 		t.Fatalf("the first one's end was not waited for: %v", err)
 	}
-	second.Close()
+	if err := errors.Join(second.Close(), other.Close()); err != nil {
+		t.Error(err)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestNoOtherUserHoldsAName: the folder of the locks is root's alone, also one that was
+// open, and a socket of the server's name, which any user may open, means nothing.
+func TestNoOtherUserHoldsAName(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	squatter, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", "@cordon-squat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer squatter.Close()
+	lock, err := holdName(t.Context(), dir, "squat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if fi, err := os.Stat(dir); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("the folder of locks has mode %v (%v), want 0700", fi.Mode(), err)
+	}
 }
 
 func TestTheAdminKeyIsShownOnATerminalOnly(t *testing.T) {

@@ -65,11 +65,19 @@ func callerOf(ctx context.Context) auth.Key {
 	return key
 }
 
-// owner is whose sandboxes the caller may touch: its own, or anybody's.
+// noOwner owns nothing: no key has such an ID.
+const noOwner = "-"
+
+// owner is whose sandboxes the caller may touch: its own; those of all keys, which is
+// "", only with an admin key. A caller that is not known, or whose key has no ID, owns
+// nothing.
 func owner(ctx context.Context) string {
 	key := callerOf(ctx)
-	if key.Admin {
+	switch {
+	case key.Admin:
 		return ""
+	case key.ID == "":
+		return noOwner
 	}
 	return key.ID
 }

@@ -330,6 +330,27 @@ func TestWhoMayAsk(t *testing.T) {
 	})
 }
 
+// TestAKeyWithoutAnIDOwnsNothing: an owner that is empty stands for all of them, so a
+// damaged record of a key must not become one.
+func TestAKeyWithoutAnIDOwnsNothing(t *testing.T) {
+	b := newBench(t)
+	id := b.create(`{}`)
+	key, secret := auth.NewKey("damaged", false, time.Now())
+	key.ID = ""
+	if err := b.keys.PutKey(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	damaged := func(r *http.Request) { r.Header.Set("X-API-KEY", secret) }
+	r := b.do("GET", "/v2/sandboxes", "", damaged)
+	b.want(r, 200, "")
+	if len(r.list) != 0 {
+		t.Errorf("it sees %v", r.list)
+	}
+	b.want(b.do("GET", "/sandboxes/"+id, "", damaged), 404, "")
+	b.want(b.do("DELETE", "/sandboxes/"+id, "", damaged), 404, "")
+	b.want(b.do("GET", "/sandboxes/"+id, ""), 200, "")
+}
+
 func TestHealthSaysWhyNot(t *testing.T) {
 	b := newBench(t, func(c *api.Config) {
 		c.Ready = func() error { return errs.New(errs.Unavailable, "the server is draining") }

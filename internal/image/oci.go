@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path"
 	"path/filepath"
@@ -113,7 +114,7 @@ func (l *Library) fetch(ctx context.Context, ref string) (v1.Image, string, erro
 		return nil, "", errs.Wrap(errs.Invalid, err, "image %q is neither a registry reference such as docker.io/library/debian:12 nor a path beginning with / or ./", ref)
 	}
 	img, err := remote.Image(r, remote.WithContext(ctx), remote.WithPlatform(platform()),
-		remote.WithAuthFromKeychain(l.cfg.Keychain), remote.WithTransport(registryTransport()))
+		remote.WithAuthFromKeychain(l.cfg.Keychain), remote.WithTransport(registryTransport(r.Context().RegistryStr())))
 	if err != nil {
 		return nil, "", errs.New(errs.Invalid, "image %q cannot be fetched for linux/%s: %v", ref, runtime.GOARCH, err)
 	}
@@ -126,21 +127,30 @@ func (l *Library) fetch(ctx context.Context, ref string) (v1.Image, string, erro
 
 func platform() v1.Platform { return v1.Platform{OS: "linux", Architecture: runtime.GOARCH} }
 
-// encrypted refuses plain HTTP except to this machine itself: the library behind
-// it would use it for all private networks.
-type encrypted struct{ next http.RoundTripper }
+// encrypted refuses plain HTTP, also of redirects and of the services that hand out
+// tokens, unless the registry itself is on this machine and so is what is asked: the
+// library behind it would use plain HTTP for all private networks, and a registry
+// elsewhere has no business with this machine's services.
+type encrypted struct {
+	next  http.RoundTripper
+	local bool // the registry is on this machine
+}
 
-func registryTransport() http.RoundTripper {
+func registryTransport(registry string) http.RoundTripper {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.ResponseHeaderTimeout = headerTimeout
-	return encrypted{t}
+	u, err := url.Parse("//" + registry)
+	return encrypted{next: t, local: err == nil && thisMachine(u.Hostname())}
+}
+
+func thisMachine(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 func (e encrypted) RoundTrip(r *http.Request) (*http.Response, error) {
-	host := r.URL.Hostname()
-	ip := net.ParseIP(host)
-	if r.URL.Scheme != "https" && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		return nil, fmt.Errorf("%s speaks plain HTTP: only registries on this machine may", r.URL.Host)
+	if r.URL.Scheme != "https" && (!e.local || !thisMachine(r.URL.Hostname())) {
+		return nil, fmt.Errorf("%s speaks plain HTTP: only a registry on this machine may, and none may lead there", r.URL.Host)
 	}
 	return e.next.RoundTrip(r)
 }

@@ -494,20 +494,49 @@ func TestImportRefusals(t *testing.T) {
 }
 
 func TestPlainHTTPOnlyToThisMachine(t *testing.T) {
-	asked := false
-	e := encrypted{roundTripper(func(*http.Request) (*http.Response, error) { asked = true; return nil, io.EOF })}
-	for url, allowed := range map[string]bool{
-		"http://127.0.0.1:5000/v2/": true, "http://localhost:5000/v2/": true, "http://[::1]:5000/v2/": true, "https://registry.test/v2/": true,
-		"http://10.0.0.1:5000/v2/": false, "http://registry.test/v2/": false, "http://localhost.evil.test/v2/": false, "http://169.254.169.254/": false,
+	for registry, allowed := range map[string]map[string]bool{
+		"localhost:5000": {
+			"http://127.0.0.1:5000/v2/": true, "http://localhost:5000/v2/": true, "http://[::1]:5000/v2/": true, "https://registry.test/v2/": true,
+			"http://10.0.0.1:5000/v2/": false, "http://registry.test/v2/": false, "http://localhost.evil.test/v2/": false, "http://169.254.169.254/": false,
+		},
+		"registry.test": {
+			"https://registry.test/v2/": true, "https://blobs.test/x": true,
+			"http://registry.test/v2/": false, "http://127.0.0.1:5000/v2/": false, "http://localhost/": false, "http://[::1]/": false, "http://blobs.test/x": false,
+		},
 	} {
-		asked = false
-		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
-		if err != nil {
-			t.Fatal(err)
+		for url, want := range allowed {
+			asked := false
+			e := registryTransport(registry).(encrypted)
+			e.next = roundTripper(func(*http.Request) (*http.Response, error) { asked = true; return nil, io.EOF })
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := e.RoundTrip(r); err == nil || asked != want {
+				t.Errorf("%s of registry %s: asked %v, want %v", url, registry, asked, want)
+			}
 		}
-		if _, err := e.RoundTrip(r); err == nil || asked != allowed {
-			t.Errorf("%s: asked %v, want %v", url, asked, allowed)
-		}
+	}
+}
+
+// TestARegistryThatLeadsToPlainHTTP redirects its blobs from TLS to plain HTTP.
+func TestARegistryThatLeadsToPlainHTTP(t *testing.T) {
+	reached := false
+	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached = true }))
+	defer plain.Close()
+	secure := httptest.NewTLSServer(http.RedirectHandler(plain.URL+"/blob", http.StatusTemporaryRedirect))
+	defer secure.Close()
+	client := &http.Client{Transport: encrypted{next: secure.Client().Transport}}
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, secure.URL+"/v2/app/blobs/x", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := client.Do(r)
+	if err == nil {
+		res.Body.Close()
+	}
+	if err == nil || reached || !strings.Contains(err.Error(), "plain HTTP") {
+		t.Errorf("%v, reached %v: want a refusal", err, reached)
 	}
 }
 

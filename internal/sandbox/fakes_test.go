@@ -177,7 +177,7 @@ func (r fakeRuntime) Checkpoint(_ context.Context, id ID, dir string) error {
 	if err := r.step("checkpoint"); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "memory"), []byte(id), 0o600)
+	return os.WriteFile(filepath.Join(dir, "memory"), []byte(id), 0o644) // as gVisor does
 }
 
 func (r fakeRuntime) Restore(ctx context.Context, s RuntimeSpec, dir string) error {

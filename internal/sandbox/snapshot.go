@@ -281,7 +281,7 @@ func (m *Manager) loadSnapshots(ctx context.Context, records []Record) error {
 	if err != nil {
 		return fmt.Errorf("read snapshots: %w", err)
 	}
-	if err := os.MkdirAll(m.cfg.SnapshotDir, 0o700); err != nil {
+	if err := errors.Join(os.MkdirAll(m.cfg.SnapshotDir, 0o700), os.Chmod(m.cfg.SnapshotDir, 0o700)); err != nil {
 		return fmt.Errorf("make the snapshot directory: %w", err)
 	}
 	keep := m.warm.known(m.cfg.Runtime)

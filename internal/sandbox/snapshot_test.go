@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -297,6 +298,54 @@ func TestStoppedAndGoneAreDifferent(t *testing.T) {
 				t.Errorf("told %v, want %v", told, c.want)
 			}
 		})
+	}
+}
+
+// TestCheckpointsAreClosedToOthers looks at the modes of what a snapshot leaves on the
+// disk, and of what an earlier version left open.
+func TestCheckpointsAreClosedToOthers(t *testing.T) {
+	w := newWorld()
+	dir := t.TempDir()
+	m := newManager(t, w, func(c *Config) { c.SnapshotDir = dir })
+	runManager(t, m)
+	rec := create(t, m, CreateRequest{Owner: "me", Egress: noInternet()})
+	if _, err := m.CreateSnapshot(t.Context(), "me", rec.ID, "x"); err != nil {
+		t.Fatal(err)
+	}
+	modes := func(change fs.FileMode) {
+		t.Helper()
+		files := 0
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			want := fs.FileMode(0o600)
+			if d.IsDir() {
+				want = 0o700
+			} else {
+				files++
+			}
+			fi, err := d.Info()
+			if err == nil && path != dir && fi.Mode().Perm() != want {
+				t.Errorf("%s has mode %v, want %v", path, fi.Mode(), want)
+			}
+			if change == 0 {
+				return err
+			}
+			return os.Chmod(path, want|change)
+		})
+		if err != nil || files < 2 {
+			t.Fatalf("%d files, %v", files, err)
+		}
+	}
+	modes(0o055)
+	next := newManager(t, w, func(c *Config) { c.SnapshotDir = dir })
+	if err := next.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	modes(0)
+	if fi, err := os.Stat(dir); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("the folder has mode %v (%v)", fi.Mode(), err)
 	}
 }
 

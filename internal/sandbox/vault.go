@@ -129,6 +129,22 @@ func (v *vault) write(dir string, save func(dir string) error) error {
 	if err := save(dir); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
+	return closeToOthers(dir)
+}
+
+// closeToOthers takes the files of a checkpoint, whatever modes the runtime gave them, from
+// everyone else: they hold the memory of a sandbox, secrets and all. The folder keeps
+// others out as well, but not from a copy, as in a backup.
+func closeToOthers(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("close the checkpoint to others: %w", err)
+	}
+	for _, e := range entries {
+		if err := os.Chmod(filepath.Join(dir, e.Name()), 0o600); err != nil {
+			return fmt.Errorf("close the checkpoint to others: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -346,7 +362,11 @@ func (v *vault) sweep(keep map[string]bool) error {
 	var failed []error
 	for _, e := range entries {
 		name := e.Name()
-		if keep[name] || !checkpointForm.MatchString(strings.TrimSuffix(name, partialSuffix)) {
+		if keep[name] { // of an earlier version, maybe
+			failed = append(failed, os.Chmod(v.path(name), 0o700), closeToOthers(v.path(name)))
+			continue
+		}
+		if !checkpointForm.MatchString(strings.TrimSuffix(name, partialSuffix)) {
 			continue
 		}
 		failed = append(failed, os.RemoveAll(v.path(name)))
