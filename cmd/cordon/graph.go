@@ -471,6 +471,9 @@ func (s *server) makeIngress(ctx context.Context) (err error) {
 		Limits: s.cfg.Listen.ingressLimits(s.descriptors),
 		API:    s.api(), TLS: s.tls, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
+	if err == nil {
+		s.pools = append(s.pools, s.ingress.Pools()...)
+	}
 	return err
 }
 

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"net"
 	"net/http/httptest"
+	"net/netip"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // starter is a sandbox whose ports open when they are told to, at the clock of a
@@ -22,7 +25,10 @@ type starter struct {
 
 func newStarter() *starter {
 	return &starter{
-		backend: &backend{target: &Target{Done: make(chan struct{})}}, begun: time.Now(), opens: map[uint16]time.Duration{},
+		backend: &backend{
+			in:     &Ingress{exchanges: share.NewPool(share.Exchanges.Of(100, 0))},
+			target: &Target{Done: make(chan struct{})},
+		}, begun: time.Now(), opens: map[uint16]time.Duration{},
 	}
 }
 
@@ -36,7 +42,7 @@ func (s *starter) command() (end func()) {
 	s.guests.head = g
 	s.guests.mu.Unlock()
 	s.started.Store(g.started.UnixNano())
-	s.inflight.Add(1)
+	s.occupy(netip.Addr{})
 	return func() { s.depart(g) }
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,17 +37,9 @@ type guest struct {
 type guests struct {
 	mu   sync.Mutex // guards the list and, while they are in it, its members
 	head *guest
-	busy atomic.Int64
-}
-
-// occupy counts one more request or tunnel, until depart. It returns false, and has
-// counted nothing, when the sandbox has its limit of them.
-func (b *backend) occupy() bool {
-	if b.inflight.Add(1) > int64(b.in.cfg.Limits.ConnsPerSandbox) {
-		b.inflight.Add(-1)
-		return false
-	}
-	return true
+	// sources counts who occupies the sandbox; see occupy.
+	sources map[netip.Prefix]int
+	busy    atomic.Int64
 }
 
 // enter makes the request a guest of the sandbox until depart. It returns false
@@ -95,7 +88,7 @@ func (b *backend) join(g *guest, t *Target, expires time.Time, judged uint64) bo
 
 // depart ends what occupy and enter began.
 func (b *backend) depart(g *guest) {
-	b.inflight.Add(-1)
+	b.vacate(g.from.addr)
 	b.guests.mu.Lock()
 	if g.prev != nil {
 		g.prev.next = g.next

@@ -22,8 +22,10 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/http/httpguts"
 
 	"github.com/cordonhq/cordon/internal/ingress/relay"
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // Config is what an Ingress needs. Domains, Lookup and API are required.
@@ -86,6 +88,10 @@ type Limits struct {
 	ConnsPerSandbox int           // requests and tunnels under way; 16384
 	ConnsPerSource  int           // connections of one IPv4 address or IPv6 /64; 16384
 	StreamsPerConn  int           // HTTP/2; 250
+	Exchanges       int           // requests and tunnels to all sandboxes, which keys share; 4 × ConnsPerSandbox
+	HeadsPerSource  int64         // bytes of the heads of one source's requests under way; 8 MiB
+	Heads           int64         // of all sources'; 128 MiB
+	PerSource       int           // requests of one source under way, but for tunnels; 8192
 	Wakes           int           // at a time; 16
 	Relay           relay.Limits  // towards services
 }
@@ -149,6 +155,9 @@ type Ingress struct {
 	pages   *pages
 	metrics *metrics
 	sources *sources
+	heads   *heads
+
+	exchanges *share.Pool
 
 	base context.Context // of what outlives a request; ends with Close
 	stop context.CancelFunc
@@ -181,10 +190,14 @@ func New(cfg Config) (*Ingress, error) {
 	}
 	in := &Ingress{
 		cfg: cfg, domains: ds, log: cfg.Log, pages: pages,
-		metrics:  newMetrics(),
-		sources:  newSources(&cfg),
-		backends: map[string]*backend{},
-		wakes:    newWakes(cfg.Limits.Wakes),
+		metrics: newMetrics(),
+		sources: newSources(&cfg),
+		heads: &heads{
+			perSource: cfg.Limits.HeadsPerSource, all: cfg.Limits.Heads, streams: int64(cfg.Limits.PerSource), source: map[netip.Prefix]headUse{},
+		},
+		exchanges: share.NewPool(share.Exchanges.Of(int64(cfg.Limits.Exchanges), int64(cfg.Limits.ConnsPerSandbox))),
+		backends:  map[string]*backend{},
+		wakes:     newWakes(cfg.Limits.Wakes),
 	}
 	if cfg.Metrics != nil {
 		if err := in.register(cfg.Metrics); err != nil {
@@ -201,11 +214,20 @@ func (l *Limits) fill() {
 		d int
 	}{
 		{&l.HeaderBytes, 64 << 10}, {&l.ConnsPerSandbox, 16384}, {&l.ConnsPerSource, 16384},
-		{&l.StreamsPerConn, 250}, {&l.Wakes, 16},
+		{&l.StreamsPerConn, 250}, {&l.Wakes, 16}, {&l.PerSource, 8192},
 	} {
 		if *f.v <= 0 {
 			*f.v = f.d
 		}
+	}
+	if l.Exchanges <= 0 {
+		l.Exchanges = 4 * l.ConnsPerSandbox
+	}
+	if l.HeadsPerSource <= 0 {
+		l.HeadsPerSource = 8 << 20
+	}
+	if l.Heads <= 0 {
+		l.Heads = 128 << 20
 	}
 	for _, f := range []struct {
 		v *time.Duration
@@ -232,6 +254,12 @@ func (in *Ingress) Handler(mode Mode) http.Handler {
 			v.info.upgrading = false // requests of HTTP/1 come one by one
 		}
 		defer v.end()
+		bytes, from := headBytes(r), sourceOf(v.caller().addr)
+		if refused := in.heads.enter(from, bytes); refused != nil {
+			v.refuse(refused)
+			return
+		}
+		defer in.heads.leave(from, bytes)
 		v.serve()
 	})
 }
@@ -256,6 +284,10 @@ type visit struct {
 func (v *visit) serve() {
 	if v.mode == TLS && v.in.cfg.HSTS > 0 {
 		v.w.Header().Set("Strict-Transport-Security", v.in.hsts())
+	}
+	if !httpguts.ValidHeaderFieldName(v.r.Method) { // HTTP/2 carries any octets; both are tokens
+		v.refuse(badRequest("The request's method is not a token."))
+		return
 	}
 	if v.info.inside && !showsItsHost(v.r) {
 		v.refuse(misdirected())
@@ -321,8 +353,8 @@ func (v *visit) sandbox(to route) {
 		v.refuse(notFound(to.id))
 		return
 	}
-	if !b.occupy() {
-		v.refuse(tooMany(to.id, v.in.cfg.Limits.ConnsPerSandbox))
+	if refused := b.occupy(v.caller().addr); refused != nil {
+		v.refuse(refused)
 		return
 	}
 	g, ok := v.enter(b, t, to, pass.ticket)

@@ -57,6 +57,9 @@ func (in *Ingress) register(r prometheus.Registerer) error {
 			Name: "cordon_ingress_active", Help: "Requests and tunnels under way to sandboxes.",
 		}, func() float64 { return float64(in.underway()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "cordon_ingress_head_bytes", Help: "What the heads of requests under way take of memory, about.",
+		}, func() float64 { return float64(in.heads.held()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "cordon_ingress_connections", Help: "Open connections of clients.",
 		}, func() float64 { return float64(in.sources.open()) }),
 	} {

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // refusal is an answer of ours in a service's place. The order of the fields is
@@ -90,6 +92,27 @@ func badMask(id string) *refusal {
 func tooMany(id string, limit int) *refusal {
 	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Limit: limit, Message: "The sandbox has too many open connections",
 		title: "Too many connections", hint: "The sandbox serves " + strconv.Itoa(limit) + " connections at a time. Try again in a moment."}
+}
+
+// noShare says whose limit is reached, the key's or the server's.
+func noShare(id string, full *share.Full) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Limit: int(full.Limit), Message: "Too many open connections: " + full.Error(),
+		title: "Too many connections", hint: "The server's connections to sandboxes are shared out among the keys that use it. Try again in a moment."}
+}
+
+func tooManyOfSource(id string, limit int) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Sandbox: id, Limit: limit, Message: "Your address has too many open connections to the sandbox",
+		title: "Too many connections", hint: "One address may hold " + strconv.Itoa(limit) + " connections to the sandbox at a time. Try again in a moment."}
+}
+
+func headsFull(whose string, limit int64) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Limit: int(limit), Message: "The headers of requests under way from " + whose + " are too large",
+		title: "Too many requests", hint: "Send fewer requests at a time, or smaller headers."}
+}
+
+func requestsFull(limit int64) *refusal {
+	return &refusal{Code: http.StatusTooManyRequests, Limit: int(limit), Message: "Your address has too many requests under way",
+		title: "Too many requests", hint: "Send fewer requests at a time."}
 }
 
 func wakeBusy(id string, limit int) *refusal {

@@ -125,8 +125,8 @@ func (v *named) carry(ctx context.Context, conn *tls.Conn) (err error) {
 	if b == nil {
 		return errNoName
 	}
-	if !b.occupy() {
-		return errors.New(tooMany(t.ID, v.in.cfg.Limits.ConnsPerSandbox).Message)
+	if refused := b.occupy(v.from.addr); refused != nil {
+		return errors.New(refused.Message)
 	}
 	g := &guest{from: v.from, busy: true, conn: conn}
 	if !b.join(g, t, time.Time{}, judged) {

@@ -71,12 +71,14 @@ func newSources(c *Config) *sources {
 }
 
 // key is the address, or the /64 an IPv6 client can choose addresses from.
-func (c *connInfo) key() netip.Prefix {
+func (c *connInfo) key() netip.Prefix { return sourceOf(c.addr) }
+
+func sourceOf(addr netip.Addr) netip.Prefix {
 	bits := 32
-	if c.addr.Is6() {
+	if addr.Is6() {
 		bits = 64
 	}
-	p, _ := c.addr.Prefix(bits) // zero for the zero address
+	p, _ := addr.Prefix(bits) // zero for the zero address
 	return p
 }
 

@@ -25,10 +25,10 @@ func (in *Ingress) Forward(w http.ResponseWriter, r *http.Request, id string, po
 	if port == t.agentPort() {
 		return errs.New(errs.Invalid, "port %d is the sandbox's agent: it is reached by the SDKs at its URL, not by a tunnel", port)
 	}
-	if !b.occupy() {
-		return errs.New(errs.Exhausted, "the sandbox has %d open connections, which is the limit: close some", in.cfg.Limits.ConnsPerSandbox)
+	g := &guest{owner: true, busy: true} // its source is the key, whose share counts
+	if refused := b.occupy(g.from.addr); refused != nil {
+		return errs.New(errs.Exhausted, "%s: the limit is %d, close some", refused.Message, refused.Limit)
 	}
-	g := &guest{owner: true, busy: true}
 	if !b.join(g, t, time.Time{}, judged) {
 		return errs.New(errs.NotFound, "sandbox %s was not found", id)
 	}

@@ -32,12 +32,12 @@ type wakes struct {
 	calls   map[string]*wakeCall // by sandbox: queued and running
 	queue   []*wakeCall          // oldest first
 	running int
-	owners  map[string]*share
+	owners  map[string]*part
 	failed  map[string]setback // by sandbox
 }
 
-// share is what one owner has of the wakes.
-type share struct{ running, queued int }
+// part is what one owner has of the wakes.
+type part struct{ running, queued int }
 
 // setback is a wake that failed.
 type setback struct {
@@ -56,7 +56,7 @@ type wakeCall struct {
 }
 
 func newWakes(limit int) *wakes {
-	return &wakes{limit: limit, calls: map[string]*wakeCall{}, owners: map[string]*share{}, failed: map[string]setback{}}
+	return &wakes{limit: limit, calls: map[string]*wakeCall{}, owners: map[string]*part{}, failed: map[string]setback{}}
 }
 
 // WakeOn says which traffic wakes a paused sandbox.
@@ -163,7 +163,7 @@ func (in *Ingress) joinWake(t *Target, by Waker) (*wakeCall, *refusal) {
 		return nil, wakeBusy(t.ID, w.limit)
 	}
 	if mine == nil {
-		mine = &share{}
+		mine = &part{}
 		w.owners[t.Owner] = mine
 	}
 	mine.queued++

@@ -269,7 +269,7 @@ func (x *exchange) sendBody() {
 func (x *exchange) copyBody() error {
 	bw, r := x.conn.bw, x.r
 	chunked := r.ContentLength < 0
-	timed := !chunked && r.ProtoMajor == 1
+	timed := !chunked
 	buf := buffers.Get().(*[32 << 10]byte)
 	defer buffers.Put(buf)
 	for {
