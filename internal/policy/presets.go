@@ -81,7 +81,7 @@ func findPreset(all []Preset, text string) (Preset, error) {
 	}
 	if base, _, ok := strings.Cut(name, ":"); ok && base != "" {
 		if p, err := findPreset(all, base); err == nil {
-			return Preset{}, errs.New(errs.Invalid, "a preset has no variants such as %q: use %s%s", text[len(base):], presetPrefix, p.Name)
+			return Preset{}, errs.New(errs.Invalid, "a preset has no variants such as %q: use %s%s", name[len(base):], presetPrefix, p.Name)
 		}
 	}
 	return Preset{}, errs.New(errs.Invalid, "there is no preset %q: use %s", name, strings.Join(presetNames(all), ", "))
