@@ -69,6 +69,9 @@ func (s *guests) arrive(from netip.Prefix, limit int) bool {
 }
 
 func (s *guests) leave(from netip.Prefix) {
+	if !from.IsValid() {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sources[from]--; s.sources[from] <= 0 {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"strings"
 	"sync"
@@ -116,6 +117,19 @@ func TestHeadsOfRequestsAreBounded(t *testing.T) {
 			t.Errorf("%d exchanges", l.in.exchanges.Used())
 		}
 	})
+}
+
+// A client that a trusted proxy does not name is in no source's count.
+func TestAClientWithoutAnAddressIsServed(t *testing.T) {
+	l := newLab(t, func(c *Config) { c.TrustedProxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} })
+	a := l.sandbox(idA)
+	port := a.serve(echo)
+	l.both(t, func(t *testing.T, c *http.Client) {
+		if resp, body := get(t, c, "https://"+a.host(port)+"/", "X-Forwarded-For", "_hidden"); resp.StatusCode != 200 {
+			t.Errorf("got %d %s", resp.StatusCode, body)
+		}
+	})
+	eventually(t, "nothing is held", func() bool { return l.in.heads.held() == 0 && l.in.exchanges.Used() == 0 })
 }
 
 // One client does not shut out the others of a sandbox, nor one key's sandboxes those
