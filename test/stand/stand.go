@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -241,9 +242,27 @@ func (s *Stand) User(t testing.TB) *client.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return s.userOf(t, string(key))
+}
+
+var secretForm = regexp.MustCompile(`e2b_[0-9a-f]{40}`)
+
+// NewUser is a client with a new key of its own, made by the command line.
+func (s *Stand) NewUser(t testing.TB, name string) *client.Client {
+	t.Helper()
+	out, err := s.Command(t.Context(), "key", "create", name).CombinedOutput()
+	secret := secretForm.FindString(string(out))
+	if err != nil || secret == "" {
+		t.Fatalf("cordon key create: %v\n%s", err, out)
+	}
+	return s.userOf(t, secret)
+}
+
+func (s *Stand) userOf(t testing.TB, key string) *client.Client {
+	t.Helper()
 	web := s.Client()
 	web.Timeout = 0 // commands may take their time
-	c, err := client.New(client.Options{APIURL: API, SandboxURL: API, APIKey: strings.TrimSpace(string(key)), HTTPClient: web})
+	c, err := client.New(client.Options{APIURL: API, SandboxURL: API, APIKey: strings.TrimSpace(key), HTTPClient: web})
 	if err != nil {
 		t.Fatal(err)
 	}
