@@ -117,13 +117,25 @@ func (g cgroups) pids(id sandbox.ID) []int {
 	return out
 }
 
-// holds reports whether pid is in the sandbox's cgroup.
+// holds reports whether pid is in the sandbox's cgroup. While the sandbox moves, what
+// was read of one of the two sides may be old: then it looks again.
 func (g cgroups) holds(id sandbox.ID, pid int) bool {
+	for paths := g.paths(id); ; {
+		in := within(pid, paths)
+		now := g.paths(id)
+		if in || slices.Equal(paths, now) {
+			return in
+		}
+		paths = now
+	}
+}
+
+// within reports whether the process is in one of these cgroups.
+func within(pid int, paths []string) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
 		return false
 	}
-	paths := g.paths(id)
 	for line := range strings.Lines(string(b)) {
 		// Inside a container the line may have the container's own path in front.
 		if slices.ContainsFunc(paths, func(path string) bool { return strings.HasSuffix(strings.TrimSpace(line), path) }) {

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -215,6 +217,49 @@ func TestASandboxMovesInAHierarchyOfVersion2(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(g.mounts[0], g.parent, owner)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the owner's empty group is left: %v", err)
 	}
+}
+
+// TestAProcessIsFoundWhileItMoves looks for a sandbox's process all the time while the
+// sandbox goes back and forth between owners: a look that misses it would be taken for
+// the sandbox's end.
+func TestAProcessIsFoundWhileItMoves(t *testing.T) {
+	g := version2(t)
+	id := sandbox.NewID()
+	must(t, g.enter(id, ""))
+	must(t, g.makeDir(g.dirs(id)[0]))
+	cmd := exec.CommandContext(t.Context(), "sleep", "60")
+	must(t, cmd.Start())
+	defer func() { _ = cmd.Wait() }()
+	defer func() { _ = cmd.Process.Kill() }()
+	pid := cmd.Process.Pid
+	must(t, writeExisting(filepath.Join(g.dirs(id)[0], "cgroup.procs"), strconv.Itoa(pid)))
+	stop := make(chan struct{})
+	var looks sync.WaitGroup
+	var missed, looked atomic.Int64
+	for range 2 {
+		looks.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				looked.Add(1)
+				if !g.holds(id, pid) {
+					missed.Add(1)
+				}
+			}
+		})
+	}
+	for i := range 100 {
+		must(t, g.move(t.Context(), id, []string{owner, ""}[i%2]))
+	}
+	close(stop)
+	looks.Wait()
+	if missed.Load() > 0 {
+		t.Errorf("%d of %d looks missed a process that was there", missed.Load(), looked.Load())
+	}
+	must(t, g.remove(t.Context(), id))
 }
 
 // TestASandboxOfTheFormerLayoutIsAdopted puts a sandbox where earlier versions had all.
