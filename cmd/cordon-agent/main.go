@@ -72,8 +72,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	if fi, err := os.Stat(pidsCgroup); first && err == nil && fi.IsDir() {
 		cfg.Pids = pidsCgroup
 	}
-	if first { // otherwise neither /run nor the machine's name is ours
-		cfg.Spool = spool
+	if first { // otherwise neither /run nor the machine's name and addresses are ours
+		cfg.Spool, cfg.AddLocal = spool, agent.AddLocal
 		cfg.SetHostname = func(name string) error { return unix.Sethostname([]byte(name)) }
 	}
 	if program, err := os.Executable(); first && err == nil {

@@ -77,23 +77,27 @@ type Config struct {
 	// Spool is the folder of bodies that are being received, which no user must be
 	// able to list; empty means the system's for temporary files.
 	Spool string
+	// AddLocal makes an address one of the machine's own; nil leaves those of earlier
+	// lives alone.
+	AddLocal func(netip.Addr) error
 	// SetHostname changes the kernel's host name; nil leaves it alone.
 	SetHostname func(string) error
 }
 
 // Agent serves one sandbox from inside.
 type Agent struct {
-	cfg      Config
-	log      *slog.Logger
-	handler  http.Handler
-	users    *users
-	children *children
-	procs    *processes
-	watchers *watchers
-	sampler  *sampler
-	guard    *guard
-	spool    spool
-	filling  turns
+	cfg       Config
+	log       *slog.Logger
+	handler   http.Handler
+	users     *users
+	children  *children
+	procs     *processes
+	watchers  *watchers
+	sampler   *sampler
+	guard     *guard
+	spool     spool
+	filling   turns
+	addresses addresses
 
 	claiming sync.Mutex // serialises claims
 	claim    atomic.Pointer[claim]

@@ -11,7 +11,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -82,6 +81,7 @@ func (a *Agent) claimed(c *claim, seed []byte) error {
 	if err := a.applyResolver(); err != nil {
 		return err
 	}
+	a.keepAddresses()
 	a.guard.forget()
 	a.claim.Store(c)
 	a.log.Info("sandbox claimed", "sandbox", c.SandboxID, "host", c.Hostname)
@@ -166,7 +166,7 @@ func (a *Agent) applyHostname(name string) error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(a.etc("hosts"), hostsFile(old, name, ownAddresses()))
+	return replaceFile(a.etc("hosts"), hostsFile(old, name, a.ownAddresses()))
 }
 
 // setHostname changes the kernel's host name unless the runtime gave it already.
@@ -214,22 +214,6 @@ func hostsFile(old []byte, name string, own []netip.Addr) []byte {
 	}
 	after = bytes.TrimPrefix(after, []byte("\n"))
 	return append(append(bytes.Clone(before), block.Bytes()...), after...)
-}
-
-// ownAddresses are the machine's addresses but loopback and link-local ones.
-func ownAddresses() []netip.Addr {
-	found, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil // the name then resolves to 127.0.1.1
-	}
-	var out []netip.Addr
-	for _, f := range found {
-		p, err := netip.ParsePrefix(f.String())
-		if err == nil && !p.Addr().IsLoopback() && !p.Addr().IsLinkLocalUnicast() {
-			out = append(out, p.Addr())
-		}
-	}
-	return out
 }
 
 // resolvConf names servers the host answers for, whatever address is asked: the

@@ -33,7 +33,7 @@ func (a *Agent) getTunnel(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, "port must be a number from 1 to 65535")
 		return
 	}
-	up, err := dialLoopback(r.Context(), uint16(port))
+	up, err := dialLoopback(r.Context(), uint16(port), a.addresses.earlier())
 	if err != nil {
 		reason := "unreachable"
 		if errors.Is(err, syscall.ECONNREFUSED) {
@@ -65,13 +65,14 @@ func (a *Agent) getTunnel(w http.ResponseWriter, r *http.Request) {
 	splice(r.Context(), conn, up)
 }
 
-// dialLoopback tries both loopbacks at once: a port is mostly bound on one.
-func dialLoopback(ctx context.Context, port uint16) (net.Conn, error) {
+// dialLoopback tries both loopbacks, for a port is mostly bound on one, and then the
+// addresses that the sandbox had earlier.
+func dialLoopback(ctx context.Context, port uint16, earlier []netip.Addr) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, tunnelDial)
 	defer cancel()
 	var d net.Dialer
 	var errs []error
-	for _, host := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
+	for _, host := range append([]netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}, earlier...) {
 		c, err := d.DialContext(ctx, "tcp", netip.AddrPortFrom(host, port).String())
 		if err == nil {
 			return c, nil

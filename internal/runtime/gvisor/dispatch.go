@@ -54,6 +54,7 @@ func Dispatch() {
 		os.Exit(runWorker())
 	case sandboxArg0:
 		filters.RegisterSentry()
+		setStackDefaults()
 	case goferArg0:
 		filters.RegisterGofer()
 	case runscArg0, execArg0, selfArg0:

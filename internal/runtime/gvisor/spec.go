@@ -5,6 +5,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -47,6 +48,11 @@ var capabilities = []string{
 	"CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
 	"CAP_SYS_PTRACE", "CAP_SYS_NICE",
 }
+
+// adminCapabilities let root mount, and configure the sentry's own network stack:
+// what every user of the sandbox may do in a user namespace already. The host's
+// rules do not trust that stack, whoever configures it.
+var adminCapabilities = []string{"CAP_SYS_ADMIN", "CAP_NET_ADMIN"}
 
 // check says what is wrong with a specification before anything is made.
 func check(s sandbox.RuntimeSpec) error {
@@ -137,7 +143,7 @@ func (r *Runtime) ociSpec(s sandbox.RuntimeSpec) *specs.Spec {
 			Args:         s.Args,
 			Env:          s.Env,
 			Cwd:          "/",
-			Capabilities: caps(),
+			Capabilities: caps(s),
 			OOMScoreAdj:  ptr(oomScore),
 			Rlimits: []specs.POSIXRlimit{
 				{Type: "RLIMIT_NOFILE", Hard: openFiles, Soft: softFiles},
@@ -153,8 +159,14 @@ func (r *Runtime) ociSpec(s sandbox.RuntimeSpec) *specs.Spec {
 	}
 }
 
-func caps() *specs.LinuxCapabilities {
-	return &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities}
+// caps are root's capabilities. A checkpoint is restored under those it began with:
+// older ones, whose agent has its key on the command line, without the admin's.
+func caps(s sandbox.RuntimeSpec) *specs.LinuxCapabilities {
+	all := capabilities
+	if !slices.Contains(s.Args, "--control-hash") {
+		all = slices.Concat(capabilities, adminCapabilities)
+	}
+	return &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all}
 }
 
 func namespaces(netns string) []specs.LinuxNamespace {

@@ -154,6 +154,21 @@ const scenarios = {
       }
     })
   },
+
+  async 'a server keeps its address over a pause'() {
+    await withSandbox(async (s) => {
+      const own = (await s.commands.run('hostname -I')).stdout.trim().split(' ')[0]
+      await s.commands.run(`python3 -m http.server 8080 --bind ${own}`, { background: true })
+      const works = async () => (await fetch(`https://${s.getHost(8080)}/`).catch(() => ({}))).status === 200
+      await until(works)
+      await (s.pause ?? s.betaPause).call(s)
+      const other = await Sandbox.create({ timeoutMs: 60_000 }) // may get its place in the network
+      await s.connect()
+      await until(works)
+      assert.equal((await run(s, `curl -sf -o /dev/null http://${own}:8080/`)).exitCode, 0)
+      await other.kill()
+    })
+  },
 }
 
 // ---- run

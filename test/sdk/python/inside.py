@@ -177,6 +177,28 @@ def a_download_has_its_name():
                 assert res.read() == b"x"
 
 
+@scenario
+def a_server_keeps_its_address_over_a_pause():
+    with sandbox() as s:
+        own = s.commands.run("hostname -I").stdout.split()[0]
+        s.commands.run(f"python3 -m http.server 8080 --bind {own}", background=True)
+
+        def works():
+            try:
+                with urllib.request.urlopen(f"https://{s.get_host(8080)}/") as res:
+                    return res.status == 200
+            except OSError:
+                return False
+
+        until(works)
+        (s.pause if hasattr(s, "pause") else s.beta_pause)()
+        other = Sandbox.create(timeout=60)  # may get its place in the network
+        s.connect()
+        until(works)
+        assert run(s, f"curl -sf -o /dev/null http://{own}:8080/").exit_code == 0
+        other.kill()
+
+
 def main():
     failed = 0
     for f in scenarios:
