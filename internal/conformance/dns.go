@@ -29,6 +29,7 @@ func dnsCases() []Case {
 		{ID: 53, Group: group, Title: "reuse of a learned address", Run: learnedAddress, Within: time.Minute},
 		{ID: 54, Group: group, Title: "games with TTLs", Run: ttlGames},
 		{ID: 56, Group: group, Title: "/etc/hosts, mDNS, LLMNR", Run: otherNames},
+		{ID: 78, Group: group, Title: "names shown to the proxy, beside those asked for", Run: shownNames},
 	}
 }
 
@@ -99,6 +100,51 @@ func listedTunnel(t *Trial) {
 	t.Try(Try{
 		What: "a name that was counted already costs nothing", By: s, Orders: []probe.Order{ask(addrDNS, name(0), dns.TypeTXT)},
 		Asks: []string{nameTunnel}, Answer: answeredWith(dns.RcodeSuccess), Log: allowed("allow-name"),
+	})
+}
+
+// shownNames: a name in a Host header or a TLS hello leaves the host like one in a
+// question, and comes out of the same budget.
+func shownNames(t *Trial) {
+	const shown, asked, budget = 50, 80, 100
+	s := t.Fresh(only("*." + nameWild))
+	name := func(i int) string { return fmt.Sprintf("s78-%d.%s", i, nameWild) }
+	orders := make([]probe.Order, shown)
+	for i := range orders {
+		orders[i] = http80(addrWild, get(name(i), "/"))
+	}
+	t.Try(Try{
+		What: fmt.Sprintf("%d names in Host", shown), By: s, Orders: orders, Slow: 10 * time.Second,
+		Reaches: []Arrival{{At: addrWild, Port: 80}}, Asks: []string{nameWild}, Log: allowed("allow-name"),
+	})
+	orders = make([]probe.Order, asked)
+	for i := range orders {
+		orders[i] = ask(addrDNS, name(shown+i), dns.TypeTXT)
+	}
+	t.Try(Try{
+		What: fmt.Sprintf("%d more in questions: %d leave", asked, budget-shown), By: s, Orders: orders, LogOnce: true,
+		Asks: []string{nameWild}, Log: denied("budget-labels"),
+		Do: func(context.Context) error {
+			left := map[string]bool{}
+			for _, q := range t.suite.wire.since(t.suite.stand.lab.Recorder()).Questions() {
+				left[q.Name] = true
+			}
+			if len(left) != budget-shown {
+				return fmt.Errorf("%d names left the host", len(left))
+			}
+			return nil
+		},
+	})
+	t.Try(Try{
+		What: "and one more in Host and in a hello", By: s, Slow: 10 * time.Second,
+		Orders: []probe.Order{http80(addrWild, get("canary."+nameWild, "/")), hello(addrWild, newHello("canary2."+nameWild).bytes())},
+		Never:  []string{"canary"}, Log: denied("budget"),
+		Answer: func(got probe.Outcome) error {
+			if len(got.Received) > 200 {
+				return errors.New("somebody answered")
+			}
+			return nil
+		},
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -233,6 +234,10 @@ func (f *flow) unreached(r ruling, err error) {
 	if errors.As(err, &unresolved) {
 		e.reason = ReasonResolve
 	}
-	f.record(flowlog.Failed, e)
+	verdict := flowlog.Failed
+	if errs.Is(err, errs.Exhausted) { // names beyond what may be asked for are denied, not out of reach
+		verdict, e.reason = flowlog.Denied, ReasonBudget
+	}
+	f.record(verdict, e)
 	reset(f.client)
 }

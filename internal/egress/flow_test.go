@@ -8,11 +8,13 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -103,6 +105,25 @@ func TestAnUnreachableUpstreamIsAFailureNotADenial(t *testing.T) {
 		wantReset(t, c)
 		if e := l.await(flowlog.Failed); e.Reason != tt.want {
 			t.Errorf("%s: event %+v", tt.name, e)
+		}
+	}
+}
+
+func TestANameBeyondTheBudgetIsADenial(t *testing.T) {
+	const limit = "100 different names below *.sub.example in a minute"
+	l := newLab(t, policy.Input{AllowOut: []string{"*.sub.example"}, DenyOut: []string{"0.0.0.0/0"}}, func(c *Config) {
+		c.Resolve = func(context.Context, string, string) ([]netip.Addr, error) {
+			return nil, fmt.Errorf("resolve: %w", errs.New(errs.Exhausted, limit))
+		}
+	})
+	for _, c := range []struct{ dst, sent string }{
+		{"93.184.216.1:443", helloFor("x.sub.example")}, {"93.184.216.1:80", lines("GET / HTTP/1.1", "Host: x.sub.example")},
+	} {
+		client := l.connect(c.dst)
+		send(t, client, c.sent)
+		wantReset(t, client)
+		if e := l.await(flowlog.Denied); e.Reason != ReasonBudget || !strings.Contains(e.Detail, limit) || e.Name != "x.sub.example" {
+			t.Errorf("%s: event %+v", c.dst, e)
 		}
 	}
 }

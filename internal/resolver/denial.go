@@ -84,7 +84,8 @@ func denialText(why policy.Reason) string {
 // One look-up of a denied name is several questions: for each address family, to
 // each server, and again when the client retries. They are one event.
 const (
-	sameLookup   = 5 * time.Second // the longest time until a client's retry
+	sameLookup   = time.Second     // a look-up that is answered asks all at once
+	sameRefused  = 5 * time.Second // until the last retry of one that is refused
 	maxLookups   = 128             // remembered for one sandbox
 	addressTypes = dns.TypeA       // stands for all types that one look-up of addresses asks for
 )
@@ -108,15 +109,19 @@ func (b *budget) isRepeat(q *query, out outcome) bool {
 	case dns.TypeAAAA, dns.TypeHTTPS:
 		k.qtype = addressTypes
 	}
+	within := sameLookup
+	if k.rcode == dns.RcodeRefused {
+		within = sameRefused
+	}
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if began, ok := b.denied[k]; ok && now.Sub(began) < sameLookup {
+	if began, ok := b.denied[k]; ok && now.Sub(began) < within {
 		return true
 	}
 	if len(b.denied) >= maxLookups {
 		for old, began := range b.denied {
-			if now.Sub(began) >= sameLookup {
+			if now.Sub(began) >= sameRefused {
 				delete(b.denied, old)
 			}
 		}

@@ -506,46 +506,49 @@ func TestDeniedNamesAreRefusedWhereTheOperatorSaysSo(t *testing.T) {
 }
 
 func TestALookUpOfADeniedNameIsOneEvent(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := &fixture{flows: &events{}, policy: compile(t, strictInput)}
-		var err error
-		f.Resolver, err = New(Config{
-			Owner:     func(netip.Addr) (string, *policy.Compiled, bool) { return "s1", f.policy, true },
-			Policy:    func(string) (*policy.Compiled, bool) { return f.policy, true },
-			Upstreams: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Flows: f.flows, Log: slog.New(slog.DiscardHandler),
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		lookUp := func(name string) {
-			for range 2 {
-				for _, server := range []string{"8.8.8.8:53", "1.1.1.1:53"} {
-					for _, qtype := range []uint16{dns.TypeA, dns.TypeAAAA} {
-						f.sendTo(t, server, ask(name, qtype))
-					}
-				}
-				time.Sleep(2500 * time.Millisecond) // until musl asks again
+	for denial, retry := range map[Denial]time.Duration{DenialNoData: 0, DenialRefused: 2500 * time.Millisecond} { // musl's
+		synctest.Test(t, func(t *testing.T) {
+			f := &fixture{flows: &events{}, policy: compile(t, strictInput)}
+			var err error
+			f.Resolver, err = New(Config{
+				Owner:     func(netip.Addr) (string, *policy.Compiled, bool) { return "s1", f.policy, true },
+				Policy:    func(string) (*policy.Compiled, bool) { return f.policy, true },
+				Upstreams: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Denial: denial, Flows: f.flows, Log: slog.New(slog.DiscardHandler),
+			})
+			if err != nil {
+				t.Fatal(err)
 			}
-		}
-		lookUp("b.test")
-		if n := f.flows.len(); n != 1 {
-			t.Errorf("%d events, want one", n)
-		}
-		f.sendTo(t, "8.8.8.8:53", ask("b.test", dns.TypeTXT)) // not of that look-up
-		lookUp("b.test")
-		if n := f.flows.len(); n != 3 {
-			t.Errorf("%d events after another question and another look-up, want three", n)
-		}
-		for i := range 10 * maxLookups {
-			f.sendTo(t, "8.8.8.8:53", ask(fmt.Sprintf("b%d.test", i), dns.TypeA))
-		}
-		if n := f.flows.len(); n != 3+10*maxLookups {
-			t.Errorf("%d events, want one for each name", n)
-		}
-		if n := len(f.budgets.of("s1").denied); n > maxLookups {
-			t.Errorf("%d look-ups are remembered", n)
-		}
-	})
+			lookUp := func(name string) {
+				for range 2 {
+					for _, server := range []string{"8.8.8.8:53", "1.1.1.1:53"} {
+						for _, qtype := range []uint16{dns.TypeA, dns.TypeAAAA} {
+							f.sendTo(t, server, ask(name, qtype))
+						}
+					}
+					time.Sleep(retry)
+				}
+			}
+			lookUp("b.test")
+			if n := f.flows.len(); n != 1 {
+				t.Errorf("%s: %d events, want one", denial, n)
+			}
+			f.sendTo(t, "8.8.8.8:53", ask("b.test", dns.TypeTXT)) // not of that look-up
+			time.Sleep(sameLookup)
+			lookUp("b.test")
+			if n := f.flows.len(); n != 3 {
+				t.Errorf("%s: %d events after another question and another look-up, want three", denial, n)
+			}
+			for i := range 10 * maxLookups {
+				f.sendTo(t, "8.8.8.8:53", ask(fmt.Sprintf("b%d.test", i), dns.TypeA))
+			}
+			if n := f.flows.len(); n != 3+10*maxLookups {
+				t.Errorf("%s: %d events, want one for each name", denial, n)
+			}
+			if n := len(f.budgets.of("s1").denied); n > maxLookups {
+				t.Errorf("%s: %d look-ups are remembered", denial, n)
+			}
+		})
+	}
 }
 
 func TestPrivateAddressesAreRemoved(t *testing.T) {
