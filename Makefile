@@ -11,7 +11,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")
 FUZZTIME ?= 60s
 FUZZ ?= .
 
-.PHONY: help build setup demo test check programs lint fuzz bench gen clean
+.PHONY: help build setup demo test check programs devservers lint fuzz bench gen clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ check: ## what must hold before every commit: quick, no root
 
 programs: build ## real package managers and HTTP clients: presets, denials, names; root, a quarter of an hour
 	$(SUDO) env TEST_PROGRAMS=1 REQUIRE_PRIVILEGED=1 $(GO) test -count=1 -timeout 40m -v ./test/programs
+
+devservers: build ## development servers at their public URLs in Chromium; root, half an hour
+	$(SUDO) env DEVSERVERS=1 REQUIRE_PRIVILEGED=1 $(GO) test -count=1 -timeout 60m -v ./test/devservers
 
 lint: ## golangci-lint, pinned in tools/go.mod
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...

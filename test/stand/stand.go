@@ -47,6 +47,8 @@ type Options struct {
 	Listen string
 	// Sandboxes is more YAML for the sandboxes section, indented by two.
 	Sandboxes string
+	// Domains are more domains of the server, beside Domain.
+	Domains []string
 	// LogLevel is the server's; empty means debug.
 	LogLevel string
 }
@@ -98,6 +100,7 @@ func (s *Stand) configuration(o Options) []byte {
 state_dir: %[2]s/state
 run_dir: %[2]s/run
 domain: %[3]s
+domains: [%[10]s]
 listen:
   https: ["0.0.0.0:443"]
   http: ["0.0.0.0:80"]
@@ -111,7 +114,7 @@ sandboxes:
   spares: {base: %[5]d}
 %[9]s
 log: {level: %[7]s}
-`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"), o.Listen, o.Sandboxes)
+`, s.Name, s.Dir, Domain, s.Lab.CAFile(), o.Spares, o.Network, cmp.Or(o.LogLevel, "debug"), o.Listen, o.Sandboxes, strings.Join(o.Domains, ", "))
 }
 
 // Binary is the server's program, which make build makes; TEST_BINARY names another.

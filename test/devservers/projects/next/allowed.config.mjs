@@ -1,0 +1,1 @@
+export default { allowedDevOrigins: ['*.sbx.test'] }

@@ -1,0 +1,3 @@
+export function GET(request) {
+  return Response.redirect(new URL('/said/GONE', request.url))
+}

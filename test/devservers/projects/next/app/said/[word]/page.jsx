@@ -1,0 +1,3 @@
+export default async function Said({ params }) {
+  return <p>said {(await params).word}</p>
+}
