@@ -101,6 +101,13 @@ func printExplanation(w *os.File, dst string, e *control.Explanation) {
 	fmt.Fprintf(w, "%-8s %s\n", e.Verdict, dst)
 	fmt.Fprintf(w, "%-8s %s\n", "rule", ruleText(e.Rule))
 	fmt.Fprintf(w, "%-8s %s\n", "reason", e.Reason)
+	if o := e.OtherProtocols; o.Verdict != "" && string(o.Verdict) != string(e.Verdict) {
+		fmt.Fprintf(w, "%-8s %s: a protocol that shows no name", "", o.Verdict)
+		if o.Allowing != "" {
+			fmt.Fprintf(w, "; %s would allow it", o.Allowing)
+		}
+		fmt.Fprintln(w)
+	}
 	if e.Dns.Mode != "" {
 		fmt.Fprintf(w, "%-8s %s (%s: %s)\n", "dns", e.Dns.Verdict, e.Dns.Mode, ruleText(e.Dns.Rule))
 	}

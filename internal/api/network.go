@@ -135,6 +135,17 @@ func (s *server) ExplainNetwork(ctx context.Context, r control.ExplainNetworkReq
 		return nil, err
 	}
 	v := rules.Decide(flow)
+	var other *policy.Verdict
+	if flow.Proto == policy.TCP && flow.Name != "" {
+		port := flow.Dst.Port()
+		wire := policy.WireTLS
+		if port == 80 {
+			wire = policy.WireHTTP
+		}
+		v = rules.Judge(flow.Dst, flow.Name, wire, nil).Verdict
+		nameless := rules.Judge(flow.Dst, "", policy.WireOther, []string{flow.Name}).Verdict
+		other = &nameless
+	}
 	out := control.ExplainNetwork200JSONResponse{
 		Verdict:    control.ExplanationVerdict(word(v)),
 		Rule:       ruleOf(v.Rule),
@@ -142,6 +153,12 @@ func (s *server) ExplainNetwork(ctx context.Context, r control.ExplainNetworkReq
 		Generation: int64(rules.Generation()),
 	}
 	if flow.Name != "" {
+		if other != nil {
+			out.OtherProtocols = control.OtherProtocols{Verdict: control.OtherProtocolsVerdict(word(*other)), Rule: ruleOf(other.Rule), Reason: string(other.Reason)}
+			if entry, ok := rules.PortRule(flow.Dst.Port()); ok && !other.Allow {
+				out.OtherProtocols.Allowing = entry
+			}
+		}
 		q := rules.DecideQuery(flow.Name)
 		out.Dns = control.DNSExplanation{
 			Mode:    control.DNSExplanationMode(rules.DNS()),

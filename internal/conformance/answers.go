@@ -73,10 +73,10 @@ func refused(got probe.Outcome) error {
 	return nil
 }
 
-// unanswered: nothing came back. UDP and ICMP denials are told by ICMP errors,
+// unanswered: nothing came back but the 403 of a denial. UDP and ICMP denials are told by ICMP errors,
 // which are limited in rate, so silence is as good.
 func unanswered(got probe.Outcome) error {
-	if len(got.Replies) > 0 || len(got.Received) > 0 {
+	if len(got.Replies) > 0 || len(got.Received) > 0 && !forbidden(got.Received) {
 		return errors.New("somebody answered")
 	}
 	return nil

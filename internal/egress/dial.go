@@ -92,13 +92,13 @@ func (f *flow) connect(ctx context.Context, r ruling) (net.Conn, bool) {
 func (f *flow) dialRoute(ctx context.Context, r ruling) (net.Conn, netip.AddrPort, error) {
 	var addrs []netip.Addr
 	switch r.route {
-	case routeSelf:
+	case policy.RouteSelf:
 		if f.p.cfg.DialSelf == nil {
 			return nil, netip.AddrPort{}, errors.New("this service's own domains are not served here")
 		}
 		c, err := f.p.cfg.DialSelf(ctx, f.src, f.dst.Port())
 		return c, netip.AddrPort{}, err
-	case routeName:
+	case policy.RouteName:
 		var err error
 		if addrs, err = f.p.cfg.Resolve(ctx, f.sandbox, r.name); err != nil {
 			return nil, netip.AddrPort{}, &resolveError{err}

@@ -46,57 +46,53 @@ type flow struct {
 	killed   policy.Reason      // why it was cut, if it was
 }
 
-// route says where an allowed flow is connected to.
-type route uint8
-
-const (
-	routeDirect route = iota // the address the sandbox asked for: no name was needed
-	routeName                // our own resolution of the name
-	routePinned              // the address the sandbox asked for, which was pinned to a name
-	routeSelf                // this service's ingress
-)
-
 // ruling is a verdict with what follows from it.
 type ruling struct {
 	policy *policy.Compiled
 	name   string
-	pins   []string // names that stand behind routePinned
+	wire   policy.Wire
+	pins   []string // names that may stand behind policy.RoutePinned
 	policy.Verdict
-	route route
+	route policy.Route
 }
 
-// rule judges a connection to dst that shows name. An address that passes
+// rule judges a connection to dst that shows name, or none. An address that passes
 // without a name is dialled as it is; a name that was needed is dialled where we
 // resolve it.
-func rule(c *policy.Compiled, dst netip.AddrPort, name string) ruling {
-	r := ruling{policy: c, name: name, Verdict: c.Decide(policy.Flow{Proto: policy.TCP, Dst: dst, Name: name})}
-	if !r.Allow || name == "" {
-		return r
-	}
-	if c.IsSelf(name) {
-		r.route = routeSelf
-		return r
-	}
-	if bare := c.Decide(policy.Flow{Proto: policy.TCP, Dst: dst}); !r.Observed && (!bare.Allow || bare.Observed) {
-		r.route = routeName
+func rule(c *policy.Compiled, dst netip.AddrPort, name string, wire policy.Wire, pins []string) ruling {
+	j := c.Judge(dst, name, wire, pins)
+	r := ruling{policy: c, name: name, wire: wire, pins: pins, Verdict: j.Verdict, route: j.Route}
+	if j.Route == policy.RoutePinned {
+		r.name, r.Reason = j.Name, ReasonPinned
 	}
 	return r
+}
+
+// wire is what the first bytes were.
+func (f *flow) wire() policy.Wire {
+	switch f.proto {
+	case "tls":
+		return policy.WireTLS
+	case "http":
+		return policy.WireHTTP
+	}
+	return policy.WireOther
 }
 
 // judge decides the flow under the policy in force. The ruling is marked before
 // the policy is looked up a second time, so that a policy update either finds
 // the mark (Revoke) or is seen here. It reports false when the flow is over.
 func (f *flow) judge(name string) (ruling, bool) {
-	return f.judgeBy(func(c *policy.Compiled) ruling { return rule(c, f.dst, name) })
+	return f.judgeBy(name, nil)
 }
 
-func (f *flow) judgeBy(rule func(*policy.Compiled) ruling) (ruling, bool) {
+func (f *flow) judgeBy(name string, pins []string) (ruling, bool) {
 	owner, known := f.p.cfg.Owner(f.src.Addr())
 	for {
 		if !known || owner.Sandbox != f.sandbox || owner.Policy == nil {
 			return ruling{}, false
 		}
-		r := rule(owner.Policy)
+		r := rule(owner.Policy, f.dst, name, f.wire(), pins)
 		f.mu.Lock()
 		f.ruling, f.judged = r, true
 		killed := f.killed != ""
@@ -125,15 +121,16 @@ func (f *flow) rejudge() {
 	if !judged || !old.Allow {
 		return // its name is still to come and meets the new policy, or it is ending
 	}
-	now := rule(owner.Policy, f.dst, old.name)
-	if old.route == routePinned {
-		now = rulePinned(owner.Policy, f.dst, old.pins)
+	name := old.name
+	if old.route == policy.RoutePinned {
+		name = ""
 	}
+	now := rule(owner.Policy, f.dst, name, old.wire, old.pins)
 	v := now.Verdict
-	if v.Allow && old.route == routeName && up.IsValid() {
+	if v.Allow && old.route == policy.RouteName && up.IsValid() {
 		v = owner.Policy.DecideAddr(old.name, up)
 	}
-	if v.Allow && (old.route != routeDirect || now.route == routeDirect) {
+	if v.Allow && (old.route != policy.RouteDirect || now.route == policy.RouteDirect) {
 		return
 	}
 	f.record(flowlog.Denied, event{policy: owner.Policy, name: old.name, rule: v.Rule, reason: ReasonRevoked, detail: "cut: the policy no longer allows it"})
@@ -182,10 +179,10 @@ func (f *flow) dropUpstream() {
 // serve sniffs the flow and passes it on. It reports true when copying
 // goroutines have taken it over.
 func (f *flow) serve(ctx context.Context, c *policy.Compiled) (handedOver bool) {
-	if settled(rule(c, f.dst, "").Verdict) {
+	if settled(rule(c, f.dst, "", policy.WireOther, nil).Verdict) {
 		return f.serveNameless(ctx, ReasonRevoked, "the policy changed")
 	}
-	if port := f.dst.Port(); port != 80 && port != 443 {
+	if port := f.dst.Port(); port != 80 && port != 443 || c.NamesPort(port) {
 		return f.serveAnyPort(ctx)
 	}
 	_ = f.client.SetReadDeadline(time.Now().Add(f.p.lim.SniffTimeout)) // a dead connection shows at the read
@@ -193,7 +190,7 @@ func (f *flow) serve(ctx context.Context, c *policy.Compiled) (handedOver bool) 
 		return f.noBytes(ctx, err)
 	}
 	switch first := f.in.pending()[0]; {
-	case first == recordHandshake && f.dst.Port() == 443:
+	case recordFirst <= first && first <= recordLast && f.dst.Port() == 443: // another record than a handshake is refused
 		f.proto = "tls"
 		return f.serveTLS(ctx)
 	case isToken(first) && f.dst.Port() == 80:
@@ -232,6 +229,9 @@ func (f *flow) serveNameless(ctx context.Context, why policy.Reason, detail stri
 		return false
 	}
 	if !r.Allow {
+		if entry, ok := r.policy.PortRule(f.dst.Port()); ok && r.Reason == policy.ReasonNoName {
+			detail += "; a rule " + entry + " lets any protocol pass"
+		}
 		f.deny(r.policy, denial{rule: r.Rule, reason: denialReason(r.Verdict, why), detail: detail})
 		return false
 	}

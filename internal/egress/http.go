@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // httpConn serves the requests of one client connection, one after the other.
@@ -161,6 +162,9 @@ func (h *httpConn) serve(ctx context.Context) outcome {
 	if !r.Allow {
 		h.drop()
 		d := denial{rule: r.Rule, reason: r.Reason, name: q.name, detail: what}
+		if q.name != "" && r.Reason == policy.ReasonNoName { // it did not count: the port is not one of HTTP
+			d.reason = ReasonProtocolMismatch
+		}
 		if q.name == "" {
 			d.reason, d.name = denialReason(r.Verdict, ReasonNoHost), q.host
 		}
@@ -196,7 +200,7 @@ func (h *httpConn) serve(ctx context.Context) outcome {
 // reusable reports whether the kept upstream connection may carry a request
 // under ruling r: same place, still allowed there, and still silent.
 func (h *httpConn) reusable(r ruling) bool {
-	if h.conn == nil || h.connTo.route != r.route || r.route != routeDirect && h.connTo.name != r.name {
+	if h.conn == nil || h.connTo.route != r.route || r.route != policy.RouteDirect && h.connTo.name != r.name {
 		return false
 	}
 	h.f.mu.Lock()

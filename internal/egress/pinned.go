@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"time"
 
@@ -19,29 +18,13 @@ import (
 // the link, which is no wire.
 const grace = 250 * time.Millisecond
 
-// rulePinned judges a connection that shows no name by the names that the resolver
-// pinned to its destination.
-func rulePinned(c *policy.Compiled, dst netip.AddrPort, names []string) ruling {
-	bare := rule(c, dst, "")
-	if bare.Allow && !bare.Observed {
-		return bare
-	}
-	for _, name := range names {
-		if v := c.Decide(policy.Flow{Proto: policy.TCP, Dst: dst, Name: name}); v.Allow && !v.Observed {
-			v.Reason = ReasonPinned
-			return ruling{policy: c, name: name, pins: names, Verdict: v, route: routePinned}
-		}
-	}
-	return bare
-}
-
 // judgePinned is judge for a flow that shows no name.
 func (f *flow) judgePinned(ctx context.Context) (ruling, bool) {
 	var names []string
 	if f.p.cfg.Pinned != nil {
 		names, f.expired = f.p.cfg.Pinned(ctx, f.sandbox, f.dst)
 	}
-	return f.judgeBy(func(c *policy.Compiled) ruling { return rulePinned(c, f.dst, names) })
+	return f.judgeBy("", names)
 }
 
 // serveAnyPort serves a port that says nothing about the protocol, one of a
@@ -218,11 +201,11 @@ func (f *flow) helloAllowed() (size int, ok bool) {
 	if err != nil || name == "" {
 		return 0, false
 	}
+	f.proto = "tls"
 	r, ok := f.judge(name)
-	if !ok || !r.Allow || r.route == routeSelf {
+	if !ok || !r.Allow || r.route == policy.RouteSelf {
 		return 0, false
 	}
-	f.proto = "tls"
 	f.recordAllowed(r, "")
 	return size, true
 }

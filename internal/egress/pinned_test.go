@@ -441,3 +441,78 @@ func TestASilentClientThatIsKilledLeavesNothing(t *testing.T) {
 	}
 	l.await(flowlog.Closed)
 }
+
+// TestARuleWithPort443IsAboutEveryProtocol: a server that speaks first works on 443 of a
+// name listed with that port, and is refused, with the rule to write, where the name
+// is listed alone. Each verdict is the one that explain gives.
+func TestARuleWithPort443IsAboutEveryProtocol(t *testing.T) {
+	const dst = "93.184.216.1:443"
+	start := func(t *testing.T, entry string) (*lab, *net.TCPConn) {
+		in := policy.Input{AllowOut: []string{entry}, DenyOut: []string{"0.0.0.0/0"}}
+		l := newLab(t, in, func(c *Config) {
+			c.Limits.SniffTimeout = 500 * time.Millisecond
+			c.Pinned = func(context.Context, string, netip.AddrPort) ([]string, string) { return []string{"a.example"}, "" }
+		})
+		l.host(func(c net.Conn) { _, _ = io.WriteString(c, "220 git\r\n"); _, _ = io.Copy(c, c) }, dst)
+		return l, l.connect(dst)
+	}
+	agrees := func(t *testing.T, l *lab, wire policy.Wire, name string, allow bool) {
+		t.Helper()
+		o, _ := l.owner(self4)
+		if j := o.Policy.Judge(netip.MustParseAddrPort(dst), name, wire, []string{"a.example"}); j.Allow != allow {
+			t.Errorf("explain says %+v", j)
+		}
+	}
+	t.Run("with the port", func(t *testing.T) {
+		l, c := start(t, "a.example:443")
+		got := make([]byte, 9)
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != "220 git\r\n" {
+			t.Fatalf("got %q and %v", got, err)
+		}
+		send(t, c, "want\n")
+		if _, err := io.ReadFull(c, got[:5]); err != nil {
+			t.Fatal(err)
+		}
+		if e := l.await(flowlog.Allowed); e.Reason != ReasonPinned || e.Name != "a.example" {
+			t.Errorf("event %+v", e)
+		}
+		agrees(t, l, policy.WireOther, "", true)
+	})
+	t.Run("with the port, another's name", func(t *testing.T) {
+		for _, sent := range []string{helloFor("b.example"), lines("GET / HTTP/1.1", "Host: b.example")} {
+			l, c := start(t, "a.example:443")
+			send(t, c, sent)
+			_, _ = everything(c)
+			if sent[0] == recordHandshake {
+				l.awaitDenied(policy.ReasonNameDenied)
+			} else {
+				l.awaitDenied(ReasonProtocolMismatch) // a name without the port would not count there
+			}
+		}
+	})
+	t.Run("without", func(t *testing.T) {
+		l, c := start(t, "a.example")
+		wantReset(t, c)
+		if e := l.awaitDenied(ReasonSniffTimeout); !strings.Contains(e.Detail, "a rule a.example:443 lets any protocol pass") {
+			t.Errorf("detail %q", e.Detail)
+		}
+		agrees(t, l, policy.WireOther, "", false)
+		c = l.connect(dst)
+		send(t, c, lines("GET / HTTP/1.1", "Host: a.example"))
+		wantReset(t, c)
+		if e := l.awaitDenied(ReasonProtocolMismatch); !strings.Contains(e.Detail, "a rule a.example:443 lets any protocol pass") {
+			t.Errorf("detail %q", e.Detail)
+		}
+		agrees(t, l, policy.WireHTTP, "a.example", false)
+	})
+	t.Run("another rule with the port changes nothing for a name without", func(t *testing.T) {
+		in := policy.Input{AllowOut: []string{"a.example", "other.example:443"}, DenyOut: []string{"0.0.0.0/0"}}
+		l := newLab(t, in)
+		up := l.host(nil, dst)
+		c := l.connect(dst)
+		send(t, c, lines("GET / HTTP/1.1", "Host: a.example"))
+		_, _ = everything(c)
+		l.awaitDenied(ReasonProtocolMismatch)
+		up.untouched(t)
+	})
+}

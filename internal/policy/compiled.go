@@ -288,13 +288,12 @@ func (c *Compiled) WildcardOf(name string) (Rule, bool) {
 }
 
 // PinPorts returns the ports that host:port rules open for name by the name
-// binding of the resolver, and the rules; nil when there are none. Ports 80 and
-// 443 are never among them: the proxy judges those.
+// binding of the resolver, and the rules; nil when there are none.
 func (c *Compiled) PinPorts(name string) []PinPort {
 	var out []PinPort
 	for _, s := range []*ruleSet{&c.floorOpen, &c.opAllow, &c.allow} {
-		for port, set := range s.namePorts {
-			if proxyPort(port) || c.opDeny.matchName(name, port) != 0 {
+		for port, set := range s.pinPorts {
+			if c.opDeny.matchName(name, port) != 0 {
 				continue
 			}
 			seen := slices.ContainsFunc(out, func(p PinPort) bool { return p.Port == port })

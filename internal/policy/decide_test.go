@@ -417,7 +417,7 @@ func TestPinPorts(t *testing.T) {
 	op := &Operator{FloorOpen: []string{"db.corp:5432"}, AlwaysDeny: []string{"x.a.com:7000"}}
 	c := mustCompile(t, Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"a.com:6000", "a.com:443", "a.com:5000", "a.com", "*.a.com:7000", "a.com:5000"}}, op)
 	for name, want := range map[string][]PinPort{
-		"a.com":   {{5000, Rule{"allow[2]", "a.com:5000"}}, {6000, Rule{"allow[0]", "a.com:6000"}}},
+		"a.com":   {{443, Rule{"allow[1]", "a.com:443"}}, {5000, Rule{"allow[2]", "a.com:5000"}}, {6000, Rule{"allow[0]", "a.com:6000"}}},
 		"y.a.com": {{7000, Rule{"allow[4]", "*.a.com:7000"}}},
 		"x.a.com": nil,
 		"db.corp": {{5432, Rule{"operator.open[0]", "db.corp:5432"}}},

@@ -14,6 +14,7 @@ type entry struct {
 	name     string       // canonical; without "*." when wildcard; empty for "*"
 	wildcard bool         // "*.name" or "*"
 	port     uint16       // 0: not limited
+	shown    bool         // with a port of the proxy: only where the name is shown
 }
 
 func (e entry) isAddr() bool { return e.prefix.IsValid() }

@@ -128,7 +128,7 @@ func expand(text string) ([]listed, error) {
 		}
 		rule := text + " " + h.Host
 		for _, port := range h.Ports {
-			e.port = port
+			e.port, e.shown = port, proxyPort(port)
 			out = append(out, listed{e, rule})
 		}
 	}

@@ -25,6 +25,7 @@ type ruleSet struct {
 	addrPorts map[uint16]*addrSet
 	names     *nameSet            // rules without a port: TCP 80 and 443
 	namePorts map[uint16]*nameSet // host:port rules
+	pinPorts  map[uint16]*nameSet // those that are about every protocol on the port
 	prefixes  []PrefixPort        // merged, for the kernel
 }
 
@@ -48,14 +49,21 @@ func (s *ruleSet) add(e entry, r ruleRef) {
 		}
 		s.names.add(e, r)
 	default:
-		if s.namePorts == nil {
-			s.namePorts = map[uint16]*nameSet{}
+		addPort(&s.namePorts, e, r)
+		if !e.shown {
+			addPort(&s.pinPorts, e, r)
 		}
-		if s.namePorts[e.port] == nil {
-			s.namePorts[e.port] = new(nameSet)
-		}
-		s.namePorts[e.port].add(e, r)
 	}
+}
+
+func addPort(sets *map[uint16]*nameSet, e entry, r ruleRef) {
+	if *sets == nil {
+		*sets = map[uint16]*nameSet{}
+	}
+	if (*sets)[e.port] == nil {
+		(*sets)[e.port] = new(nameSet)
+	}
+	(*sets)[e.port].add(e, r)
 }
 
 // addDeny is add for a deny list: 0.0.0.0/0 means IPv6 too.
@@ -74,15 +82,8 @@ func (s *ruleSet) proxied() bool {
 	return s.names != nil || s.namePorts[80] != nil || s.namePorts[443] != nil
 }
 
-// pins reports whether some name rule is about another port.
-func (s *ruleSet) pins() bool {
-	for port := range s.namePorts {
-		if !proxyPort(port) {
-			return true
-		}
-	}
-	return false
-}
+// pins reports whether some name rule is about every protocol on a port.
+func (s *ruleSet) pins() bool { return len(s.pinPorts) > 0 }
 
 // matchAddr finds the rule for an address. Port 0, as of ICMP, matches only
 // rules without a port.

@@ -180,6 +180,27 @@ func (e NetworkEventVerdict) Valid() bool {
 	}
 }
 
+// Defines values for OtherProtocolsVerdict.
+const (
+	OtherProtocolsVerdictAllow   OtherProtocolsVerdict = "allow"
+	OtherProtocolsVerdictDeny    OtherProtocolsVerdict = "deny"
+	OtherProtocolsVerdictObserve OtherProtocolsVerdict = "observe"
+)
+
+// Valid indicates whether the value is a known member of the OtherProtocolsVerdict enum.
+func (e OtherProtocolsVerdict) Valid() bool {
+	switch e {
+	case OtherProtocolsVerdictAllow:
+		return true
+	case OtherProtocolsVerdictDeny:
+		return true
+	case OtherProtocolsVerdictObserve:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxLogEntryLevel.
 const (
 	SandboxLogEntryLevelDebug SandboxLogEntryLevel = "debug"
@@ -403,11 +424,15 @@ type ExplainRequestProtocol string
 // Explanation defines model for Explanation.
 type Explanation struct {
 	// Dns Whether the sandbox's resolver answers for the domain, when the destination is one.
-	Dns        DNSExplanation     `json:"dns,omitempty,omitzero"`
-	Generation int64              `json:"generation,omitempty,omitzero"`
-	Reason     string             `json:"reason"`
-	Rule       Rule               `json:"rule"`
-	Verdict    ExplanationVerdict `json:"verdict"`
+	Dns        DNSExplanation `json:"dns,omitempty,omitzero"`
+	Generation int64          `json:"generation,omitempty,omitzero"`
+
+	// OtherProtocols For a domain on TCP, what happens to a protocol that shows no name (SSH, a server that
+	// speaks first), once the sandbox has resolved the domain. The verdict beside it is for TLS, or HTTP on 80.
+	OtherProtocols OtherProtocols     `json:"otherProtocols,omitempty,omitzero"`
+	Reason         string             `json:"reason"`
+	Rule           Rule               `json:"rule"`
+	Verdict        ExplanationVerdict `json:"verdict"`
 }
 
 // ExplanationVerdict defines model for Explanation.Verdict.
@@ -692,6 +717,19 @@ type NewSandbox struct {
 	// VolumeMounts Part of the dialect that this server does not have; refused unless empty.
 	VolumeMounts Unsupported `json:"volumeMounts,omitempty,omitzero"`
 }
+
+// OtherProtocols For a domain on TCP, what happens to a protocol that shows no name (SSH, a server that
+// speaks first), once the sandbox has resolved the domain. The verdict beside it is for TLS, or HTTP on 80.
+type OtherProtocols struct {
+	// Allowing The rule that would allow it.
+	Allowing string                `json:"allowing,omitempty,omitzero"`
+	Reason   string                `json:"reason"`
+	Rule     Rule                  `json:"rule"`
+	Verdict  OtherProtocolsVerdict `json:"verdict"`
+}
+
+// OtherProtocolsVerdict defines model for OtherProtocols.Verdict.
+type OtherProtocolsVerdict string
 
 // Preset defines model for Preset.
 type Preset struct {
