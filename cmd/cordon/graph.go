@@ -24,6 +24,7 @@ import (
 	"github.com/cordonhq/cordon/internal/agent/agentctl"
 	"github.com/cordonhq/cordon/internal/api"
 	"github.com/cordonhq/cordon/internal/egress"
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/image"
 	"github.com/cordonhq/cordon/internal/ingress"
@@ -401,7 +402,7 @@ func (s *server) pinned(ctx context.Context, sandboxID string, dst netip.AddrPor
 			if err := s.network.Unpin(id, name, dst); err != nil {
 				s.log.Warn("pin not removed", "sandbox", id, "host", name, "dst", dst, "err", err)
 			}
-		case s.network.Confirm(id, name, dst):
+		case !errs.Is(err, errs.Exhausted) && s.network.Confirm(id, name, dst): // a sandbox can use up its budget on purpose
 			names = append(names, name)
 		default:
 			expired = fmt.Sprintf("the pin of %s expired, and it could not be asked for again: %v", name, err)

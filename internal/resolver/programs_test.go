@@ -56,9 +56,9 @@ type found struct {
 
 var lookupLine = regexp.MustCompile(`(\d+) failed of \d+, slowest ([\d.]+) s(.*)`)
 
-// lookUp runs a program of build in a sandbox's namespace, with the resolv.conf that
-// sandboxes have.
-func lookUp(t *testing.T, sandbox *lab.Netns, program string, threads int, format string) found {
+// inside runs a program in a sandbox's namespace, with the resolv.conf that
+// sandboxes have, and returns what it prints.
+func inside(t *testing.T, sandbox *lab.Netns, argv ...string) (string, error) {
 	t.Helper()
 	conf := filepath.Join(t.TempDir(), "resolv.conf")
 	if err := os.WriteFile(conf, []byte("nameserver 8.8.8.8\nnameserver 1.1.1.1\n"), 0o644); err != nil {
@@ -66,7 +66,7 @@ func lookUp(t *testing.T, sandbox *lab.Netns, program string, threads int, forma
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, conf, program, strconv.Itoa(threads), format)
+	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, conf}, argv...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -74,17 +74,79 @@ func lookUp(t *testing.T, sandbox *lab.Netns, program string, threads int, forma
 		t.Fatal(err)
 	}
 	err := cmd.Wait()
+	return out.String(), err
+}
+
+// lookUp runs a program of build.
+func lookUp(t *testing.T, sandbox *lab.Netns, program string, threads int, format string) found {
+	t.Helper()
+	out, err := inside(t, sandbox, program, strconv.Itoa(threads), format)
 	var exit *exec.ExitError
-	m := lookupLine.FindStringSubmatch(out.String())
+	m := lookupLine.FindStringSubmatch(out)
 	if m == nil || err != nil && !errors.As(err, &exit) {
-		t.Fatalf("lookup %d %s: %v\n%s", threads, format, err, out.String())
+		t.Fatalf("lookup %d %s: %v\n%s", threads, format, err, out)
 	}
 	failed, _ := strconv.Atoi(m[1])
 	slowest, err := time.ParseDuration(m[2] + "s")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return found{failed, slowest, strings.TrimSpace(m[3]), out.String()}
+	return found{failed, slowest, strings.TrimSpace(m[3]), out}
+}
+
+// lookupInGo makes the test binary look a name up instead: it is a static Go program.
+const lookupInGo = "CORDON_TEST_LOOK_UP"
+
+// lookUpInGo is that program.
+func lookUpInGo(name string) {
+	began := time.Now()
+	_, err := net.DefaultResolver.LookupHost(context.Background(), name)
+	fmt.Printf("%.3f %v\n", time.Since(began).Seconds(), err)
+}
+
+// TestRuntimesTakeADenialAsFinal is TestProgramsTakeADenialAsFinal for language
+// runtimes that have a resolver of their own, or words.
+func TestRuntimesTakeADenialAsFinal(t *testing.T) {
+	l := lab.Start(t, lab.Config{IPv6: true})
+	sandbox := gateway(t, l)
+	serveInLab(t, l, policy.Input{AllowOut: []string{"allowed.test"}, DenyOut: []string{"0.0.0.0/0"}})
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const node = `const t = process.hrtime.bigint(), dns = require("dns"); dns[process.argv[1]](process.argv[2], (e) => console.log((Number(process.hrtime.bigint() - t) / 1e9).toFixed(3), String(e)))`
+	const python = `import socket, sys, time
+t = time.monotonic()
+try:
+    words = socket.getaddrinfo(sys.argv[1], 443)
+except OSError as e:
+    words = repr(e)
+print("%.3f %s" % (time.monotonic() - t, words))`
+	for i, c := range []struct {
+		name, words string
+		argv        []string // and the name
+	}{
+		{"Go", "no such host", []string{"env", lookupInGo + "=1", self}},
+		{"Node lookup", "ENOTFOUND", []string{"node", "-e", node, "lookup"}},
+		{"Node resolve4 (c-ares)", "ENODATA", []string{"node", "-e", node, "resolve4"}},
+		{"Python", "No address associated with hostname", []string{"python3", "-c", python}},
+		{"Java", "UnknownHostException", []string{"java", "testdata/Lookup.java"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if _, err := exec.LookPath(c.argv[0]); err != nil {
+				t.Skip(err)
+			}
+			out, err := inside(t, sandbox, append(c.argv, fmt.Sprintf("denied%d.test", i))...)
+			var seconds float64
+			if _, scan := fmt.Sscan(out, &seconds); err != nil || scan != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			if seconds > 2 || !strings.Contains(out, c.words) {
+				t.Errorf("got %s; want %q at once", out, c.words)
+			}
+			t.Log(strings.TrimSpace(out))
+		})
+	}
 }
 
 // TestProgramsTakeADenialAsFinal runs real programs: each says at once that there

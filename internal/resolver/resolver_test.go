@@ -26,7 +26,13 @@ import (
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(lookupInGo) != "" {
+		lookUpInGo(os.Args[len(os.Args)-1])
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // upstream is a DNS server on the loopback with a zone of its own; it keeps every
 // message it receives.
