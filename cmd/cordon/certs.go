@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -59,7 +60,7 @@ func (d *dnsConfig) settings() tlsconf.DNS { return tlsconf.DNS(*d) }
 // serverTLS is where the ingress's certificates come from: the operator's files, an
 // ACME server, files with an ACME server for custom domains, or a local CA. bound
 // says which custom domains there are, and whose.
-func (c *config) serverTLS(bound func(name string) (owner string, ok bool), log *slog.Logger) (*tls.Config, *tlsconf.ACME, error) {
+func (c *config) serverTLS(bound func(name string) (owner string, ok bool), proven func(context.Context, string) error, log *slog.Logger) (*tls.Config, *tlsconf.ACME, error) {
 	var own *tls.Config
 	var err error
 	switch {
@@ -80,7 +81,7 @@ func (c *config) serverTLS(bound func(name string) (owner string, ok bool), log 
 		Dir: filepath.Join(c.StateDir, "acme"), Email: a.Email, CA: a.CA, Profile: a.Profile, Interval: a.RenewInterval,
 		Domains: c.allDomains(), DNS: a.DNS.settings(), Log: log,
 		Allow: func(name string) bool { _, ok := bound(name); return ok },
-		Owner: func(name string) string { owner, _ := bound(name); return owner },
+		Owner: func(name string) string { owner, _ := bound(name); return owner }, Proven: proven,
 	}
 	if own != nil {
 		cfg.Own = own.GetCertificate

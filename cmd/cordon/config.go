@@ -115,7 +115,9 @@ type sandboxConfig struct {
 	MaxPaused       int            `yaml:"max_paused" env:"MAX_PAUSED"`                 // paused ones, whose memory is on the disk
 	MaxPausedPerKey int            `yaml:"max_paused_per_key" env:"MAX_PAUSED_PER_KEY"` // a quarter of max_paused
 	MaxSnapshots    int            `yaml:"max_snapshots" env:"MAX_SNAPSHOTS"`
-	MinFreeDiskMB   int64          `yaml:"min_free_disk_mb" env:"MIN_FREE_DISK_MB"` // 0: 2 GiB, or a twentieth of a small disk
+	DefaultPrivate  bool           `yaml:"default_private" env:"DEFAULT_PRIVATE"`             // ports of sandboxes that do not say want a token
+	DomainsFree     []string       `yaml:"domains_without_proof" env:"DOMAINS_WITHOUT_PROOF"` // custom ones that any key may bind
+	MinFreeDiskMB   int64          `yaml:"min_free_disk_mb" env:"MIN_FREE_DISK_MB"`           // 0: 2 GiB, or a twentieth of a small disk
 	MaxTimeout      time.Duration  `yaml:"max_timeout" env:"MAX_TIMEOUT"`
 	StartTimeout    time.Duration  `yaml:"start_timeout" env:"START_TIMEOUT"` // until the agent of a new or resumed sandbox answers
 	Spares          map[string]int `yaml:"spares" env:"SPARES"`               // running spares by template

@@ -210,7 +210,12 @@ func (s *server) makeManager(context.Context) error {
 	s.images = images
 	// A machine that takes long to start a sandbox takes long to answer as well.
 	s.agents = agentctl.New(agentctl.Config{CallTimeout: max(5*time.Second, s.cfg.Sandboxes.StartTimeout/6)})
+	proof, err := s.cfg.domainProof()
+	if err != nil {
+		return err
+	}
 	s.manager = sandbox.New(sandbox.Config{
+		Proof: proof, DefaultPrivate: s.cfg.Sandboxes.DefaultPrivate,
 		Runtime: run, Network: s.network, Images: images, Store: s.store, Agents: s.agents,
 		Operator:    s.operator,
 		AgentArgs:   []string{guestAgent},
@@ -427,7 +432,7 @@ func (s *server) makeEgress(context.Context) (err error) {
 }
 
 func (s *server) makeCertificates(context.Context) (err error) {
-	s.tls, s.acme, err = s.cfg.serverTLS(s.domainOwner, s.log)
+	s.tls, s.acme, err = s.cfg.serverTLS(s.domainOwner, func(ctx context.Context, name string) error { return s.manager.Proven(ctx, name) }, s.log)
 	return err
 }
 

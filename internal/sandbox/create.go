@@ -80,6 +80,10 @@ func (m *Manager) valid(req *CreateRequest) (time.Duration, error) {
 	if err := ValidMaskHost(req.MaskRequestHost); err != nil {
 		return 0, err
 	}
+	if private := m.cfg.DefaultPrivate; private && req.AllowPublicTraffic == nil {
+		public := false
+		req.AllowPublicTraffic = &public
+	}
 	if req.MaskOrigin && req.MaskRequestHost == "" {
 		return 0, errs.New(errs.Invalid, "maskOrigin needs maskRequestHost: name the host that services are to see, such as localhost:${PORT}")
 	}

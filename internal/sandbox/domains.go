@@ -38,6 +38,17 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 	if d.Port == 0 || d.Port == AgentPort {
 		return Domain{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not %d, which is the agent's", d.Port, AgentPort)
 	}
+	v, err := m.owned(owner, id)
+	if err != nil {
+		return Domain{}, err
+	}
+	// Without a lock, as it takes a while. The text is the key's and the name's alone, so
+	// that what is proven here is true whatever happens meanwhile.
+	if !slices.ContainsFunc(v.rec.Domains, func(o Domain) bool { return o.Name == d.Name }) {
+		if err := m.prove(ctx, v.rec.Owner, d.Name); err != nil {
+			return Domain{}, err
+		}
+	}
 	e, err := m.hold(owner, id)
 	if err != nil {
 		return Domain{}, err
@@ -77,7 +88,7 @@ func (m *Manager) Unbind(ctx context.Context, owner string, id ID, name string) 
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
 		return err
 	}
-	m.restoreDomain(name, bound{})
+	m.releaseDomains(&Record{Owner: next.rec.Owner, Domains: []Domain{{Name: name}}})
 	m.cfg.Log.Info("domain released", "sandbox", id, "host", name)
 	return nil
 }
@@ -140,11 +151,12 @@ func (m *Manager) indexDomains(rec *Record) {
 	}
 }
 
-// releaseDomains makes the domains of a sandbox free for others.
+// releaseDomains makes the domains of a sandbox free, for its owner's others at first.
 func (m *Manager) releaseDomains(rec *Record) {
 	m.domainMu.Lock()
 	defer m.domainMu.Unlock()
 	for _, d := range rec.Domains {
 		delete(m.domains, d.Name)
+		m.keepReleased(rec.Owner, d.Name)
 	}
 }

@@ -60,6 +60,10 @@ type Config struct {
 	HostFree func() int64
 	// MaxSandboxes limits running sandboxes; 0 means 1,000.
 	MaxSandboxes int
+	// Proof is what binding a custom domain demands; nil: nothing.
+	Proof *DomainProof
+	// DefaultPrivate makes sandboxes private whose create does not say.
+	DefaultPrivate bool
 	// Allowance returns how many one owner may have; nil: as many as the server.
 	// It must answer from memory.
 	Allowance func(owner string) Allowance
@@ -147,8 +151,9 @@ type Manager struct {
 	keeping   map[string]int      // snapshots under way, by owner
 	hoarded   int64               // bytes of the disk that are about to be written
 
-	domainMu sync.RWMutex     // guards domains
-	domains  map[string]bound // custom domains of live, by name
+	released map[string]released // by name; guarded by domainMu
+	domainMu sync.RWMutex        // guards domains
+	domains  map[string]bound    // custom domains of live, by name
 }
 
 // entry is one sandbox. Lookups read view without a lock; a change holds op
@@ -175,7 +180,7 @@ func New(cfg Config) *Manager {
 		updates: share.NewGate(share.RuleUpdates.Of(parallelUpdates, 0), startQueue, startWait),
 		tasks:   make(chan func(context.Context)),
 		ended:   make(chan struct{}),
-		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{},
+		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{}, released: map[string]released{},
 		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
 		meters: newMeters(cfg.Host), disk: share.NewMeter(share.Disk.Of(1, 0)), // its size is what is free

@@ -29,6 +29,9 @@ func (m *Manager) Reset(ctx context.Context, owner string, id ID, req ResetReque
 	if v.rec.State != Running && !req.Resume {
 		return Record{}, errs.New(errs.Conflict, "Sandbox %q is paused: connect to it first, or ask the reset to start it", string(id))
 	}
+	if p := req.AllowPublicTraffic; p != nil && *p && !v.rec.Public() {
+		return Record{}, errs.New(errs.Conflict, "Sandbox %q is private, and a reset does not make it public: create a public one", string(id))
+	}
 	o, err := m.beginning(ctx, &v.rec)
 	if err != nil {
 		return Record{}, err

@@ -41,7 +41,7 @@ type site struct {
 }
 
 func newSite(t *testing.T) *site {
-	s := stand.New(t, stand.Options{LogLevel: "info"})
+	s := stand.New(t, stand.Options{Sandboxes: `  domains_without_proof: ["app.acme.test"]`, LogLevel: "info"})
 	ca := pebble.Start(t, pebble.Options{
 		In: place{s.Lab.Host(), s.Lab}, Domains: []string{stand.Domain, "second.test", "acme.test"},
 		HTTPSPort: 443, HTTPPort: 80, Validity: 36 * time.Second,

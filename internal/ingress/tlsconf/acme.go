@@ -40,6 +40,9 @@ type ACMEConfig struct {
 	// is ordered at the first handshake, by TLS-ALPN-01 (RFC 8737) or HTTP-01, and
 	// it must answer from memory. Nil: none is.
 	Allow func(name string) bool
+	// Proven is asked before a certificate for such a name is ordered or renewed; an
+	// error says why it is not. May be nil.
+	Proven func(ctx context.Context, name string) error
 	// Owner tells the owners of such names apart, who share the orders fairly; it
 	// must answer from memory. Nil: there is one.
 	Owner func(name string) string
@@ -266,13 +269,18 @@ func (a *ACME) HTTPChallenge(w http.ResponseWriter, r *http.Request) bool {
 }
 
 // event is told of what becomes of an order; an error stops one that begins.
-func (a *ACME) event(_ context.Context, event string, data map[string]any) error {
+func (a *ACME) event(ctx context.Context, event string, data map[string]any) error {
 	name, _ := data["identifier"].(string)
 	renewal, _ := data["renewal"].(bool)
 	switch event {
 	case "cert_obtaining":
 		if !a.isOwn(strings.TrimPrefix(name, "*.")) && !a.cfg.Allow(name) {
 			return certmagic.ErrNoRetry{Err: fmt.Errorf("%s is not bound to a sandbox", name)}
+		}
+		if !a.isOwn(strings.TrimPrefix(name, "*.")) && a.cfg.Proven != nil {
+			if err := a.cfg.Proven(ctx, name); err != nil {
+				return certmagic.ErrNoRetry{Err: err}
+			}
 		}
 	case "cert_obtained":
 		a.log.Info("certificate obtained", "host", name, "renewal", renewal)
