@@ -43,7 +43,7 @@ const caseTime = 30 * time.Second
 
 // Cases returns every case, by number.
 func Cases() []Case {
-	all := slices.Concat(tlsCases(), httpCases(), nameCases(), addrCases(), dnsCases(), lowerCases(), hostCases(), ingressCases())
+	all := slices.Concat(tlsCases(), httpCases(), nameCases(), addrCases(), dnsCases(), lowerCases(), hostCases(), keyCases(), ingressCases())
 	slices.SortFunc(all, func(a, b Case) int { return a.ID - b.ID })
 	return all
 }
