@@ -198,7 +198,7 @@ func (m *Manager) acquire(ctx context.Context, o *origin, p *policy.Compiled) (*
 			return nil, err
 		}
 		fits() // a spare has its memory already
-		if up := m.spares.take(o.img); up != nil {
+		if up := m.spares.take(o.owner, o.img); up != nil {
 			return up, nil
 		}
 	}

@@ -17,6 +17,7 @@ type spares struct {
 	mu     sync.Mutex // guards the rest
 	ready  map[string][]*started
 	failed map[string]failure
+	took   map[string]time.Time // by owner: when it last took one
 }
 
 // failure is what is known of a template whose last spares could not be made.
@@ -26,13 +27,21 @@ type failure struct {
 }
 
 func newSpares(want map[string]int) *spares {
-	return &spares{want: want, wake: make(chan struct{}, 1), ready: map[string][]*started{}, failed: map[string]failure{}}
+	return &spares{want: want, wake: make(chan struct{}, 1), ready: map[string][]*started{}, failed: map[string]failure{}, took: map[string]time.Time{}}
 }
 
+// A key that creates sandboxes in a loop would take every spare as soon as it is ready. So
+// while several keys use them, that is took one within sharedFor, the last spare is not
+// for the key that took the one before.
+const sharedFor = time.Minute
+
 // take returns a spare that runs exactly img, or nil.
-func (s *spares) take(img Image) *started {
+func (s *spares) take(owner string, img Image) *started {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(s.ready[img.Name]) == 1 && s.greedy(owner, time.Now()) {
+		return nil
+	}
 	list := s.ready[img.Name]
 	i := slices.IndexFunc(list, func(up *started) bool { return up.imageRef == img.Digest })
 	if i < 0 {
@@ -45,7 +54,25 @@ func (s *spares) take(img Image) *started {
 	default:
 	}
 	up.spare = true
+	s.took[owner] = time.Now()
 	return up
+}
+
+// greedy reports whether an owner took the last spare that was taken, and others use them
+// too. It needs s.mu.
+func (s *spares) greedy(owner string, now time.Time) bool {
+	others := false
+	for who, at := range s.took {
+		switch {
+		case now.Sub(at) > sharedFor:
+			delete(s.took, who)
+		case who != owner && at.After(s.took[owner]):
+			return false
+		case who != owner:
+			others = true
+		}
+	}
+	return others
 }
 
 func (s *spares) put(template string, up *started) {

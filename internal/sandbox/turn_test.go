@@ -96,3 +96,51 @@ func TestWhatOneKeyStartsDoesNotHoldUpAnother(t *testing.T) {
 		})
 	}
 }
+
+// TestTheLastSpareIsForTheKeyThatTookNone has one key create in a loop while another
+// creates now and then.
+func TestTheLastSpareIsForTheKeyThatTookNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		m := newManager(t, w, func(c *Config) {
+			c.Runtime = slowHost{fakeRuntime{w}, new(atomic.Int64)}
+			c.Spares = map[string]int{"base": 2}
+		})
+		runManager(t, m)
+		took := func(owner string) time.Duration {
+			began := time.Now()
+			rec, err := m.Create(t.Context(), CreateRequest{Owner: owner})
+			if err != nil {
+				t.Error(err)
+				return 0
+			}
+			took := time.Since(began)
+			if err := m.Kill(t.Context(), owner, rec.ID); err != nil {
+				t.Error(err)
+			}
+			return took
+		}
+		time.Sleep(10 * time.Second) // the spares are ready
+		if took("greedy")+took("greedy") > 100*time.Millisecond {
+			t.Error("a key alone did not get both spares")
+		}
+		time.Sleep(10 * time.Second)
+		took("quiet")
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				took("greedy")
+				time.Sleep(time.Millisecond)
+			}
+		})
+		for range 5 {
+			time.Sleep(10 * time.Second)
+			if d := took("quiet"); d > 100*time.Millisecond {
+				t.Errorf("a create took %v while a spare should have waited", d)
+			}
+		}
+		cancel()
+		wg.Wait()
+	})
+}

@@ -39,7 +39,7 @@ func TestOneKeyDoesNotHurtAnother(t *testing.T) {
 	v := newVictim(t, quiet)
 	rounds := 3
 	if measuring {
-		rounds = 40
+		rounds = 20
 	}
 	base := v.probe(t, "alone", rounds)
 	for _, l := range loads {
