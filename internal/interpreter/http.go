@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"mime"
 	"net/http"
 	"time"
 )
@@ -16,6 +17,8 @@ const tokenHeader = "X-Access-Token"
 // Running code demands the sandbox's access token, where it has one. The e2b SDKs
 // send it there only; so managing contexts is open to whoever reaches the port,
 // like any service of the sandbox, unless a token is sent: then it must be right.
+// Pages of other sites are kept out by the content type, which they may not send
+// without asking, and asking is not answered.
 func (i *Interpreter) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
@@ -25,7 +28,20 @@ func (i *Interpreter) routes() http.Handler {
 	mux.Handle("DELETE /contexts/{id}", i.open(i.deleteContext))
 	mux.Handle("POST /contexts/{id}/restart", i.open(i.restartContext))
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { writeError(w, http.StatusNotFound, "no such route") })
-	return mux
+	return onlyJSON(mux)
+}
+
+// onlyJSON refuses what changes something and does not say that it is JSON, as a
+// form or a script of any page can send (Fetch standard, "CORS-safelisted").
+func onlyJSON(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+		if changes := r.Method != http.MethodGet && r.Method != http.MethodHead; changes && (err != nil || kind != "application/json") {
+			writeError(w, http.StatusUnsupportedMediaType, fmt.Sprintf("content type %.80q: send application/json", r.Header.Get("Content-Type")))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // open admits requests without a token, and those with the right one.

@@ -143,6 +143,7 @@ func (s *server) post(ctx context.Context, t *testing.T, path, body string) *htt
 		t.Fatal(err)
 	}
 	req.Header.Set("X-Access-Token", s.token)
+	req.Header.Set("Content-Type", "application/json")
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
