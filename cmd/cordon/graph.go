@@ -422,12 +422,16 @@ func (s *server) makeEgress(context.Context) (err error) {
 			id, p, ok := s.network.Owner(a)
 			return egress.Owner{Sandbox: string(id), Policy: p}, ok
 		},
+		Key:      s.keyOf,
 		Resolve:  s.resolver.Resolve,
 		Pinned:   s.pinned,
 		DialSelf: s.dialSelf,
 		Limits:   s.cfg.Network.Limits.proxy(egressLimits(s.descriptors)),
 		Flows:    s.flows, Log: s.log,
 	})
+	if err == nil {
+		s.pools = append(s.pools, s.egress.Pools()...)
+	}
 	return err
 }
 

@@ -3,29 +3,32 @@ package egress
 import (
 	"context"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // admission counts what each sandbox holds and refuses what is over a limit.
 // Nothing in it waits: a sandbox at its limit costs the others nothing.
 type admission struct {
-	sniffBytes atomic.Int64 // of all sandboxes
+	open   *share.Pool // connections, by sandbox, key and in all
+	memory *share.Pool // buffered for names that are not complete
 
 	mu      sync.Mutex // guards the rest and the fields of each tenant
 	tenants map[string]*tenant
-	total   int // connections
 }
+
+// Pools returns the counts of what keys share, for metrics.
+func (p *Proxy) Pools() []*share.Pool { return []*share.Pool{p.open, p.memory} }
 
 // tenant is what one sandbox holds.
 type tenant struct {
-	limiter    *rate.Limiter
-	sniffBytes atomic.Int64
-	flows      map[*flow]struct{}
-	pending    int
-	idleSince  time.Time // when the last flow ended
+	limiter   *rate.Limiter
+	flows     map[*flow]struct{}
+	pending   int
+	idleSince time.Time // when the last flow ended
 }
 
 // tenantIdle is how long an empty tenant is kept: its limiter must remember a
@@ -34,6 +37,9 @@ const tenantIdle = time.Minute
 
 // admit takes f in and returns "", or the limit that refuses it.
 func (p *Proxy) admit(f *flow) (limit string) {
+	if p.cfg.Key != nil {
+		f.key = p.cfg.Key(f.sandbox)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	t := p.tenants[f.sandbox]
@@ -46,14 +52,12 @@ func (p *Proxy) admit(f *flow) (limit string) {
 		return "new connections per second"
 	case t.pending >= p.lim.Pending:
 		return "connections that show no name"
-	case len(t.flows) >= p.lim.Conns:
-		return "connections of the sandbox"
-	case p.total >= p.lim.TotalConns:
-		return "connections of all sandboxes"
+	}
+	if err := p.open.Take(f.key, f.sandbox, 1); err != nil {
+		return err.Error()
 	}
 	t.flows[f] = struct{}{}
 	t.pending++
-	p.total++
 	f.tenant, f.pending = t, true
 	return ""
 }
@@ -78,7 +82,7 @@ func (p *Proxy) leave(f *flow) {
 	defer p.mu.Unlock()
 	if _, in := f.tenant.flows[f]; in {
 		delete(f.tenant.flows, f)
-		p.total--
+		p.open.Give(f.key, f.sandbox, 1)
 		f.tenant.idleSince = time.Now()
 	}
 }
@@ -134,13 +138,15 @@ func (p *Proxy) sweepOnce(now time.Time) {
 // charge takes n bytes of sniff memory for f, or gives -n back. It reports false,
 // and takes nothing, when a limit is reached.
 func (f *flow) charge(n int64) bool {
-	if f.tenant == nil {
+	switch {
+	case f.tenant == nil:
 		return false
+	case n < 0:
+		f.p.memory.Give(f.key, f.sandbox, -n)
+		return true
 	}
-	mine, all := f.tenant.sniffBytes.Add(n), f.p.sniffBytes.Add(n)
-	if n > 0 && (mine > f.p.lim.SniffBytes || all > f.p.lim.TotalSniffByte) {
-		f.tenant.sniffBytes.Add(-n)
-		f.p.sniffBytes.Add(-n)
+	if err := f.p.memory.Take(f.key, f.sandbox, n); err != nil {
+		f.overcharged = err.Error()
 		return false
 	}
 	return true

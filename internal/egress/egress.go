@@ -21,6 +21,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // Owner is the sandbox behind a source address and the policy in force for it.
@@ -36,6 +37,9 @@ type Config struct {
 	Owner func(netip.Addr) (Owner, bool)
 	// Resolve returns the addresses of a canonical name, for the proxy's own dial.
 	Resolve func(ctx context.Context, sandbox, name string) ([]netip.Addr, error)
+	// Key returns the API key that owns a sandbox: what keys share is counted by it.
+	// Nil: all sandboxes are one key's.
+	Key func(sandbox string) string
 	// Pinned returns the names that the sandbox had resolved to an address for one
 	// port, by rules with a port, and that still have it; it may ask for them again.
 	// If one no longer has the address, expired says so. Nil: none are.
@@ -108,6 +112,8 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	p := &Proxy{cfg: cfg, lim: cfg.Limits.withDefaults(), log: cfg.Log, dial: dialTCP}
 	p.admission.tenants = map[string]*tenant{}
+	p.open = share.NewPool(share.ProxyConnections.Of(int64(p.lim.TotalConns), int64(p.lim.Conns)))
+	p.memory = share.NewPool(share.SniffMemory.Of(p.lim.TotalSniffByte, p.lim.SniffBytes))
 	return p, nil
 }
 

@@ -26,8 +26,10 @@ type flow struct {
 	proto   string // "tcp" until the first bytes say "tls" or "http"
 	in      source // reads from client
 
-	tenant  *tenant // set by admit
-	pending bool    // no name shown yet; guarded by Proxy.mu
+	key         string  // the API key that owns the sandbox; set by admit
+	overcharged string  // the limit that refused memory for a name
+	tenant      *tenant // set by admit
+	pending     bool    // no name shown yet; guarded by Proxy.mu
 
 	bytesOut, bytesIn atomic.Int64
 	pumps             atomic.Int32 // directions still copied
@@ -281,6 +283,9 @@ func (f *flow) unreadable(ctx context.Context, err error) bool {
 	var bad *sniffError
 	if errors.As(err, &bad) {
 		d.reason, d.detail = bad.reason, bad.detail
+		if d.reason == ReasonBudget && f.overcharged != "" {
+			d.detail = f.overcharged
+		}
 	} else { // the client left
 		f.record(flowlog.Closed, event{reason: f.killedOr(ReasonNoBytes), detail: "closed before it showed a name"})
 		return false

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -401,15 +402,57 @@ func TestLimitsAreOfOneSandbox(t *testing.T) {
 		head := "GET / HTTP/1.1\r\nHost: a.example\r\nX: " + fmt.Sprintf("%010000d", 1)
 		send(t, big(), head)
 		l.awaitFlows(1)
-		for end := time.Now().Add(5 * time.Second); l.p.sniffBytes.Load() == 0 && time.Now().Before(end); {
+		for end := time.Now().Add(5 * time.Second); l.p.memory.Used() == 0 && time.Now().Before(end); {
 			time.Sleep(time.Millisecond)
 		}
 		wantResetAfter(t, big(), head)
 		l.awaitDenied(ReasonBudget)
 		l.p.cut("", ReasonKilled)
 		l.awaitFlows(0)
-		if n := l.p.sniffBytes.Load(); n != 0 {
+		if n := l.p.memory.Used(); n != 0 {
 			t.Errorf("%d bytes are still charged", n)
+		}
+	})
+	t.Run("one key cannot take what another needs", func(t *testing.T) {
+		l := newLab(t, policy.Input{}, func(c *Config) {
+			c.Limits = Limits{TotalConns: 8, SniffTimeout: 5 * time.Second}
+			c.Key = func(sandbox string) string { return "key of " + sandbox[:1] }
+		})
+		from := func(addr, sandbox string) *net.TCPConn {
+			a := netip.MustParseAddr(addr)
+			l.mu.Lock()
+			l.owners[a] = Owner{sandbox, l.owners[self4].Policy}
+			ln := l.lns[netip.MustParseAddrPort("93.184.216.1:443")]
+			l.mu.Unlock()
+			c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: a.AsSlice()}}).Dial("tcp", ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			return c.(*net.TCPConn)
+		}
+		for i := range 4 { // a key that is alone gets half, in however many sandboxes
+			from("127.0.0."+strconv.Itoa(10+i), "a"+strconv.Itoa(i))
+			l.awaitFlows(i + 1)
+		}
+		c := from("127.0.0.20", "a-last")
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := everything(c); !isReset(err) {
+			t.Errorf("it ended with %v", err)
+		}
+		if e := l.await(flowlog.Denied); e.Reason != ReasonBudget || e.Detail != "connections through the egress proxy: this API key holds its share of 4" {
+			t.Errorf("event %+v", e)
+		}
+		from("127.0.0.30", "b")
+		from("127.0.0.31", "b")
+		l.awaitFlows(6)
+		if n := l.p.Pools()[0].Held("key of b"); n != 2 {
+			t.Errorf("the other key holds %d, want 2", n)
+		}
+		l.p.cut("", ReasonKilled)
+		l.awaitFlows(0)
+		if n := l.p.open.Used(); n != 0 {
+			t.Errorf("%d connections are still counted", n)
 		}
 	})
 	t.Run("all sandboxes together", func(t *testing.T) {
@@ -489,8 +532,8 @@ func TestTheLimiterOfAnIdleSandboxIsForgotten(t *testing.T) {
 		p.leave(f) // twice counts once
 		time.Sleep(3 * tenantIdle)
 		synctest.Wait()
-		if len(p.tenants) != 0 || p.total != 0 {
-			t.Errorf("%d tenants and %d flows are left", len(p.tenants), p.total)
+		if len(p.tenants) != 0 || p.open.Used() != 0 {
+			t.Errorf("%d tenants and %d flows are left", len(p.tenants), int(p.open.Used()))
 		}
 		stop()
 		synctest.Wait()

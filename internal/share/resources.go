@@ -4,9 +4,9 @@ package share
 // configuration and the machine are known ([Resource.Of]).
 var (
 	ProxyConnections = Resource{Name: "proxy_connections", What: "connections through the egress proxy", Alpha: 1,
-		Answer: "reset; `too-many-flows` in the flow log"}
+		Answer: "reset; `budget` in the flow log"}
 	SniffMemory = Resource{Name: "sniff_memory", What: "memory of connections that have not shown a name yet", Bytes: true, Alpha: 1,
-		Answer: "reset; `too-many-flows` in the flow log"}
+		Answer: "reset; `budget` in the flow log"}
 	SourcePorts = Resource{Name: "source_ports", What: "connections to one destination", Alpha: 1,
 		Answer: "refused by the kernel; `too-many-flows` in the flow log"}
 	Tracker = Resource{Name: "conntrack", What: "entries of the connection tracker", Alpha: 1,

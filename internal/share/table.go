@@ -9,7 +9,7 @@ import (
 // hold, for the documentation; "" is no limit but its key's.
 var sizes = map[string]struct{ whole, sandbox string }{
 	"proxy_connections": {"an eighth of the process's descriptors, at most 100,000", "`network.limits.connections`"},
-	"sniff_memory":      {"an eighth of the memory", ""},
+	"sniff_memory":      {"256 MiB", "4 MiB"},
 	"source_ports":      {"the ports that connections out are given, for each destination", ""},
 	"conntrack":         {"`net.netfilter.nf_conntrack_max`, less what the machine needs", "`network.limits.connections`"},
 	"dns_queries":       {"8192", "1024"},
