@@ -49,6 +49,8 @@ type Options struct {
 	Sandboxes string
 	// Domains are more domains of the server, beside Domain.
 	Domains []string
+	// Under is a program with arguments that runs the server, such as setpriv.
+	Under []string
 	// LogLevel is the server's; empty means debug.
 	LogLevel string
 }
@@ -60,6 +62,7 @@ type Stand struct {
 	Config string // the configuration file
 	Name   string // of the server, no other's on this machine
 
+	under  []string
 	mu     sync.Mutex // guards server
 	server *lab.Cmd
 	log    *os.File
@@ -82,7 +85,7 @@ func New(t testing.TB, o Options) *Stand {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.log = log
+	s.log, s.under = log, o.Under
 	t.Cleanup(func() {
 		s.Stop(t, syscall.SIGTERM)
 		log.Close()
@@ -144,6 +147,10 @@ func (s *Stand) Start(ctx context.Context) error {
 	}
 	// The server's life is ended by Stop, not by the caller's context.
 	s.server = s.Command(context.WithoutCancel(ctx), "serve")
+	if len(s.under) > 0 {
+		args := append(append([]string{}, s.under[1:]...), Binary(), "--config", s.Config, "serve")
+		s.server = s.Lab.HostCommand(context.WithoutCancel(ctx), s.under[0], args...)
+	}
 	s.server.Stdout, s.server.Stderr = s.log, s.log
 	if err := s.server.Start(); err != nil {
 		return err
