@@ -105,6 +105,7 @@ type dnsConfig struct {
 // sandboxConfig limits sandboxes.
 type sandboxConfig struct {
 	DefaultTemplate string         `yaml:"default_template" env:"DEFAULT_TEMPLATE"`
+	HostTemplate    string         `yaml:"host_template" env:"HOST_TEMPLATE"` // on, off, or auto: on while there is one key
 	CPUs            int            `yaml:"cpus" env:"CPUS"`
 	MemoryMB        int64          `yaml:"memory_mb" env:"MEMORY_MB"`
 	DiskMB          int64          `yaml:"disk_mb" env:"DISK_MB"`
@@ -253,6 +254,7 @@ func (c *config) setDefaults() {
 	c.Listen.setDefaults(c.Domain)
 	s := &c.Sandboxes
 	s.DefaultTemplate = cmp.Or(s.DefaultTemplate, "base")
+	s.HostTemplate = cmp.Or(s.HostTemplate, "auto")
 	s.CPUs = cmp.Or(s.CPUs, 2)
 	s.MemoryMB = cmp.Or(s.MemoryMB, 512)
 	s.DiskMB = cmp.Or(s.DiskMB, 10<<10)
@@ -342,8 +344,23 @@ func (c *config) validDomains() error {
 	return nil
 }
 
+// hostTemplate says why no sandbox is made of the machine's own /usr, where several
+// keys may not see what only root may read there.
+func (c *config) hostTemplate(keys int) error {
+	switch {
+	case c.Sandboxes.HostTemplate == "on" || c.Sandboxes.HostTemplate == "auto" && keys <= 1:
+		return nil
+	case c.Sandboxes.HostTemplate == "off":
+		return errs.New(errs.Forbidden, "template 'host' is off on this server (sandboxes.host_template): use another")
+	}
+	return errs.New(errs.Forbidden, "template 'host' shows this machine's /usr, with files that only root may read, so it is off while there are %d API keys: use another, or have the operator set sandboxes.host_template to on", keys)
+}
+
 // validNumbers refuses what no number may be.
 func (c *config) validNumbers() error {
+	if !slices.Contains([]string{"auto", "on", "off"}, c.Sandboxes.HostTemplate) {
+		return wrong("sandboxes.host_template", c.Sandboxes.HostTemplate, "use auto, on or off")
+	}
 	l, nl := c.Sandboxes, c.Network.Limits
 	for _, n := range []struct {
 		field string

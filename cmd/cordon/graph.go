@@ -231,6 +231,7 @@ func (s *server) makeManager(context.Context) error {
 		AccessChanged: func(id sandbox.ID) { s.ingress.Recheck(string(id)) },
 		InUse:         func(id sandbox.ID) bool { return s.ingress.InUse(string(id)) },
 		PolicyChanged: func(id sandbox.ID) { s.egress.Revoke(string(id)) },
+		Refuse:        s.refuse,
 		Stopped:       func(id sandbox.ID) { s.egress.Cut(string(id)) },
 		Gone:          func(id sandbox.ID) { s.flows.Forget(string(id)) },
 		Log:           s.log,
@@ -253,6 +254,18 @@ func hostFree() int64 {
 		return math.MaxInt64
 	}
 	return kib<<10 - 256<<20
+}
+
+// refuse says why no new sandbox is made of a template.
+func (s *server) refuse(template string) error {
+	if template != image.HostTemplate {
+		return nil
+	}
+	keys, err := s.store.Keys(context.Background()) // from memory
+	if err != nil {
+		return err
+	}
+	return s.cfg.hostTemplate(len(keys))
 }
 
 // allowance is how many sandboxes a key may have. What a key that was revoked left
@@ -515,9 +528,11 @@ func (s *server) templates(ctx context.Context) ([]sandbox.Template, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := make([]sandbox.Template, len(list))
-	for i, t := range list {
-		out[i] = sandbox.Template{ID: t.Name, Names: []string{t.Name}, Resources: s.cfg.resources(), Created: t.Created, Ready: t.Built}
+	var out []sandbox.Template
+	for _, t := range list {
+		if s.refuse(t.Name) == nil {
+			out = append(out, sandbox.Template{ID: t.Name, Names: []string{t.Name}, Resources: s.cfg.resources(), Created: t.Created, Ready: t.Built})
+		}
 	}
 	return out, nil
 }

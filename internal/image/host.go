@@ -18,8 +18,8 @@ import (
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
-// hostName is the template that needs no build and no network.
-const hostName = "host"
+// HostTemplate is the name of the template that needs no build and no network.
+const HostTemplate = "host"
 
 // hostVersion changes when the skeleton's content does.
 const hostVersion = "2"
@@ -60,8 +60,8 @@ func (l *Library) resolveHost() (sandbox.Image, error) {
 		return sandbox.Image{}, errs.New(errs.Unavailable, "template 'host' needs the machine's /usr, which has none of %s", strings.Join(usrDirs, ", "))
 	}
 	return sandbox.Image{
-		TemplateID: hostName,
-		Name:       hostName,
+		TemplateID: HostTemplate,
+		Name:       HostTemplate,
 		Digest:     "host:" + l.host.fingerprint(),
 		Rootfs:     rootfs,
 		Binds:      binds,

@@ -13,7 +13,7 @@ import (
 func TestHostTemplateShowsOnlyWhatIsListed(t *testing.T) {
 	privileged(t)
 	l := library(t, t.TempDir())
-	img, err := l.Resolve(t.Context(), hostName)
+	img, err := l.Resolve(t.Context(), HostTemplate)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +42,7 @@ func TestHostTemplateShowsOnlyWhatIsListed(t *testing.T) {
 	if err != nil || string(shadow) == string(machine) || !strings.Contains(string(shadow), "user:*:") {
 		t.Errorf("shadow: %q, %v", shadow, err)
 	}
-	again, err := l.Resolve(t.Context(), hostName)
+	again, err := l.Resolve(t.Context(), HostTemplate)
 	if err != nil || again.Rootfs != img.Rootfs {
 		t.Errorf("resolved again: %s, %v", again.Rootfs, err)
 	}
@@ -52,7 +52,7 @@ func TestHostTemplateShowsOnlyWhatIsListed(t *testing.T) {
 // it: the skeleton with the binds, under a root of its own.
 func TestHostTemplateRuns(t *testing.T) {
 	privileged(t)
-	img, err := library(t, t.TempDir()).Resolve(t.Context(), hostName)
+	img, err := library(t, t.TempDir()).Resolve(t.Context(), HostTemplate)
 	if err != nil {
 		t.Fatal(err)
 	}

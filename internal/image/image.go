@@ -168,7 +168,7 @@ func (l *Library) Close() error {
 
 // Resolve implements sandbox.Images.
 func (l *Library) Resolve(ctx context.Context, template string) (sandbox.Image, error) {
-	if template == hostName {
+	if template == HostTemplate {
 		return l.resolveHost()
 	}
 	man, err := l.manifest(ctx, template)
@@ -259,7 +259,7 @@ func (l *Library) build(b *build, name string, r recipe) {
 
 // Build makes a template's image unless it is there already.
 func (l *Library) Build(ctx context.Context, template string) (Manifest, error) {
-	if template == hostName {
+	if template == HostTemplate {
 		img, err := l.resolveHost()
 		return Manifest{Kind: Host, Contents: img.Digest, Env: img.Env, User: img.User, Workdir: img.Workdir}, err
 	}
@@ -269,7 +269,7 @@ func (l *Library) Build(ctx context.Context, template string) (Manifest, error) 
 // Verify reads every file of a template's image and compares the digest with
 // the one computed when it was made.
 func (l *Library) Verify(ctx context.Context, template string) error {
-	if template == hostName {
+	if template == HostTemplate {
 		return errs.New(errs.Invalid, "template 'host' has no contents of its own to verify: it shows this machine's /usr")
 	}
 	key, err := l.keyOf(template)
@@ -299,7 +299,7 @@ func (l *Library) Verify(ctx context.Context, template string) error {
 // none of its own sandboxes runs from it; an image that another server on this
 // machine uses is errs.Conflict.
 func (l *Library) Remove(_ context.Context, template string) error {
-	if template == hostName {
+	if template == HostTemplate {
 		return errs.New(errs.Invalid, "template 'host' cannot be removed: it is this machine's /usr")
 	}
 	key, err := l.keyOf(template)
@@ -360,7 +360,7 @@ func (l *Library) List(ctx context.Context) ([]Template, error) {
 		}
 		out = append(out, t)
 	}
-	out = append(out, Template{Name: hostName, Kind: Host, Built: true, Digest: "host:" + l.host.fingerprint(), Created: l.host.changed(l.began)})
+	out = append(out, Template{Name: HostTemplate, Kind: Host, Built: true, Digest: "host:" + l.host.fingerprint(), Created: l.host.changed(l.began)})
 	return out, ctx.Err()
 }
 
@@ -463,7 +463,7 @@ func (l *Library) checkName(name string) error {
 	if !nameForm.MatchString(name) {
 		return errs.New(errs.Invalid, "template name %q: use up to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit", name)
 	}
-	if _, ok := l.recipes[name]; ok || name == hostName {
+	if _, ok := l.recipes[name]; ok || name == HostTemplate {
 		return errs.New(errs.Invalid, "template name %q belongs to a built-in template: choose another", name)
 	}
 	return nil

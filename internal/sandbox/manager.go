@@ -49,6 +49,9 @@ type Config struct {
 	// MinFree is how many bytes of that file system stay free; 0 means 2 GiB or
 	// a twentieth of it, whichever is less, and less than 0 none.
 	MinFree int64
+	// Refuse says why no new sandbox is made of a template; those that there are go on.
+	// nil refuses none.
+	Refuse func(template string) error
 	// Defaults are the limits of a sandbox whose image names none.
 	Defaults Resources
 	// Spares says how many running spares to keep for each template.
@@ -108,6 +111,9 @@ func (c *Config) setDefaults() {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.PolicyChanged == nil {
 		c.PolicyChanged = func(ID) {}
+	}
+	if c.Refuse == nil {
+		c.Refuse = func(string) error { return nil }
 	}
 	if c.Stopped == nil {
 		c.Stopped = func(ID) {}

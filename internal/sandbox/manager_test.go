@@ -343,6 +343,19 @@ func TestSparesAreClaimedAndRefilled(t *testing.T) {
 	})
 }
 
+func TestARefusedTemplateIsNotStarted(t *testing.T) {
+	w := newWorld()
+	m := newManager(t, w, func(c *Config) {
+		c.Refuse = func(template string) error { return errs.New(errs.Forbidden, "no %s here", template) }
+	})
+	if _, err := m.Create(t.Context(), CreateRequest{}); !errs.Is(err, errs.Forbidden) || !strings.Contains(err.Error(), "no base here") {
+		t.Errorf("%v, want a refusal of the default template", err)
+	}
+	if len(w.running) > 0 {
+		t.Error("it was started")
+	}
+}
+
 // TestFailedSparesAreTriedLessAndLessOften counts attempts and log lines of a template
 // whose sandboxes cannot be started for a day, and then can.
 func TestFailedSparesAreTriedLessAndLessOften(t *testing.T) {

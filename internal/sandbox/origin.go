@@ -63,6 +63,9 @@ func (m *Manager) from(ctx context.Context, owner, template string) (*origin, er
 	if snap, ok := m.snapshot(owner, template); ok {
 		return m.fromSnapshot(ctx, owner, snap)
 	}
+	if err := m.cfg.Refuse(template); err != nil {
+		return nil, err
+	}
 	img, err := m.cfg.Images.Resolve(ctx, template)
 	if err != nil {
 		return nil, err

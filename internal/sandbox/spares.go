@@ -186,6 +186,9 @@ func (s *spares) idle(ctx context.Context, d time.Duration) {
 }
 
 func (m *Manager) makeSpare(ctx context.Context, template string) error {
+	if err := m.cfg.Refuse(template); err != nil {
+		return err
+	}
 	img, err := m.cfg.Images.Resolve(ctx, template)
 	if err != nil {
 		return err
