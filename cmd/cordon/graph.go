@@ -148,6 +148,7 @@ func (s *server) makeNetwork(context.Context) (err error) {
 		Flows: s.flows, Lost: s.flows.Lost, Log: s.log,
 	})
 	if err == nil {
+		s.pools = append(s.pools, s.network.Pools()...)
 		s.operator.DeniedAddr = s.network.Denied
 		s.operator.IsHost = s.network.IsHost // names that resolve to the machine are refused like its addresses
 		s.closers = append(s.closers, s.network)

@@ -80,6 +80,7 @@ func (n *Network) install(s *slot, p *policy.Compiled) error {
 			tx.remove(n.namedSet(setMarks), n.markElement(s, former))
 			n.deleteSets(tx, s.sets)
 		} else {
+			tx.add(n.namedSet(setKeys), []nftables.SetElement{keyElement(s)})
 			tx.add(n.namedSet(setSlots), []nftables.SetElement{n.slotElement(s)})
 		}
 		tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(s, mark)})
@@ -188,6 +189,7 @@ func (n *Network) withdraw(s *slot) error {
 			return
 		}
 		tx.remove(n.namedSet(setSlots), n.slotElement(s))
+		tx.remove(n.namedSet(setKeys), keyElement(s))
 		tx.remove(n.namedSet(setMarks), n.markElement(s, markOf(s.num, s.gen)))
 		tx.FlushChain(n.chain(s.chain()))
 		tx.DelChain(n.chain(s.chain()))

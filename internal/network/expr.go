@@ -72,6 +72,13 @@ func familyOf(a netip.Addr) []expr.Any {
 	return family(unix.NFPROTO_IPV6)
 }
 
+func familyIs(v6 bool) []expr.Any {
+	if v6 {
+		return family(unix.NFPROTO_IPV6)
+	}
+	return family(unix.NFPROTO_IPV4)
+}
+
 func l4proto(p policy.Proto) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, cmpEq([]byte{byte(p)})}
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // IPv6 says whether sandboxes get IPv6.
@@ -91,6 +92,8 @@ type Config struct {
 	// many; may be nil.
 	Lost func(atLeast uint64)
 	Log  *slog.Logger // required
+
+	entries uint64 // of the tracker's table, in tests; 0: what the kernel says
 }
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]{1,6}$`)
@@ -198,7 +201,11 @@ type Network struct {
 	next    int              // slot number to try first: numbers go round
 	resting map[int]time.Time
 	trash   []*slot
+	keys    map[string]uint32 // API keys by number, in the order they were met
 	open    bool
+
+	tracked *share.Meter // what keys share in the kernel: entries of the tracker,
+	ports   *share.Pool  // and ports towards one destination
 
 	stats counters
 }
@@ -251,7 +258,9 @@ func New(cfg Config) (*Network, error) {
 		byID:    map[sandbox.ID]*slot{},
 		byLink:  map[uint32]*slot{},
 		resting: map[int]time.Time{},
+		keys:    map[string]uint32{},
 	}
+	n.measure()
 	if err := n.readAddrs(); err != nil {
 		h.Close()
 		return nil, err

@@ -89,7 +89,7 @@ func (n *Network) adopt(inUse map[sandbox.ID]sandbox.Held) ([]adopted, error) {
 		}
 		taken[l.Slot] = id
 		l.Sandbox = ""
-		s := &slot{num: l.Slot, lease: l, mac: n.plan.mac(l.Slot, 2)}
+		s := &slot{num: l.Slot, lease: l, mac: n.plan.mac(l.Slot, 2), key: n.keyNumber(inUse[id].Owner)}
 		kept = append(kept, adopted{id: id, slot: s, policy: inUse[id].Policy})
 	}
 	return kept, nil
@@ -232,6 +232,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 			}
 			n.addQuota(tx, b.slot)
 			n.addProgram(tx, b.slot, b.prog, false)
+			tx.add(n.namedSet(setKeys), []nftables.SetElement{keyElement(b.slot)})
 			tx.add(n.namedSet(setSlots), []nftables.SetElement{n.slotElement(b.slot)})
 			tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(b.slot, markOf(b.slot.num, b.slot.tries))})
 			n.addPins(tx, b.prog, b.live)

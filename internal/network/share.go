@@ -40,6 +40,7 @@ const trackerMax = "net/netfilter/nf_conntrack_max"
 // does not. An entry takes some 400 bytes while it is in use and none before, so the
 // table may grow to a sixteenth of the memory.
 func (n *Network) share() {
+	defer n.measure()
 	have, err := readNumber("/proc/sys/" + trackerMax)
 	if err != nil {
 		n.cfg.Log.Warn("the size of the connection tracker's table is not known", "err", err)

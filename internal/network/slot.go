@@ -112,6 +112,7 @@ type slot struct {
 	applied bool       // it has a chain
 	sets    []string   // of its chain
 	pins    pinTable
+	key     uint32 // number of its owner's API key
 	spent   uint64 // of Config.MaxBytesOut, by an earlier server process
 	retired bool   // its rules are withdrawn
 }

@@ -47,6 +47,7 @@ import (
 const (
 	chainPin, chainPre, chainFwd, chainInp, chainOut, chainPost = "pin", "pre", "fwd", "inp", "out", "post"
 
+	chainCount      = "count"       // returns unless there is one flow too many
 	chainAnswer     = "answer"      // an answer by a flow that the other end opened
 	chainHide       = "hide"        // gets the host's address
 	chainLink       = "link"        // what needs no policy: answers to the host, neighbour discovery
@@ -65,6 +66,8 @@ const (
 	chainRefuse     = "refuse"
 
 	setSlots, setMarks, setLogs, setFlows = "slots", "marks", "logs", "flows"
+	setKeys, setShares, setShareRates     = "keys", "shares", "share_rates" // keys.go
+	setPorts4, setPorts6                  = "ports4", "ports6"
 	setOwn4, setOwn6                      = "own4", "own6"
 	setFloor4, setFloor6                  = "floor4", "floor6"
 	setNear4, setNear6                    = "near4", "near6"     // near.go
@@ -134,6 +137,19 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.IsMap, s.DataType, s.Size = true, nftables.TypeVerdict, uint32(n.plan.capacity())
 	case setMarks:
 		s.IsMap, s.DataType = true, nftables.TypeMark
+	case setKeys:
+		s.IsMap, s.DataType = true, nftables.TypeMark
+	case setShares:
+		s.Dynamic, s.Size, s.KeyType = true, 1<<16, nftables.TypeMark
+	case setShareRates:
+		s.Dynamic, s.HasTimeout, s.Timeout, s.Size, s.KeyType = true, true, logForget, 1<<16, nftables.TypeMark
+	case setPorts4, setPorts6:
+		s.Dynamic, s.Size, s.Concatenation, s.KeyByteOrder = true, n.limits().destinations, true, nil
+		addr := nftables.TypeIPAddr
+		if name == setPorts6 {
+			addr = nftables.TypeIP6Addr
+		}
+		s.KeyType = nftables.MustConcatSetType(nftables.TypeMark, nftables.TypeInetProto, addr, nftables.TypeInetService)
 	case setLogs:
 		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
 	case setFlows:
@@ -177,7 +193,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.AddTable(t)
 	tx.AddObj(&nftables.CounterObj{Table: t, Name: counterRefused})
 	tx.AddObj(n.brief())
-	for _, name := range []string{setSlots, setMarks, setLogs, setFlows, setOwn4, setOwn6} {
+	for _, name := range []string{setSlots, setMarks, setKeys, setLogs, setFlows, setShares, setShareRates, setPorts4, setPorts6, setOwn4, setOwn6} {
 		tx.set(n.namedSet(name), nil)
 	}
 	var floor []policy.PrefixPort
@@ -199,13 +215,14 @@ func (n *Network) addTable(tx *transaction) {
 	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainDenied, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
+		chainCount, classKeyFlows.chain(), classAllFlows.chain(), classKeyPorts.chain(), chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainDenied, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
 	}
 	n.addRefusals(tx)
 	n.addBudgets(tx)
+	n.addShares(tx)
 	n.addTransparent(tx)
 	n.addShared(tx)
 	n.addHooks(tx)
@@ -260,7 +277,7 @@ func (n *Network) addTransparent(tx *transaction) {
 	// tracker as well: a denied sandbox could fill it with questions alone. Whoever
 	// serves them logs them, so the tracker need not tell of them.
 	for _, name := range []string{chainProxy, chainDNS} {
-		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())))
+		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), jump(chainCount)))
 		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), brief(), untold()))
 	}
 	hand(chainProxy, policy.TCP, n.cfg.ProxyPort, setCtMark(markProxied))
@@ -282,8 +299,9 @@ func (n *Network) addShared(tx *transaction) {
 		// The proxy's connections stay with the proxy, whatever a later policy says.
 		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)))
 	tx.rules(n.chain(chainOK), n.paced()...)
+	tx.rules(n.chain(chainOK), when(jump(chainCount)))
+	tx.rules(n.chain(chainOK), n.portShares()...)
 	tx.rules(n.chain(chainOK),
-		when(tooMany(n.cfg.MaxFlows), goTo(classLimit.chain())),
 		when(brief(), setCtMark(0), accept()),
 		when(drop()))
 	n.addDenied(tx)

@@ -123,6 +123,8 @@ type Network interface {
 	// Rearm puts addresses and routes back into the slot's namespace, which the
 	// runtime takes away at each start; call it before a restore.
 	Rearm(ctx context.Context, l Lease) error
+	// Own says whose API key the sandbox in a slot is; call it before the first Apply.
+	Own(l Lease, owner string) error
 	// Apply puts a policy in force atomically and cuts live flows it refuses.
 	// When it returns an error the former policy is still in force.
 	Apply(ctx context.Context, l Lease, p *policy.Compiled) error
@@ -153,6 +155,7 @@ type Pin struct {
 // Held is a lease with the policy it is under; Policy is nil for a spare.
 type Held struct {
 	Lease  Lease
+	Owner  string
 	Policy *policy.Compiled
 }
 

@@ -154,6 +154,9 @@ type claimed struct {
 // its identity, so that nothing it is told to run finds an open network.
 func (m *Manager) claim(ctx context.Context, rec *Record, up *started, c claimed) error {
 	if !up.policed {
+		if err := m.cfg.Network.Own(rec.Lease, rec.Owner); err != nil {
+			return err
+		}
 		if err := m.cfg.Network.Apply(ctx, rec.Lease, c.policy); err != nil {
 			return fmt.Errorf("apply policy: %w", err)
 		}

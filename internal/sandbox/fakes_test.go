@@ -253,6 +253,8 @@ func (n fakeNetwork) Acquire(_ context.Context, id ID) (Lease, error) {
 
 func (n fakeNetwork) Rearm(context.Context, Lease) error { return nil }
 
+func (n fakeNetwork) Own(Lease, string) error { return nil }
+
 func (n fakeNetwork) Apply(_ context.Context, l Lease, p *policy.Compiled) error {
 	if err := n.step("apply"); err != nil {
 		return err

@@ -116,6 +116,9 @@ func (m *Manager) boot(ctx context.Context, id ID, o *origin, p *policy.Compiled
 	}
 	undo.Add("network slot", func(ctx context.Context) error { return m.cfg.Network.Release(ctx, up.lease) })
 	if p != nil {
+		if err := m.cfg.Network.Own(up.lease, o.owner); err != nil {
+			return nil, err
+		}
 		if err := m.cfg.Network.Apply(ctx, up.lease, p); err != nil {
 			return nil, fmt.Errorf("apply policy: %w", err)
 		}

@@ -38,7 +38,7 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 		}
 		m.adopt(rec, p)
 		if rec.State == Running {
-			kept[rec.ID] = Held{Lease: rec.Lease, Policy: p}
+			kept[rec.ID] = Held{Lease: rec.Lease, Owner: rec.Owner, Policy: p}
 			delete(running, rec.ID)
 		}
 	}

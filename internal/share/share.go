@@ -191,6 +191,10 @@ func (p *Pool) Used() int64 {
 	return p.used
 }
 
+// Refused counts a request that somebody else refused for this limit: the kernel, where
+// it keeps one.
+func (p *Pool) Refused(s Scope) { p.refuse(s) }
+
 func (p *Pool) refuse(s Scope) {
 	for i, scope := range scopes {
 		if scope == s {
