@@ -41,7 +41,7 @@ type site struct {
 }
 
 func newSite(t *testing.T) *site {
-	s := stand.New(t, stand.Options{Sandboxes: `  domains_without_proof: ["app.acme.test"]`, LogLevel: "info"})
+	s := stand.New(t, stand.Options{Domains: []string{"second.test"}, Sandboxes: `  domains_without_proof: ["app.acme.test"]`, LogLevel: "info"})
 	ca := pebble.Start(t, pebble.Options{
 		In: place{s.Lab.Host(), s.Lab}, Domains: []string{stand.Domain, "second.test", "acme.test"},
 		HTTPSPort: 443, HTTPPort: 80, Validity: 36 * time.Second,
@@ -51,8 +51,7 @@ func newSite(t *testing.T) *site {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := fmt.Fprintf(f, `domains: [second.test]
-tls:
+	if _, err := fmt.Fprintf(f, `tls:
   hsts: 1h
   acme:
     email: operator@%s
