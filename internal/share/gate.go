@@ -41,7 +41,8 @@ func (g *Gate) Pool() *Pool { return g.pool }
 func (g *Gate) Enter(ctx context.Context, key, sandbox string) (leave func(), err error) {
 	p := g.pool
 	p.mu.Lock()
-	if len(g.queues[key]) == 0 && p.take(key, sandbox, 1) == nil {
+	// Those of the key that wait have no room: leave lets in who has some at once.
+	if p.take(key, sandbox, 1) == nil {
 		p.mu.Unlock()
 		return func() { g.leave(key, sandbox) }, nil
 	}
@@ -106,11 +107,17 @@ func (g *Gate) leave(key, sandbox string) {
 	p.give(key, sandbox, 1)
 	for range len(g.turn) {
 		next := g.turn[0]
-		w := g.queues[next][0]
 		g.turn = append(g.turn[1:], next) // the others' turn, whatever comes of this one
-		if p.take(w.key, w.sandbox, 1) == nil {
-			g.remove(w)
-			close(w.ready)
+		// The first that has room: one that waits for its own sandbox holds up no other.
+		for _, w := range g.queues[next] {
+			full := p.take(w.key, w.sandbox, 1)
+			if full == nil {
+				g.remove(w)
+				close(w.ready)
+			}
+			if full == nil || full.Scope != Sandbox {
+				break
+			}
 		}
 		if p.used >= p.r.Whole || len(g.turn) == 0 {
 			return

@@ -155,6 +155,48 @@ func TestAGateServesKeysInTurn(t *testing.T) {
 	})
 }
 
+func TestASandboxThatWaitsForItselfHoldsUpNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := NewGate(Resource{Name: "x", What: "x", Alpha: 1}.Of(6, 1), 10, 0)
+		enter := func(sandbox string) <-chan func() {
+			in := make(chan func(), 1)
+			go func() {
+				leave, err := g.Enter(t.Context(), "a", sandbox)
+				if err != nil {
+					t.Error(err)
+				}
+				in <- leave
+			}()
+			synctest.Wait()
+			return in
+		}
+		s1, s2 := enter("s1"), enter("s2")
+		again := enter("s1")
+		select {
+		case <-again:
+			t.Fatal("a sandbox holds two of one")
+		default:
+		}
+		s3 := enter("s3") // has room, whatever waits before it
+		full := enter("s4")
+		(<-s2)() // the first in the queue still waits for s1
+		synctest.Wait()
+		for _, in := range []<-chan func(){s3, full} {
+			select {
+			case leave := <-in:
+				leave()
+			default:
+				t.Fatal("kept out by another sandbox that waits for itself")
+			}
+		}
+		(<-s1)()
+		(<-again)()
+		if g.pool.Used() != 0 || len(g.queues) != 0 || len(g.turn) != 0 {
+			t.Errorf("left: used %d, queues %v, turn %v", g.pool.Used(), g.queues, g.turn)
+		}
+	})
+}
+
 func TestAGateRefusesBeyondTheQueueAndTheWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := NewGate(Resource{Name: "x", What: "x", Alpha: 1}.Of(2, 0), 1, time.Second)
