@@ -274,7 +274,7 @@ func (q *request) readHost(hosts [][]byte, authority []byte) error {
 	if q.name, q.port, err = parseHost(q.host, q.port); err != nil {
 		return err
 	}
-	if q.name != "" && len(q.host) != len(q.name) {
+	if q.name != "" {
 		q.rewriteHost()
 	}
 	if authority == nil {

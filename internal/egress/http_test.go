@@ -378,14 +378,15 @@ func TestARequestIsWrittenAnew(t *testing.T) {
 
 // TestHostsAsClientsWriteThem reach their owner, who reads the name that was judged.
 func TestHostsAsClientsWriteThem(t *testing.T) {
-	in := policy.Input{AllowOut: []string{"bücher.example", "data_set.s3.example", "x-.example"}, DenyOut: []string{"0.0.0.0/0"}}
+	in := policy.Input{AllowOut: []string{"bücher.example", "пример.example", "data_set.s3.example", "x-.example"}, DenyOut: []string{"0.0.0.0/0"}}
 	for host, seen := range map[string]string{
 		"b\xfccher.example": "xn--bcher-kva.example", "B\u00dccher.example.:80": "xn--bcher-kva.example:80", "XN--bcher-kva.example": "XN--bcher-kva.example",
+		"пример.example":      "xn--e1afmkfd.example", // as long in octets as its A-labels
 		"data_set.s3.example": "data_set.s3.example", "DATA_set.s3.example.:80": "DATA_set.s3.example.:80", "x-.example": "x-.example",
 	} {
 		l := newLab(t, in)
 		l.mu.Lock()
-		for _, name := range []string{"xn--bcher-kva.example", "data_set.s3.example", "x-.example"} {
+		for _, name := range []string{"xn--bcher-kva.example", "xn--e1afmkfd.example", "data_set.s3.example", "x-.example"} {
 			l.names[name] = []netip.Addr{addrA}
 		}
 		l.mu.Unlock()
