@@ -126,7 +126,7 @@ func (s *budgets) of(sandbox string) *budget {
 	s.mu.Lock()
 	b, ok := s.bySbx[sandbox]
 	s.mu.Unlock()
-	if !ok {
+	if !ok || b.key == "" { // a copy asks before the server knows whose it is
 		key := s.keyOf(sandbox) // may look into other parts of the server, which have locks of their own
 		s.mu.Lock()
 		b = s.add(sandbox, key, now)
@@ -155,8 +155,9 @@ func (s *budgets) add(sandbox, key string, now time.Time) *budget {
 			}
 		}
 	}
-	if b, ok := s.bySbx[sandbox]; ok {
-		return b
+	was, ok := s.bySbx[sandbox]
+	if ok && (was.key != "" || key == "") {
+		return was
 	}
 	shared := s.byKey[key]
 	if shared == nil {
@@ -169,6 +170,9 @@ func (s *budgets) add(sandbox, key string, now time.Time) *budget {
 		slots: make(chan struct{}, s.limits.Concurrent),
 		names: newLabels(s.seed, s.limits.LabelsPerMinute), keyNames: shared,
 		paid: map[string]*payment{}, denied: map[lookupKey]time.Time{},
+	}
+	if ok { // its key is known by now
+		b.rate, b.slots, b.names = was.rate, was.slots, was.names
 	}
 	s.bySbx[sandbox] = b
 	return b

@@ -137,6 +137,28 @@ func TestQueriesUnderWayAreBounded(t *testing.T) {
 	})
 }
 
+// TestASandboxThatAsksBeforeItsKeyIsKnown is charged to the key from the moment it is: a
+// copy's processes go on before the copy is shown to the rest of the server.
+func TestASandboxThatAsksBeforeItsKeyIsKnown(t *testing.T) {
+	owners := map[string]string{}
+	s := newBudgets(Budget{LabelsPerMinute: 2}, func(sandbox string) string { return owners[sandbox] })
+	before := s.of("s1")
+	if err := before.label(t.Context(), "*.example.com", "1.example.com"); err != nil || before.key != "" {
+		t.Fatalf("key %q, %v", before.key, err)
+	}
+	owners["s1"], owners["s2"] = "k", "k"
+	one, two := s.of("s1"), s.of("s2")
+	if one.key != "k" || one.keyNames != two.keyNames {
+		t.Errorf("it counts for key %q, with the key's other sandboxes: %v", one.key, one.keyNames == two.keyNames)
+	}
+	if one.names != before.names || one.rate != before.rate || one.slots != before.slots {
+		t.Error("its own counters began anew")
+	}
+	if s.of("s1") != one {
+		t.Error("a known key is looked up again")
+	}
+}
+
 func TestOneKeyLeavesRoomForAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newBudgets(Budget{}, func(sandbox string) string { return sandbox[:1] })
