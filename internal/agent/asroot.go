@@ -3,10 +3,12 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -85,8 +87,6 @@ func (o finder) find(p string) (s spot, err error) {
 		switch {
 		case link && len(left) == 1 && !o.last:
 			return spot{at, name}, nil
-		case link && st.Uid != 0:
-			return spot{}, errForeignLink(path.Join(p, name))
 		case link:
 			if links++; links > maxLinks {
 				return spot{}, &os.PathError{Op: "open", Path: p, Err: unix.ELOOP}
@@ -115,11 +115,24 @@ func (o finder) find(p string) (s spot, err error) {
 	}
 }
 
-// follow returns the names a link consists of and the directory they start from.
+// follow returns the names a link consists of and the directory they start from. The
+// link is held open, so that the one that is judged is the one that is read.
 func follow(at *os.File, name string) (to []string, from *os.File, err error) {
-	buf := make([]byte, maxPath)
-	n, err := unix.Readlinkat(int(at.Fd()), name, buf)
+	link, err := unix.Openat(int(at.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
+		return nil, nil, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer unix.Close(link)
+	var st unix.Stat_t
+	if err := unix.Fstat(link, &st); err != nil {
+		return nil, nil, os.NewSyscallError("fstat", err)
+	}
+	if st.Uid != 0 {
+		return nil, nil, errForeignLink(name)
+	}
+	buf := make([]byte, maxPath)
+	n, err := unix.Readlinkat(link, "", buf)
+	if err != nil { // what was a link is none any more
 		return nil, nil, os.NewSyscallError("readlinkat", err)
 	}
 	target := string(buf[:n])
@@ -144,12 +157,21 @@ func openDir(at int, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// makeDir makes a directory and gives it to a user.
+// makeDir makes a directory and gives it to a user. A program may have put something
+// of root's in its place meanwhile, but only an empty directory is given away.
 func makeDir(s spot, u user) error {
 	if err := unix.Mkdirat(s.fd(), s.name, 0o755); err != nil {
 		return err
 	}
-	return unix.Fchownat(s.fd(), s.name, int(u.UID), int(u.GID), unix.AT_SYMLINK_NOFOLLOW)
+	dir, err := openDir(s.fd(), s.name)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if names, err := dir.Readdirnames(1); !errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s was exchanged for another directory, with %q: %w", utf8(s.name), names, fs.ErrPermission)
+	}
+	return dir.Chown(int(u.UID), int(u.GID))
 }
 
 // makeDirs makes a directory and those above it that are missing.
@@ -212,4 +234,43 @@ func (u user) rename(from, to string) error {
 		}
 		return nil
 	})
+}
+
+// openOwn opens a regular file for reading that is the user's to read. Where root's
+// rights are needed to reach it, it must be the user's own: what is read goes into a
+// file that the user's programs can read.
+func (u user) openOwn(p string) (f *os.File, err error) {
+	err = u.orRoot(func() error {
+		f, _, err = openRegular(p)
+		return err
+	}, func() error {
+		s, err := finder{last: true}.find(p)
+		if err != nil {
+			return err
+		}
+		defer s.close()
+		fd, err := unix.Openat(s.fd(), s.name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return &os.PathError{Op: "open", Path: p, Err: err}
+		}
+		f = os.NewFile(uintptr(fd), p)
+		fi, err := f.Stat()
+		if err == nil {
+			err = errors.Join(regular(p, fi), notOurs(f, fi))
+		}
+		if err == nil && !u.owns(fi) {
+			err = fmt.Errorf("%s is neither %s's own nor theirs to read: %w", utf8(p), u.Name, fs.ErrPermission)
+		}
+		if err != nil {
+			f.Close()
+			f = nil
+		}
+		return err
+	})
+	return f, err
+}
+
+func (u user) owns(fi fs.FileInfo) bool {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && st.Uid == u.UID
 }

@@ -117,7 +117,8 @@ func disposition(name string) string {
 }
 
 // openRegular opens a regular file for reading, without waiting for the other end of
-// a named pipe. It asks for no user: who has the access token may read as root.
+// a named pipe. It asks for no user: who has the access token may read as root, and
+// what is read must go nowhere but to them.
 func openRegular(p string) (f *os.File, fi fs.FileInfo, err error) {
 	f, err = os.OpenFile(p, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -306,10 +307,7 @@ func (up upload) compose(sources []string, to string) error {
 			return httpError{http.StatusBadRequest, fmt.Sprintf("source path %q is the destination", s)}
 		}
 	}
-	c, err := up.spool.join(sources, func(p string) (*os.File, error) {
-		f, _, err := openRegular(p)
-		return f, err
-	})
+	c, err := up.spool.join(sources, up.user.openOwn)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ type target struct {
 	f    *os.File
 	path string
 	made bool // path was created for this
+	late bool // it is to become the user's once it holds nothing but what is written
 	kept bool
 }
 
@@ -56,7 +57,8 @@ func (t *target) make() (err error) {
 }
 
 // makeAsRoot opens the target with root's rights; it becomes the user's in any case,
-// which takes set-user-ID bits away.
+// which takes set-user-ID bits away. What is there already does so when nothing of its
+// old content is left: a program may have laid a file there that it cannot read.
 func (t *target) makeAsRoot() error {
 	if t.f != nil { // seen by the user, but not his to write
 		t.f.Close()
@@ -86,6 +88,10 @@ func (t *target) makeAsRoot() error {
 	}
 	if err != nil {
 		return err
+	}
+	if !t.made {
+		t.late = true
+		return nil
 	}
 	return t.f.Chown(int(t.user.UID), int(t.user.GID))
 }
@@ -145,6 +151,9 @@ func (t *target) setMetadata(want map[string]string) error {
 // keep ends the target's writing.
 func (t *target) keep() error {
 	t.kept = true
+	if t.late {
+		return errors.Join(t.f.Chown(int(t.user.UID), int(t.user.GID)), t.f.Close())
+	}
 	return t.f.Close()
 }
 
