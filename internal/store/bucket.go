@@ -320,6 +320,8 @@ func cloneRecord(r sandbox.Record) sandbox.Record {
 	r.Egress.AllowOut = slices.Clone(r.Egress.AllowOut)
 	r.Egress.DenyOut = slices.Clone(r.Egress.DenyOut)
 	r.Egress.AllowInternetAccess = clonePtr(r.Egress.AllowInternetAccess)
+	r.Pins = slices.Clone(r.Pins)
+	r.HTTPSPorts = slices.Clone(r.HTTPSPorts)
 	r.AllowIn = slices.Clone(r.AllowIn)
 	r.Links = slices.Clone(r.Links)
 	r.AllowPublicTraffic = clonePtr(r.AllowPublicTraffic)
@@ -328,6 +330,7 @@ func cloneRecord(r sandbox.Record) sandbox.Record {
 
 func cloneSnapshot(r sandbox.Snapshot) sandbox.Snapshot {
 	r.Names = slices.Clone(r.Names)
+	r.Pins = slices.Clone(r.Pins)
 	return r
 }
 

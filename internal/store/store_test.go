@@ -72,7 +72,8 @@ func record() sandbox.Record {
 		AllowPublicTraffic: &no, ControlToken: "secret",
 		AllowIn: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
 		Domains: []sandbox.Domain{{Name: "app.example.com", Port: 3000}},
-		LinkKey: "key", Links: []sandbox.Link{{ID: "u1", Port: 3000, Expires: time.Now().Add(time.Hour).UTC()}},
+		Pins:    []sandbox.Pin{{Name: "a.example.com", Dst: netip.MustParseAddrPort("93.184.216.1:443"), Verified: time.Now().UTC()}},
+		LinkKey: "key", HTTPSPorts: []uint16{8443}, Links: []sandbox.Link{{ID: "u1", Port: 3000, Expires: time.Now().Add(time.Hour).UTC()}},
 	}
 }
 
@@ -250,11 +251,21 @@ func eventually(t *testing.T, ok func() bool) {
 }
 
 // TestViewCannotBeChangedFromOutside fails when a field with a pointer, map or
-// slice is added to Record and forgotten in cloneRecord.
+// slice is added to what is stored and forgotten where that is cloned.
 func TestViewCannotBeChangedFromOutside(t *testing.T) {
+	s := open(t, t.TempDir())
 	r := record()
-	c := cloneRecord(r)
-	if diff := cmp.Diff(r, c, cmpopts.EquateComparable(r.Lease, netip.Prefix{})); diff != "" {
+	wantDeep(t, "Record", r, s.sandboxes.clone(r))
+	snap := sandbox.Snapshot{ID: "s0", Names: []string{"first"}, Pins: r.Pins}
+	wantDeep(t, "Snapshot", snap, s.snapshots.clone(snap))
+	key := auth.Key{ID: "k0", Name: "first"}
+	wantDeep(t, "Key", key, s.keys.clone(key))
+}
+
+// wantDeep asserts that a clone is the same and shares nothing that can be changed.
+func wantDeep[T any](t *testing.T, name string, original, clone T) {
+	t.Helper()
+	if diff := cmp.Diff(original, clone, cmpopts.EquateComparable(sandbox.Lease{}, netip.Prefix{}, netip.AddrPort{})); diff != "" {
 		t.Fatalf("the clone differs:\n%s", diff)
 	}
 	var shared func(path string, a, b reflect.Value)
@@ -269,15 +280,20 @@ func TestViewCannotBeChangedFromOutside(t *testing.T) {
 			}
 		case reflect.Map, reflect.Slice, reflect.Pointer:
 			if a.IsNil() {
-				t.Errorf("%s is empty in record(): fill it, so that this test sees it", path)
+				t.Errorf("%s is empty here: fill it, so that this test sees it", path)
 			} else if a.Pointer() == b.Pointer() {
 				t.Errorf("%s is shared with the view", path)
+			}
+			if a.Kind() == reflect.Slice {
+				for i := range a.Len() {
+					shared(fmt.Sprintf("%s[%d]", path, i), a.Index(i), b.Index(i))
+				}
 			}
 		case reflect.Interface, reflect.Func, reflect.Chan:
 			t.Errorf("%s cannot be stored", path)
 		}
 	}
-	shared("Record", reflect.ValueOf(r), reflect.ValueOf(c))
+	shared(name, reflect.ValueOf(original), reflect.ValueOf(clone))
 }
 
 // TestSlotsAreUsedAgain keeps the bucket as small as the most records it ever
