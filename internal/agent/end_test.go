@@ -60,6 +60,29 @@ func TestAllThatTheFirstProcessWroteArrives(t *testing.T) {
 	}
 }
 
+// TestASlowReaderIsToldTheEnd has a child that writes all it can. The reader takes
+// nothing until the command is over, so it gets what the buffers on the way hold.
+func TestASlowReaderIsToldTheEnd(t *testing.T) {
+	h := claimed(t)
+	for name, start := range map[string]func(string) *pb.StartRequest{"pipes": bash, "a terminal": onTerminal} {
+		t.Run(name, func(t *testing.T) {
+			_, s := h.begin(t.Context(), start("trap '' HUP; yes & sleep 0.1; exit 3"))
+			time.Sleep(settleOutput + 300*time.Millisecond)
+			const limit = 64 << 20
+			total := 0
+			var end *pb.ProcessEvent_EndEvent
+			for end == nil && total < limit && s.Receive() {
+				ev := s.Msg().GetEvent()
+				total += len(ev.GetData().GetStdout()) + len(ev.GetData().GetPty())
+				end = ev.GetEnd()
+			}
+			if end.GetExitCode() != 3 {
+				t.Errorf("after %d octets: end %v, %v", total, end, s.Err())
+			}
+		})
+	}
+}
+
 func TestAChildThatLivesOnMayWrite(t *testing.T) {
 	h := claimed(t)
 	at := h.home + "/alive"
@@ -78,10 +101,15 @@ func TestKillingEndsTheSession(t *testing.T) {
 			script := fmt.Sprintf(`cd %s; set -m; trap '' HUP
 				(sleep 100 & echo $! >grandchild; echo $BASHPID >child; wait) &
 				setsid sh -c 'echo $$ >daemon; exec sleep 100' </dev/null >/dev/null 2>&1 &
-				while ! test -s daemon || ! test -s grandchild; do sleep 0.02; done; echo started; wait`, dir)
+				while ! test -s daemon || ! test -s grandchild || ! test -s child; do sleep 0.02; done; echo started; wait`, dir)
 			pid, s := h.begin(t.Context(), start(script))
-			if !s.Receive() {
-				t.Fatal(s.Err())
+			// A shell on a terminal may say before that setsid, which forks, is done.
+			for said := ""; !strings.Contains(said, "started"); {
+				if !s.Receive() {
+					t.Fatalf("the command said %q, then %v", said, s.Err())
+				}
+				data := s.Msg().GetEvent().GetData()
+				said += string(data.GetStdout()) + string(data.GetPty())
 			}
 			id := func(file string) (n int) {
 				raw, err := os.ReadFile(dir + "/" + file)

@@ -50,13 +50,18 @@ type received interface {
 }
 
 func collect(s received, event func() *pb.ProcessEvent, r *result) {
+	// Builders, because a string that grows by each event is copied with each: a reader
+	// so slow that it measures itself.
+	var out, errOut strings.Builder
+	defer func() { r.out, r.errOut = out.String(), errOut.String() }()
 	for s.Receive() {
 		switch ev := event().GetEvent().(type) {
 		case *pb.ProcessEvent_Start:
 			r.pid = ev.Start.GetPid()
 		case *pb.ProcessEvent_Data:
-			r.out += string(ev.Data.GetStdout()) + string(ev.Data.GetPty())
-			r.errOut += string(ev.Data.GetStderr())
+			out.Write(ev.Data.GetStdout())
+			out.Write(ev.Data.GetPty())
+			errOut.Write(ev.Data.GetStderr())
 		case *pb.ProcessEvent_End:
 			r.end = ev.End
 		case *pb.ProcessEvent_Keepalive:
