@@ -418,28 +418,26 @@ func TestLimitsAreOfOneSandbox(t *testing.T) {
 			c.Limits = Limits{TotalConns: 8, SniffTimeout: 5 * time.Second}
 			c.Key = func(sandbox string) string { return "key of " + sandbox[:1] }
 		})
-		from := func(addr, sandbox string) *net.TCPConn {
+		dial := func(addr, sandbox string) (net.Conn, error) {
 			a := netip.MustParseAddr(addr)
 			l.mu.Lock()
 			l.owners[a] = Owner{sandbox, l.owners[self4].Policy}
 			ln := l.lns[netip.MustParseAddrPort("93.184.216.1:443")]
 			l.mu.Unlock()
-			c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: a.AsSlice()}}).Dial("tcp", ln.Addr().String())
+			return (&net.Dialer{LocalAddr: &net.TCPAddr{IP: a.AsSlice()}}).Dial("tcp", ln.Addr().String())
+		}
+		from := func(addr, sandbox string) {
+			c, err := dial(addr, sandbox)
 			if err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { c.Close() })
-			return c.(*net.TCPConn)
 		}
 		for i := range 4 { // a key that is alone gets half, in however many sandboxes
 			from("127.0.0."+strconv.Itoa(10+i), "a"+strconv.Itoa(i))
 			l.awaitFlows(i + 1)
 		}
-		c := from("127.0.0.20", "a-last")
-		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-		if _, err := everything(c); !isReset(err) {
-			t.Errorf("it ended with %v", err)
-		}
+		l.wantRefusal(dial("127.0.0.20", "a-last"))
 		if e := l.await(flowlog.Denied); e.Reason != ReasonBudget || e.Detail != "connections through the egress proxy: this API key holds its share of 4" {
 			t.Errorf("event %+v", e)
 		}
@@ -471,7 +469,12 @@ func (l *lab) wantRefused(dst string) {
 	l.mu.Lock()
 	ln := l.lns[netip.MustParseAddrPort(dst)]
 	l.mu.Unlock()
-	c, err := net.DialTimeout("tcp", ln.Addr().String(), 5*time.Second)
+	l.wantRefusal(net.DialTimeout("tcp", ln.Addr().String(), 5*time.Second))
+}
+
+// wantRefusal asserts the same of a connection that was dialed already.
+func (l *lab) wantRefusal(c net.Conn, err error) {
+	l.t.Helper()
 	if err == nil {
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
