@@ -2,8 +2,10 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
 )
@@ -144,5 +146,50 @@ func TestAnAdminDoesNotDeleteOneOfManyByName(t *testing.T) {
 	}
 	if err := m.DeleteSnapshot(t.Context(), "", "same"); err != nil {
 		t.Errorf("by a name that is one's alone: %v", err)
+	}
+}
+
+// stuckStore writes no snapshot of one owner until it is let go.
+type stuckStore struct {
+	Store
+	owner       string
+	stuck, free chan struct{}
+}
+
+func (s stuckStore) PutSnapshot(ctx context.Context, snap Snapshot) error {
+	if snap.Owner == s.owner {
+		close(s.stuck)
+		<-s.free
+	}
+	return s.Store.PutSnapshot(ctx, snap)
+}
+
+func TestASnapshotThatIsSlowToStoreHoldsUpNoOtherKey(t *testing.T) {
+	stuck, free := make(chan struct{}), make(chan struct{})
+	m := newManager(t, newWorld(), func(c *Config) { c.Store = stuckStore{c.Store, "me", stuck, free} })
+	runManager(t, m)
+	mine, yours := create(t, m, CreateRequest{Owner: "me"}), create(t, m, CreateRequest{Owner: "you"})
+	ended := make(chan error, 1)
+	go func() {
+		_, err := m.CreateSnapshot(context.Background(), "me", mine.ID, "same")
+		ended <- err
+	}()
+	<-stuck
+	others := make(chan error, 1)
+	go func() {
+		_, err := m.CreateSnapshot(context.Background(), "you", yours.ID, "same")
+		others <- errors.Join(err, m.DeleteSnapshot(context.Background(), "you", "same"))
+	}()
+	select {
+	case err := <-others:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a key waits until the store has written another's snapshot")
+	}
+	close(free)
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }

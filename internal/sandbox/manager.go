@@ -147,9 +147,8 @@ type Manager struct {
 	meters  meters
 	disk    *share.Meter
 
-	naming sync.Mutex // held while a snapshot's name or record changes hands, before mu
-
-	mu        sync.Mutex // guards live to hoarded
+	mu        sync.Mutex             // guards naming to hoarded
+	naming    map[string]*sync.Mutex // by owner; each is held while a snapshot's name or record changes hands, before mu
 	live      map[ID]*entry
 	snapshots map[string]Snapshot // by ID
 	reserved  map[string]int      // creations and resumes under way, by owner
@@ -187,7 +186,7 @@ func New(cfg Config) *Manager {
 		tasks:   make(chan func(context.Context)),
 		ended:   make(chan struct{}),
 		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{}, released: map[string]released{},
-		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{},
+		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{}, naming: map[string]*sync.Mutex{},
 		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
 		meters: newMeters(cfg.Host), disk: share.NewMeter(share.Disk.Of(1, 0)), // its size is what is free
 	}

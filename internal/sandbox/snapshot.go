@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
@@ -153,8 +154,9 @@ func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size in
 // publish stores a snapshot's record and shows it. Of two that get one name at once,
 // the later has it and the checkpoint of the earlier is dropped.
 func (m *Manager) publish(ctx context.Context, snap Snapshot) (Snapshot, error) {
-	m.naming.Lock()
-	defer m.naming.Unlock()
+	naming := m.namingOf(snap.Owner)
+	naming.Lock()
+	defer naming.Unlock()
 	snap.Created = time.Now().UTC()
 	m.mu.Lock()
 	var old Snapshot
@@ -175,6 +177,17 @@ func (m *Manager) publish(ctx context.Context, snap Snapshot) (Snapshot, error) 
 		m.cfg.Log.Warn("replaced snapshot not removed", "snapshot", snap.ID, "err", err)
 	}
 	return snap, nil
+}
+
+// namingOf is the lock of an owner's snapshots: names are unique for each owner, and a
+// store that is slow with one owner's record holds up no other.
+func (m *Manager) namingOf(owner string) *sync.Mutex {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.naming[owner] == nil {
+		m.naming[owner] = new(sync.Mutex)
+	}
+	return m.naming[owner]
 }
 
 // snapshot finds an owner's snapshot by ID or name.
@@ -255,14 +268,19 @@ func (s *Snapshot) place() place { return place{s.Created, s.ID} }
 // DeleteSnapshot forgets a snapshot, named by ID or name. Sandboxes made from it
 // live on; those being made still get it.
 func (m *Manager) DeleteSnapshot(ctx context.Context, owner, name string) error {
-	m.naming.Lock() // the record may else be replaced between the look-up and its end
-	defer m.naming.Unlock()
+	missing := errs.New(errs.NotFound, "Snapshot %q doesn't exist or you don't have access to it", name)
 	snap, ok := m.snapshot(owner, name)
 	if !ok {
-		return errs.New(errs.NotFound, "Snapshot %q doesn't exist or you don't have access to it", name)
+		return missing
 	}
 	if owner == "" && m.ambiguous(name) {
 		return errs.New(errs.Conflict, "several keys have a snapshot %q: name the one to delete by its ID", name)
+	}
+	naming := m.namingOf(snap.Owner)
+	naming.Lock()
+	defer naming.Unlock()
+	if snap, ok = m.snapshot(snap.Owner, snap.ID); !ok { // read again: it may have been replaced or deleted
+		return missing
 	}
 	ctx = context.WithoutCancel(ctx)
 	if err := m.cfg.Store.DeleteSnapshot(ctx, snap.ID); err != nil {
