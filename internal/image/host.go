@@ -29,9 +29,8 @@ const hostVersion = "2"
 // shown read-only. What is not listed does not exist in the sandbox: not /root,
 // /home, /var, /opt, /usr/local, nor any secret in /etc.
 type hostSource struct {
-	root  string // "/", another in tests
-	dir   string // where skeletons are kept
-	extra []string
+	root string // "/", another in tests
+	dir  string // where skeletons are kept
 }
 
 // usrDirs are shown from /usr, where they exist.
@@ -89,7 +88,7 @@ func (h hostSource) changed(now time.Time) time.Time {
 // snapshot of a sandbox on the host template is worthless afterwards.
 func (h hostSource) fingerprint() string {
 	sum := sha256.New()
-	fmt.Fprintln(sum, hostVersion, strings.Join(h.extra, ":"))
+	fmt.Fprintln(sum, hostVersion, "") // the empty word keeps the fingerprints of earlier releases
 	for _, name := range packageMarks {
 		if fi, err := os.Stat(filepath.Join(h.root, name)); err == nil {
 			fmt.Fprintln(sum, name, fi.Size(), fi.ModTime().UnixNano())
@@ -112,11 +111,6 @@ func (h hostSource) binds() []sandbox.Bind {
 	}
 	for _, d := range topDirs {
 		add("/" + d) // not a link: the system is not merged
-	}
-	for _, d := range h.extra {
-		if d = path.Clean(d); strings.HasPrefix(d, "/usr/") {
-			add(d)
-		}
 	}
 	return out
 }

@@ -19,8 +19,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/authn"
-
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -57,14 +55,9 @@ type Config struct {
 	Progress io.Writer
 	// Log is for the operator; nil discards.
 	Log *slog.Logger
-	// Keychain holds the credentials for registries; nil means anonymous.
-	Keychain authn.Keychain
 	// MaxBytes and MaxFiles bound an imported image: 20 GiB and 2,000,000 files.
 	MaxBytes int64
 	MaxFiles int
-	// HostPaths are added to the directories of /usr that the host template shows,
-	// for example "/usr/local/bin".
-	HostPaths []string
 }
 
 // Library finds, builds and imports images.
@@ -108,9 +101,6 @@ func New(cfg Config) (*Library, error) {
 	if cfg.Progress == nil {
 		cfg.Progress = io.Discard
 	}
-	if cfg.Keychain == nil {
-		cfg.Keychain = authn.NewMultiKeychain() // of none: anonymous
-	}
 	if cfg.MaxBytes <= 0 {
 		cfg.MaxBytes = 20 << 30
 	}
@@ -121,7 +111,7 @@ func New(cfg Config) (*Library, error) {
 	return &Library{
 		cfg:     cfg,
 		cas:     cas{dir: cfg.Dir},
-		host:    hostSource{root: "/", dir: filepath.Join(cfg.StateDir, "host"), extra: cfg.HostPaths},
+		host:    hostSource{root: "/", dir: filepath.Join(cfg.StateDir, "host")},
 		recipes: builtin(),
 		began:   time.Now().UTC(),
 		life:    life,

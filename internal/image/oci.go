@@ -22,6 +22,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
@@ -114,7 +115,7 @@ func (l *Library) fetch(ctx context.Context, ref string) (v1.Image, string, erro
 		return nil, "", errs.Wrap(errs.Invalid, err, "image %q is neither a registry reference such as docker.io/library/debian:12 nor a path beginning with / or ./", ref)
 	}
 	img, err := remote.Image(r, remote.WithContext(ctx), remote.WithPlatform(platform()),
-		remote.WithAuthFromKeychain(l.cfg.Keychain), remote.WithTransport(registryTransport(r.Context().RegistryStr())))
+		remote.WithAuth(authn.Anonymous), remote.WithTransport(registryTransport(r.Context().RegistryStr())))
 	if err != nil {
 		return nil, "", errs.New(errs.Invalid, "image %q cannot be fetched for linux/%s: %v", ref, runtime.GOARCH, err)
 	}

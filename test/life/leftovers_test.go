@@ -120,6 +120,7 @@ func look(t *testing.T, s *stand.Stand) []string {
 		{"mount", "cut -d' ' -f2,3 /proc/self/mounts"},
 		{"process", `for p in /proc/[0-9]*; do tr '\0' ' ' <$p/cmdline; echo; done 2>/dev/null`},
 		{"nft", "nft -s list ruleset"},
+		{"reserved ports", "cat /proc/sys/net/ipv4/ip_local_reserved_ports"},
 	} {
 		out, err := s.Lab.HostCommand(t.Context(), "bash", "-c", ask.script).Output()
 		if err != nil {
@@ -316,6 +317,7 @@ func TestUninstallRemovesEverything(t *testing.T) {
 	}
 	script := uninstallScript(t)
 	s := stand.New(t, stand.Options{})
+	must(t, s.Lab.HostCommand(t.Context(), "sh", "-c", "echo 8080,52100 >/proc/sys/net/ipv4/ip_local_reserved_ports").Run())
 	before := look(t, s)
 	must(t, s.Start(t.Context()))
 	liveOnce(t, s)
