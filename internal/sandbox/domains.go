@@ -43,9 +43,10 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 		return Domain{}, err
 	}
 	// Without a lock, as it takes a while. The text is the key's and the name's alone, so
-	// that what is proven here is true whatever happens meanwhile.
+	// that what a record shows here is true whatever happens meanwhile.
+	shown := false
 	if !slices.ContainsFunc(v.rec.Domains, func(o Domain) bool { return o.Name == d.Name }) {
-		if err := m.prove(ctx, v.rec.Owner, d.Name); err != nil {
+		if shown, err = m.prove(ctx, v.rec.Owner, d.Name); err != nil {
 			return Domain{}, err
 		}
 	}
@@ -60,7 +61,7 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 		return Domain{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d domains: remove one first", string(id), MaxDomains)
 	}
 	next.rec.Domains = append(next.rec.Domains, d)
-	former, err := m.claimDomain(d, id)
+	former, err := m.claimDomain(d, id, v.rec.Owner, shown)
 	if err != nil {
 		return Domain{}, err
 	}
@@ -120,13 +121,18 @@ func (m *Manager) validDomain(given string) (string, error) {
 	return name, nil
 }
 
-// claimDomain makes a name lead to the sandbox, and returns where it led before.
-func (m *Manager) claimDomain(d Domain, id ID) (former bound, err error) {
+// claimDomain makes a name lead to an owner's sandbox, and returns where it led before.
+// Without a record that was shown, the name must not be kept for another key.
+func (m *Manager) claimDomain(d Domain, id ID, owner string, shown bool) (former bound, err error) {
 	m.domainMu.Lock()
 	defer m.domainMu.Unlock()
 	former, had := m.domains[d.Name]
 	if had && former.id != id {
 		return former, errs.New(errs.Conflict, "domain %q is bound to another sandbox", d.Name)
+	}
+	if !had && !shown && m.keptFrom(owner, d.Name) {
+		record, text := m.cfg.Proof.Record(owner, d.Name)
+		return former, errs.New(errs.Conflict, "domain %q was another key's until lately: set a TXT record at %s with the text %s and try again", d.Name, record, text)
 	}
 	m.domains[d.Name] = bound{id, d.Port}
 	return former, nil

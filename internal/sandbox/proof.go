@@ -101,30 +101,52 @@ func (m *Manager) Proven(ctx context.Context, name string) error {
 }
 
 // prove decides whether a key may bind a name to a sandbox that does not have it yet.
-func (m *Manager) prove(ctx context.Context, owner, name string) error {
+// It reports whether the key has shown a record, which holds whatever becomes of the
+// name meanwhile; claimDomain decides the rest.
+func (m *Manager) prove(ctx context.Context, owner, name string) (shown bool, err error) {
 	if m.cfg.Proof == nil {
-		return nil
+		return true, nil
 	}
 	m.domainMu.RLock()
-	former, kept := m.released[name]
+	kept := m.keptFrom(owner, name)
 	m.domainMu.RUnlock()
-	if m.cfg.Proof.free(name) && (!kept || former.owner == owner || time.Now().After(former.until)) {
-		return nil
+	if m.cfg.Proof.free(name) && !kept {
+		return false, nil
 	}
-	return m.cfg.Proof.check(ctx, owner, name)
+	return true, m.cfg.Proof.check(ctx, owner, name)
 }
 
-// keepReleased remembers whose a name was. It needs domainMu.
+// keptFrom reports whether a name was another key's until lately. It needs domainMu.
+func (m *Manager) keptFrom(owner, name string) bool {
+	former, kept := m.released[name]
+	return kept && former.owner != owner && !time.Now().After(former.until)
+}
+
+// keepReleased remembers whose a name was. Where that would be too much, a name of the
+// key that released most is forgotten, so that none makes another's be. It needs
+// domainMu.
 func (m *Manager) keepReleased(owner, name string) {
 	now := time.Now()
 	if len(m.released) >= maxReleased {
-		for n, r := range m.released {
-			if now.After(r.until) {
-				delete(m.released, n)
-			}
+		m.forgetReleased(now)
+	}
+	m.released[name] = released{owner, now.Add(releaseGrace)}
+}
+
+// forgetReleased makes room for one more name.
+func (m *Manager) forgetReleased(now time.Time) {
+	count := map[string]int{}
+	most, of := "", ""
+	for name, r := range m.released {
+		if now.After(r.until) {
+			delete(m.released, name)
+			continue
+		}
+		if count[r.owner]++; count[r.owner] > count[of] || r.owner == of {
+			most, of = name, r.owner
 		}
 	}
-	if len(m.released) < maxReleased {
-		m.released[name] = released{owner, now.Add(releaseGrace)}
+	if len(m.released) >= maxReleased {
+		delete(m.released, most)
 	}
 }

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"slices"
 	"strings"
@@ -180,5 +181,71 @@ func TestAResetMakesNothingPublic(t *testing.T) {
 	}
 	if now, err := m.Reset(t.Context(), "k1", rec.ID, ResetRequest{AllowPublicTraffic: &no}); err != nil || now.Public() {
 		t.Errorf("got %v, %v", now.Public(), err)
+	}
+}
+
+// freely is a manager where every key binds names below lab.example without a record.
+func freely(t *testing.T) *Manager {
+	t.Helper()
+	z := &zone{txt: map[string][]string{}}
+	proof := &DomainProof{Secret: []byte(strings.Repeat("s", 32)), LookupTXT: z.LookupTXT, Without: []string{"*.lab.example"}}
+	m := newManager(t, newWorld(), func(c *Config) { c.Proof = proof })
+	runManager(t, m)
+	return m
+}
+
+// A key keeps its sandbox busy, so that its bind waits until another releases the name.
+func TestABindThatWaitsDoesNotOutrunTheGrace(t *testing.T) {
+	m := freely(t)
+	a, b := mustCreate(t, m, "alice"), mustCreate(t, m, "bob")
+	const name = "x.lab.example"
+	if _, err := m.Bind(t.Context(), "alice", a.ID, Domain{name, 3000}); err != nil {
+		t.Fatal(err)
+	}
+	busy, err := m.hold("bob", b.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		_, err := m.Bind(t.Context(), "bob", b.ID, Domain{name, 3000})
+		got <- err
+	}()
+	time.Sleep(50 * time.Millisecond) // it waits; where it has not begun, it is refused anyway
+	if err := m.Unbind(t.Context(), "alice", a.ID, name); err != nil {
+		t.Fatal(err)
+	}
+	busy.op.Unlock()
+	if err := <-got; !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "_cordon-challenge."+name) {
+		t.Errorf("got %v", err)
+	}
+	leads(t, m, name, "", 0)
+}
+
+func TestAKeyThatReleasesManyNamesTakesNoOthersGrace(t *testing.T) {
+	m := freely(t)
+	a, b := mustCreate(t, m, "alice"), mustCreate(t, m, "bob")
+	m.domainMu.Lock()
+	for i := range 2 * maxReleased {
+		m.keepReleased("mallory", fmt.Sprintf("n%d.lab.example", i))
+	}
+	m.domainMu.Unlock()
+	const name = "x.lab.example"
+	if _, err := m.Bind(t.Context(), "alice", a.ID, Domain{name, 3000}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Unbind(t.Context(), "alice", a.ID, name); err != nil {
+		t.Fatal(err)
+	}
+	m.domainMu.Lock()
+	for i := range 100 {
+		m.keepReleased("mallory", fmt.Sprintf("m%d.lab.example", i))
+	}
+	if n := len(m.released); n > maxReleased {
+		t.Errorf("%d names are remembered", n)
+	}
+	m.domainMu.Unlock()
+	if _, err := m.Bind(t.Context(), "bob", b.ID, Domain{name, 3000}); !errs.Is(err, errs.Conflict) {
+		t.Errorf("got %v", err)
 	}
 }
