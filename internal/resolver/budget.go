@@ -315,7 +315,7 @@ func (s *budgets) take(ctx context.Context, b *budget) error {
 	turn := b.rate.ReserveN(now, 1)
 	if wait := turn.DelayFrom(now); wait > 0 {
 		deadline, _ := ctx.Deadline()
-		if now.Add(wait).After(deadline) {
+		if !now.Add(wait).Before(deadline) { // at that moment it could go either way
 			turn.CancelAt(now)
 			return b.tooFast()
 		}

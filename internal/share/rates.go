@@ -55,14 +55,14 @@ func (s *Rates) Allow(key string, n int) (time.Duration, error) {
 }
 
 // Wait takes n from the key's bucket as soon as it holds them; callers are served in the
-// order they came. The error is a [*Full] when that would be after ctx's deadline, else the
+// order they came. The error is a [*Full] when that would not be before ctx's deadline, else the
 // context's.
 func (s *Rates) Wait(ctx context.Context, key string, n int) error {
 	now := time.Now()
 	r := s.of(key, now).ReserveN(now, n)
 	wait := r.DelayFrom(now)
 	deadline, bounded := ctx.Deadline()
-	if !r.OK() || bounded && now.Add(wait).After(deadline) {
+	if !r.OK() || bounded && wait > 0 && !now.Add(wait).Before(deadline) {
 		r.CancelAt(now)
 		s.pool.refuse(Key)
 		return &Full{s.r, Key, s.r.Whole}
