@@ -145,7 +145,8 @@ func (s *server) makeNetwork(context.Context) (err error) {
 		PublicAddresses: n.public(),
 		Sandboxes:       s.cfg.Sandboxes.Max,
 		MaxFlows:        clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
-		Flows: s.flows, Lost: s.flows.Lost, Log: s.log,
+		MaxQueries: max(network.DefaultQueries, clamp32(4*n.Limits.DNSQueries)),
+		Flows:      s.flows, Lost: s.flows.Lost, Log: s.log,
 	})
 	if err == nil {
 		s.pools = append(s.pools, s.network.Pools()...)

@@ -183,7 +183,7 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	if o.policy != nil {
 		out.Generation = o.policy.Generation()
 	}
-	if !n.overBudget(&out, class(*a.Prefix)) && !n.overShare(&out, class(*a.Prefix)) {
+	if !n.overBudget(&out, class(*a.Prefix)) && !n.overShare(&out, class(*a.Prefix)) && !n.overQueries(&out, class(*a.Prefix)) {
 		judgeRefusal(&out, class(*a.Prefix), o.policy, p)
 		s.explainPin(&out)
 	}

@@ -66,13 +66,14 @@ func (n *Network) measure() {
 	whole := int64(have - have/hostPart)
 	if n.tracked == nil {
 		n.tracked = share.NewMeter(share.Tracker.Of(whole, int64(n.cfg.MaxFlows)))
+		n.queries = newQueries(n.cfg.MaxQueries)
 		n.ports = share.NewPool(share.SourcePorts.Of(int64(n.cfg.SourcePorts.Len()), 0))
 	}
 	n.tracked.Resize(whole)
 }
 
 // Pools count what the kernel refused for the limits of a key and of all, for metrics.
-func (n *Network) Pools() []*share.Pool { return []*share.Pool{n.tracked.Pool(), n.ports} }
+func (n *Network) Pools() []*share.Pool { return []*share.Pool{n.tracked.Pool(), n.ports, n.queries} }
 
 // Own implements sandbox.Network.
 func (n *Network) Own(l sandbox.Lease, owner string) error {

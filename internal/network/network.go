@@ -81,6 +81,9 @@ type Config struct {
 	// MaxNewFlows is how many flows one sandbox may open in a second, and at once; 0:
 	// no limit.
 	MaxNewFlows uint32
+	// MaxQueries is how many DNS queries one sandbox may send over UDP in a second, and
+	// at once; default [DefaultQueries].
+	MaxQueries uint32
 	// MaxBytesOut is how many bytes, headers and all, the flows that a sandbox opens
 	// may take out in all, whoever passes them on; then every packet is refused. A
 	// restart of the server does not begin a new budget, a new slot does. 0: no limit.
@@ -133,6 +136,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.MaxFlows == 0 {
 		c.MaxFlows = 8192
+	}
+	if c.MaxQueries == 0 {
+		c.MaxQueries = DefaultQueries
 	}
 	if c.Quarantine == 0 {
 		c.Quarantine = time.Minute
@@ -205,7 +211,8 @@ type Network struct {
 	open    bool
 
 	tracked *share.Meter // what keys share in the kernel: entries of the tracker,
-	ports   *share.Pool  // and ports towards one destination
+	ports   *share.Pool  // ports towards one destination,
+	queries *share.Pool  // and datagrams to the resolver
 
 	stats counters
 }

@@ -28,6 +28,7 @@ import (
 //	answer  opens a TCP connection → drop; → on
 //	ok      port 53 → dns; a flow of the proxy → proxy; too many flows → no_limit;
 //	        mark the flow → on
+//	dns     queries over UDP come too fast → no_queries, no_key_queries, which drop
 //	proxy, dns   a new flow too many → no_limit
 //	proxy, proxied, dns   hand to the transparent socket; nobody listens → no_proxy
 //	no_…    log at a bounded rate, then refuse: TCP reset; UDP port unreachable, the one
@@ -141,7 +142,7 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.IsMap, s.DataType = true, nftables.TypeMark
 	case setShares:
 		s.Dynamic, s.Size, s.KeyType = true, 1<<16, nftables.TypeMark
-	case setShareRates:
+	case setShareRates, setKeyQueryRates:
 		s.Dynamic, s.HasTimeout, s.Timeout, s.Size, s.KeyType = true, true, logForget, 1<<16, nftables.TypeMark
 	case setPorts4, setPorts6:
 		s.Dynamic, s.Size, s.Concatenation, s.KeyByteOrder = true, n.limits().destinations, true, nil
@@ -154,7 +155,7 @@ func (n *Network) namedSet(name string) *nftables.Set {
 		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
 	case setFlows:
 		s.Dynamic, s.Size = true, 1<<16
-	case setRates:
+	case setRates, setQueryRates:
 		s.Dynamic, s.HasTimeout, s.Timeout, s.Size = true, true, logForget, 1<<16
 	case setOwn4:
 		s.Concatenation, s.KeyByteOrder = true, nil
@@ -193,7 +194,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.AddTable(t)
 	tx.AddObj(&nftables.CounterObj{Table: t, Name: counterRefused})
 	tx.AddObj(n.brief())
-	for _, name := range []string{setSlots, setMarks, setKeys, setLogs, setFlows, setShares, setShareRates, setPorts4, setPorts6, setOwn4, setOwn6} {
+	for _, name := range []string{setSlots, setMarks, setKeys, setLogs, setFlows, setShares, setShareRates, setQueryRates, setKeyQueryRates, setPorts4, setPorts6, setOwn4, setOwn6} {
 		tx.set(n.namedSet(name), nil)
 	}
 	var floor []policy.PrefixPort
@@ -215,7 +216,7 @@ func (n *Network) addTable(tx *transaction) {
 	tx.set(n.namedSet(setPorts), n.transparentPorts())
 	chains := []string{
 		chainRefuse, classSpoof.chain(), classProtocol.chain(), classFloor.chain(), classDeny.chain(), classProxy.chain(), classLimit.chain(),
-		chainCount, classKeyFlows.chain(), classAllFlows.chain(), classKeyPorts.chain(), chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainDenied, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
+		chainCount, classKeyFlows.chain(), classAllFlows.chain(), classKeyPorts.chain(), classQueries.chain(), classKeyQueries.chain(), chainAnswer, chainHide, chainProxy, chainProxied, chainDNS, chainOK, chainDenied, chainHole, chainHostOpen, chainHostHole, chainLink, chainScreen, chainFloor, chainFloorNames, chainInward,
 	}
 	for _, name := range chains {
 		tx.AddChain(n.chain(name))
@@ -223,6 +224,7 @@ func (n *Network) addTable(tx *transaction) {
 	n.addRefusals(tx)
 	n.addBudgets(tx)
 	n.addShares(tx)
+	n.addQueries(tx)
 	n.addTransparent(tx)
 	n.addShared(tx)
 	n.addHooks(tx)
@@ -276,6 +278,7 @@ func (n *Network) addTransparent(tx *transaction) {
 	// These flows never meet the limit in chainOK, and each takes a place in the
 	// tracker as well: a denied sandbox could fill it with questions alone. Whoever
 	// serves them logs them, so the tracker need not tell of them.
+	tx.rules(n.chain(chainDNS), n.pacedQueries()...)
 	for _, name := range []string{chainProxy, chainDNS} {
 		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), jump(chainCount)))
 		tx.rules(n.chain(name), when(ctStateAny(expr.CtStateBitNEW), brief(), untold()))

@@ -78,11 +78,11 @@ func ListenTransparentUDP(ctx context.Context, addr netip.AddrPort) (*Transparen
 	}, nil
 }
 
-// receiveBuffer holds some 4000 queries: a program with hundreds of threads sends
-// its queries in one moment, and what does not fit is lost until the clients ask
+// receiveBuffer holds some 10,000 queries, as many as the kernel lets two keys' sandboxes
+// send at once: a program with hundreds of threads sends its queries in one moment, and what does not fit is lost until the clients ask
 // again after seconds. The kernel counts a small datagram as 768 bytes, and doubles
 // what it is asked for.
-const receiveBuffer = 2 << 20
+const receiveBuffer = 4 << 20
 
 // setBuffer sets the size of a socket's receive buffer, beyond net.core.rmem_max.
 func setBuffer(c *net.UDPConn, size int) error {

@@ -17,6 +17,8 @@ var (
 		Answer: "waits in the key's queue, then REFUSED; `budget-concurrent` in the flow log"}
 	DNSRate = Resource{Name: "dns_rate", What: "DNS queries in a second", Alpha: 1,
 		Answer: "waits in the key's queue, then REFUSED; `budget-queries` in the flow log"}
+	DNSDatagrams = Resource{Name: "dns_datagrams", What: "DNS queries over UDP in a second", Alpha: 1,
+		Answer: "lost in the kernel; `budget-queries` in the flow log"}
 	DNSConnections = Resource{Name: "dns_connections", What: "TCP connections to the resolver", Alpha: 1,
 		Answer: "closed"}
 	RuleUpdates = Resource{Name: "rule_updates", What: "network rule updates under way", Alpha: 1,
@@ -45,7 +47,7 @@ var (
 func All() []Resource {
 	return []Resource{
 		ProxyConnections, SniffMemory, SourcePorts, Tracker,
-		DNSQueries, DNSHandlers, DNSRate, DNSConnections,
+		DNSQueries, DNSHandlers, DNSRate, DNSDatagrams, DNSConnections,
 		RuleUpdates, Starts, Requests, RequestsUnderWay, Queries,
 		Exchanges,
 		Memory, Threads, Disk,

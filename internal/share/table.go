@@ -15,6 +15,7 @@ var sizes = map[string]struct{ whole, sandbox string }{
 	"dns_queries":       {"8192", "1024"},
 	"dns_handlers":      {"2048", ""},
 	"dns_rate":          {"ten times `network.limits.dns_queries`, for each key", "`network.limits.dns_queries`"},
+	"dns_datagrams":     {"10,000, or 20 times `network.limits.dns_queries` where that is more", "2000, or 4 times `network.limits.dns_queries`"},
 	"dns_connections":   {"2048", "64"},
 	"rule_updates":      {"2", "1"},
 	"starts":            {"two per CPU, at least 4", "1"},
