@@ -48,7 +48,7 @@ func (s *Shares) Pools() []*share.Pool {
 // queries are the operations that look through everything a key has, or more.
 var queries = map[string]bool{
 	"ListRunningSandboxes": true, "ListSandboxes": true, "ListEvents": true, "ListSnapshots": true,
-	"ListNetworkEvents": true, "ExplainNetwork": true, "GetMetrics": true, "ListKeys": true, "GetQuota": true,
+	"GetSandboxLogs": true, "GetSandboxLogsV2": true, "ListNetworkEvents": true, "ExplainNetwork": true, "GetMetrics": true, "ListKeys": true, "GetQuota": true,
 }
 
 // shared counts the requests of each key, before their bodies are read.

@@ -3,9 +3,11 @@ package api_test
 import (
 	"context"
 	"net/http"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -72,4 +74,43 @@ func TestListsOfOneKeyDoNotHoldUpAnothers(t *testing.T) {
 		}
 		wg.Wait()
 	})
+}
+
+// watchedEvents counts how many look through events at once.
+type watchedEvents struct {
+	api.Sandboxes
+	now, most *atomic.Int64
+}
+
+func (w watchedEvents) Events(ctx context.Context, req sandbox.EventsRequest) ([]sandbox.Event, int, error) {
+	n := w.now.Add(1)
+	defer w.now.Add(-1)
+	for most := w.most.Load(); n > most && !w.most.CompareAndSwap(most, n); most = w.most.Load() {
+	}
+	time.Sleep(100 * time.Millisecond)
+	return w.Sandboxes.Events(ctx, req)
+}
+
+func TestEveryLookThroughEventsTakesItsTurn(t *testing.T) {
+	for _, path := range []string{"/sandboxes/events", "/sandboxes/%s/logs", "/v2/sandboxes/%s/logs"} {
+		t.Run(path, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := watchedEvents{now: new(atomic.Int64), most: new(atomic.Int64)}
+				b := newBench(t, func(c *api.Config) { w.Sandboxes, c.Sandboxes = c.Sandboxes, &w })
+				at := strings.Replace(path, "%s", b.create(`{}`), 1)
+				var wg sync.WaitGroup
+				for range 100 {
+					wg.Go(func() {
+						if r := b.do("GET", at, ""); r.Code != http.StatusOK {
+							t.Errorf("%d %v", r.Code, r.body)
+						}
+					})
+				}
+				wg.Wait()
+				if most, want := w.most.Load(), int64(max(3, runtime.NumCPU()+1)); most == 0 || most > want {
+					t.Errorf("%d ran at a time, want at most %d", most, want)
+				}
+			})
+		})
+	}
 }
