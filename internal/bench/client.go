@@ -194,16 +194,34 @@ func (l Load) dial() (net.Conn, error) {
 
 // open connects to the raw service, shows a name if there is one, and asks.
 func (l Load) open(op byte) (net.Conn, error) {
-	first := append(slices.Clone(l.hello), op)
 	c, err := l.dial()
 	if err != nil {
 		return nil, err
 	}
-	if _, err := c.Write(first); err != nil {
+	if err = l.greet(c); err == nil {
+		_, err = c.Write([]byte{op})
+	}
+	if err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
+}
+
+// greet shows the raw service the load's name and waits for the answer, as a TLS
+// client does before it sends anything else.
+func (l Load) greet(c net.Conn) error {
+	if len(l.hello) == 0 {
+		return nil
+	}
+	_ = c.SetDeadline(time.Now().Add(deadline))
+	if _, err := c.Write(l.hello); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(c, make([]byte, len(helloAnswer))); err != nil {
+		return fmt.Errorf("answer to the ClientHello: %w", err)
+	}
+	return c.SetDeadline(time.Time{})
 }
 
 // bulk moves octets on one connection.
@@ -270,7 +288,16 @@ func (l Load) echo() (func() error, func(), error) {
 	return func() error { return exchange(c, b) }, func() { c.Close() }, nil
 }
 
+// connect ends with the first answer: that to the ClientHello where a name is shown.
 func (l Load) connect() error {
+	if len(l.hello) > 0 {
+		c, err := l.dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return l.greet(c)
+	}
 	c, err := l.open(opEcho)
 	if err != nil {
 		return err

@@ -286,7 +286,8 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 }
 
 // proxyMeasures are the rows of the proxy path. The bulk and echo loads show a
-// real hello and then send plain octets: what is measured is the way, not AES.
+// real hello, get the head of an answer and then send plain octets: what is measured
+// is the way, not AES.
 func proxyMeasures(direct, cordon *way) *table {
 	raw := func(kind string, conns int) Load {
 		return Load{Kind: kind, Addr: rawAddr, Name: rawName, Conns: conns}

@@ -106,6 +106,9 @@ func serveRaw(c net.Conn) {
 		if _, err := io.CopyN(io.Discard, c, int64(binary.BigEndian.Uint16(head[3:]))); err != nil {
 			return
 		}
+		if _, err := c.Write(helloAnswer[:]); err != nil {
+			return
+		}
 		if _, err := io.ReadFull(c, head[:1]); err != nil {
 			return
 		}
@@ -146,6 +149,10 @@ func drain(c net.Conn, stop func() bool) (n int64) {
 
 // recordHandshake is the type of a TLS record with a hello (RFC 8446, 5.1).
 const recordHandshake = 22
+
+// helloAnswer begins a ServerHello up to its random value (RFC 8446, 4.1.3). A proxy
+// that looks for a second ClientHello looks no further once it has seen this much.
+var helloAnswer = [43]byte{recordHandshake, 3, 3, 0, 38, 2, 0, 0, 34, 3, 3}
 
 // serveOneByte answers one octet with one.
 func serveOneByte(c net.Conn) {
