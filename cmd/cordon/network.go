@@ -5,12 +5,14 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cordonhq/cordon/api/gen/control"
 	"github.com/cordonhq/cordon/client"
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/policy"
 )
 
 func networkCommand(a *app) *cobra.Command {
@@ -49,7 +51,8 @@ func networkExplainCommand(a *app) *cobra.Command {
 		Use:   "explain --sandbox <id> <destination>",
 		Short: "Say what would happen to a connection, and which rule decides",
 		Example: `  cordon network explain --sandbox i0123456789abcdefghij https://example.com
-  cordon network explain --sandbox i0123456789abcdefghij 10.0.0.1:5432`,
+  cordon network explain --sandbox i0123456789abcdefghij 10.0.0.1:5432
+  cordon network explain --sandbox i0123456789abcdefghij udp://10.0.0.1:123`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if req.SandboxID == "" {
@@ -58,6 +61,12 @@ func networkExplainCommand(a *app) *cobra.Command {
 			var err error
 			if req.Destination, err = destination(args[0]); err != nil {
 				return err
+			}
+			if scheme, _, ok := strings.Cut(args[0], "://"); ok && (scheme == "udp" || scheme == "tcp") {
+				if cmd.Flags().Changed("protocol") && protocol != scheme {
+					return errs.New(errs.Invalid, "destination %q and --protocol %s differ: leave one out", args[0], protocol)
+				}
+				protocol = scheme
 			}
 			req.Protocol = control.ExplainRequestProtocol(protocol)
 			var out control.Explanation
@@ -101,6 +110,9 @@ func printExplanation(w *os.File, dst string, e *control.Explanation) {
 	fmt.Fprintf(w, "%-8s %s\n", e.Verdict, dst)
 	fmt.Fprintf(w, "%-8s %s\n", "rule", ruleText(e.Rule))
 	fmt.Fprintf(w, "%-8s %s\n", "reason", e.Reason)
+	if e.Reason == string(policy.ReasonNameTCP) {
+		fmt.Fprintf(w, "%-8s a rule lists the name, but rules with names are for TCP: UDP needs the address in allowOut\n", "")
+	}
 	if o := e.OtherProtocols; o.Verdict != "" && string(o.Verdict) != string(e.Verdict) {
 		fmt.Fprintf(w, "%-8s %s: a protocol that shows no name", "", o.Verdict)
 		if o.Allowing != "" {

@@ -911,6 +911,7 @@ func TestExplain(t *testing.T) {
 		{"a listed name on another port", `{"sandboxID":"ID","destination":"example.com:22"}`, "deny", "deny[0]", "allow"},
 		{"a listed address", `{"sandboxID":"ID","destination":"9.9.9.9:22"}`, "allow", "allow[2]", ""},
 		{"an address, by UDP", `{"sandboxID":"ID","destination":"9.9.9.10","protocol":"udp"}`, "deny", "deny[0]", ""},
+		{"a listed name, by UDP", `{"sandboxID":"ID","destination":"example.com:443","protocol":"udp"}`, "deny", "deny[0]", "allow"},
 		{"an IPv6 address", `{"sandboxID":"ID","destination":"[2001:db8::1]:443"}`, "deny", "deny[0]", ""},
 		{"an IPv6 address by ICMP", `{"sandboxID":"ID","destination":"2001:db8::1","protocol":"icmp"}`, "deny", "deny[0]", ""},
 		{"the metadata service", `{"sandboxID":"ID","destination":"169.254.169.254:80"}`, "deny", "floor", ""},
@@ -927,6 +928,9 @@ func TestExplain(t *testing.T) {
 			}
 			if got := r.body["rule"].(map[string]any)["id"].(string); !strings.HasPrefix(got, tt.rule) {
 				t.Errorf("rule is %s, want %s", got, tt.rule)
+			}
+			if got := r.body["reason"]; (got == "name-tcp-only") != strings.HasPrefix(tt.name, "a listed name, by UDP") {
+				t.Errorf("the reason is %v", got)
 			}
 			dns, _ := r.body["dns"].(map[string]any)
 			if got, _ := dns["verdict"].(string); got != tt.dnsIs {

@@ -185,7 +185,7 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	}
 	if !n.overBudget(&out, class(*a.Prefix)) && !n.overShare(&out, class(*a.Prefix)) && !n.overQueries(&out, class(*a.Prefix)) {
 		judgeRefusal(&out, class(*a.Prefix), o.policy, p)
-		s.explainPin(&out)
+		s.explainPin(&out, o.policy, p.proto)
 	}
 	n.cfg.Flows.Record(out)
 }

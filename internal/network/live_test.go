@@ -305,6 +305,17 @@ func TestPinsAdmitExactlyWhatWasResolved(t *testing.T) {
 		if err := echoUDP(l, to, time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("%s over UDP: %v; want refused", to, err)
 		}
+		w.flows.wait(t, "a refusal of UDP that says why", func(e flowEvent) bool {
+			return e.Sandbox == string(l.Sandbox) && e.Proto == "udp" && e.Dst == to && e.Reason == policy.ReasonNameTCP && e.Name == "db.example.com"
+		})
+		for who, dst := range map[sandbox.Lease]netip.AddrPort{l: netip.AddrPortFrom(a, 7777), other: to} {
+			if err := echoUDP(who, dst, time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("%s over UDP: %v; want refused", dst, err)
+			}
+			w.flows.wait(t, "a refusal of UDP that no name is about", func(e flowEvent) bool {
+				return e.Sandbox == string(who.Sandbox) && e.Proto == "udp" && e.Dst == dst && e.Reason == policy.ReasonDenyAddr && e.Name == ""
+			})
+		}
 		for what, try := range map[string]error{
 			"another port":    second(hello(l, netip.AddrPortFrom(a, 7777))),
 			"another address": second(hello(l, netip.AddrPortFrom(a.Next(), 5432))),

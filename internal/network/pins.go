@@ -47,11 +47,39 @@ type pinName struct {
 	until, verified time.Time
 }
 
-// pinTable is what the resolver pinned in a slot.
+// pinTable is what the resolver pinned in a slot. Who changes live holds the slot's lock
+// and mu; a reader needs one of them.
 type pinTable struct {
+	mu   sync.Mutex // for readers who cannot wait for the slot's, which is held for long
 	live map[pinKey]pin
 	prog *program // whose sets hold them; nil when its policy has no pins
 	gone unpinned
+}
+
+func (t *pinTable) set(k pinKey, p pin) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.live == nil {
+		t.live = map[pinKey]pin{}
+	}
+	t.live[k] = p
+}
+
+func (t *pinTable) remove(k pinKey) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.live, k)
+}
+
+// named returns the name that was pinned to dst last.
+func (t *pinTable) named(dst netip.AddrPort) string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	names := t.live[pinKey{dst.Addr(), dst.Port()}].names
+	if len(names) == 0 {
+		return ""
+	}
+	return names[len(names)-1].name
 }
 
 // unpinned remembers the last names that lost an address, for the reason of a refusal.
@@ -162,7 +190,7 @@ func (n *Network) Unpin(id sandbox.ID, name string, dst netip.AddrPort) error {
 		}
 		was.names = slices.DeleteFunc(slices.Clone(was.names), func(p pinName) bool { return p.name == name })
 		if len(was.names) > 0 {
-			s.pins.live[k] = was
+			s.pins.set(k, was)
 			return nil
 		}
 		s.pins.gone.add(k, name)
@@ -173,7 +201,7 @@ func (n *Network) Unpin(id sandbox.ID, name string, dst netip.AddrPort) error {
 // dropPin removes a pin. The caller holds s.mu.
 func (n *Network) dropPin(s *slot, k pinKey) error {
 	set, elem := s.pins.prog.pinElement(k, s.pins.live[k])
-	delete(s.pins.live, k)
+	s.pins.remove(k)
 	err := n.kern.do(func(tx *transaction) { tx.remove(set, elem) })
 	if absent(err) { // it ran out
 		return nil
@@ -199,7 +227,7 @@ func (n *Network) pinOne(s *slot, k pinKey, entry pinName) error {
 	s.pins.gone.remove(k)
 	// The kernel holds the pin for long, so that most answers change nothing there.
 	if known && was.kept.Sub(now) > pinKept/2 && was.names[len(was.names)-1].name == entry.name {
-		s.pins.live[k] = next
+		s.pins.set(k, next)
 		return nil
 	}
 	if !known {
@@ -222,10 +250,7 @@ func (n *Network) pinOne(s *slot, k pinKey, entry pinName) error {
 	if err != nil {
 		return err
 	}
-	if s.pins.live == nil {
-		s.pins.live = map[pinKey]pin{}
-	}
-	s.pins.live[k] = next
+	s.pins.set(k, next)
 	return nil
 }
 
@@ -239,7 +264,7 @@ func (n *Network) makeRoom(s *slot, now time.Time) error {
 	var last time.Time
 	for k, p := range s.pins.live {
 		if !p.kept.After(now) {
-			delete(s.pins.live, k)
+			s.pins.remove(k)
 			continue
 		}
 		if at := p.verified(); !oldest.addr.IsValid() || at.Before(last) {
@@ -300,7 +325,10 @@ func (n *Network) addPins(tx *transaction, prog *program, live map[pinKey]pin) {
 
 // adopt makes the pins of a program that is now in force the slot's.
 func (t *pinTable) adopt(live map[pinKey]pin, prog *program) {
-	t.live, t.prog = live, nil
+	t.mu.Lock()
+	t.live = live
+	t.mu.Unlock()
+	t.prog = nil
 	if prog.pins {
 		t.prog = prog
 		prog.elems, prog.rules = nil, nil // only the names are needed from here on
@@ -351,13 +379,19 @@ func (n *Network) Repin(l sandbox.Lease, pins []sandbox.Pin) error {
 	})
 }
 
-// explainPin says in the event of a refusal that a name was pinned to the address,
-// and no longer has it.
-func (s *slot) explainPin(out *flowlog.Event) {
-	if out.Reason != policy.ReasonNoName {
-		return
-	}
-	if name := s.pins.gone.of(out.Dst); name != "" {
-		out.Reason, out.Name, out.Detail = policy.ReasonPinExpired, name, fmt.Sprintf("the pin of %s expired: it no longer has this address", name)
+// explainPin says in the event of a refusal what a name has to do with the address: it
+// was pinned there and no longer has it, or it is, and the packet was UDP.
+func (s *slot) explainPin(out *flowlog.Event, p *policy.Compiled, proto policy.Proto) {
+	switch {
+	case p == nil:
+	case out.Reason == policy.ReasonNoName:
+		if name := s.pins.gone.of(out.Dst); name != "" {
+			out.Reason, out.Name, out.Detail = policy.ReasonPinExpired, name, fmt.Sprintf("the pin of %s expired: it no longer has this address", name)
+		}
+	case out.Reason == policy.ReasonDenyAddr && proto == policy.UDP:
+		name := s.pins.named(out.Dst)
+		if v := p.Decide(policy.Flow{Proto: proto, Dst: out.Dst, Name: name}); name != "" && v.Reason == policy.ReasonNameTCP {
+			out.Reason, out.Name, out.Detail = v.Reason, name, "rules with names are for TCP: UDP needs the address in allowOut"
+		}
 	}
 }

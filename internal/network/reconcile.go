@@ -195,10 +195,7 @@ func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slot) erro
 			if !ok || e.Comment == "" {
 				continue
 			}
-			if s.pins.live == nil {
-				s.pins.live = map[pinKey]pin{}
-			}
-			s.pins.live[k] = pin{names: []pinName{{name: e.Comment}}, kept: time.Now().Add(e.Expires)}
+			s.pins.set(k, pin{names: []pinName{{name: e.Comment}}, kept: time.Now().Add(e.Expires)})
 		}
 	}
 	return nil

@@ -8,24 +8,24 @@ import (
 // permissions, then allow, then deny, then default allow. No mode changes what the
 // operator and the floor deny. Port 53 is judged like any other: whether the resolver may be spoken to.
 func (c *Compiled) Decide(f Flow) Verdict {
-	port := f.Dst.Port()
+	port, name := f.Dst.Port(), f.Name
 	switch f.Proto {
 	case TCP:
 	case UDP:
-		f.Name = "" // names are shown on TCP only
+		name = "" // names are shown on TCP only
 	case ICMP, ICMPv6:
-		f.Name, port = "", 0
+		name, port = "", 0
 	default:
 		return Verdict{Rule: Rule{ID: "protocol", Text: "only TCP, UDP and ICMP are forwarded"}, Reason: ReasonProtocol}
 	}
 	dst := plain(f.Dst.Addr())
-	if v, settled := c.decideAbove(f.Name, dst, port); settled {
+	if v, settled := c.decideAbove(name, dst, port); settled {
 		return v
 	}
 	if r := c.allow.matchAddr(dst, port); r != 0 {
 		return c.allowed(r, ReasonAllowAddr)
 	}
-	if r := c.allow.matchName(f.Name, port); r != 0 {
+	if r := c.allow.matchName(name, port); r != 0 {
 		return c.allowed(r, ReasonAllowName)
 	}
 	if c.autoDNS && port == 53 && dst == DefaultNameserver {
@@ -38,9 +38,11 @@ func (c *Compiled) Decide(f Flow) Verdict {
 }
 
 // whyDenied tells a flow that no name could have saved from one that showed the
-// wrong name or none.
+// wrong name or none, and UDP to a name that is listed.
 func (c *Compiled) whyDenied(f Flow, port uint16) Reason {
 	switch {
+	case f.Proto == UDP && (c.allow.matchName(f.Name, port) != 0 || c.opAllow.matchName(f.Name, port) != 0):
+		return ReasonNameTCP
 	case f.Proto != TCP || !c.allow.coversPort(port) && !c.opAllow.coversPort(port):
 		return ReasonDenyAddr
 	case f.Name == "":

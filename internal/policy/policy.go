@@ -143,6 +143,7 @@ const (
 	ReasonNoName       Reason = "no-name"       // denied, and no name was shown that could allow it
 	ReasonPinExpired   Reason = "pin-expired"   // denied, at an address that an allowed name no longer has
 	ReasonNameDenied   Reason = "name-denied"   // denied, and the name shown is not listed
+	ReasonNameTCP      Reason = "name-tcp-only" // denied UDP to a name that a rule lists for this port, which is about TCP
 	ReasonDefaultAllow Reason = "default"       // no rule names it
 	ReasonProtocol     Reason = "protocol"      // a protocol that is never forwarded
 )

@@ -554,7 +554,8 @@ type Network struct {
 	AllowIn []string `json:"allowIn,omitempty,omitzero"`
 
 	// AllowOut IP addresses, CIDRs, domains, "*.domain" (every subdomain, not the domain itself) and "*".
-	// A domain needs 0.0.0.0/0 in denyOut. cordon: with ":port" only on that port; "preset:name" is a
+	// A domain needs 0.0.0.0/0 in denyOut. Domains are about TCP; for UDP
+	// list addresses. cordon: with ":port" only on that port; "preset:name" is a
 	// list of domains (GET /network/presets).
 	AllowOut []string `json:"allowOut,omitempty,omitzero"`
 
