@@ -253,7 +253,6 @@ func CheckTracker() (out []string) {
 	for _, c := range []struct{ key, bad, say string }{
 		{trackerBytes, "0", "is 0: the flow log has no byte counts for forwarded flows. The server sets it at start; something unset it."},
 		{trackerTimes, "0", "is 0: the flow log does not know how long forwarded flows lived. The server sets it at start; something unset it."},
-		{"net/netfilter/nf_conntrack_tcp_loose", "0", "is 0: flows that outlive a conntrack flush end instead of continuing."},
 		{"net/netfilter/nf_conntrack_helper", "1", "is 1: what a sandbox sends to the port of an old protocol, as FTP's, can make the kernel expect a connection at a port of this machine, which then misses it. Set it to 0."},
 	} {
 		if readSysctl(c.key) == c.bad {

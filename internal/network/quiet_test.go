@@ -2,12 +2,15 @@ package network
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -130,5 +133,33 @@ func TestAGoodStartWarnsOfNothing(t *testing.T) {
 	w.boot(nil)
 	if got := readSysctl(trackerBytes); got != "1" {
 		t.Errorf("after another start %s is %q", trackerBytes, got)
+	}
+}
+
+// TestAForgottenConnectionEnds: the tracker may forget a connection, when it is flushed
+// or when a stack keeps one that is over for longer than we do. What the sandbox sends
+// on it then would leave by another port; it is refused instead.
+func TestAForgottenConnectionEnds(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l := w.lease()
+	w.apply(l, policy.Input{})
+	tap := w.tap()
+	for _, dst := range []netip.AddrPort{at("198.51.100.10:7777"), at("[2001:db8:2::10]:7777")} {
+		c := open(t, l, dst)
+		if err := echoes(c); err != nil {
+			t.Fatal(err)
+		}
+		to := func(p packet) bool { return p.dst == dst }
+		if err := w.forgetFlows([]*slot{w.byID[l.Sandbox]}); err != nil {
+			t.Fatal(err)
+		}
+		before := tap.count(to)
+		if err := echoes(c); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("%s: on a forgotten connection: %v, want a reset", dst, err)
+		}
+		if before == 0 || tap.count(to) != before {
+			t.Errorf("%s: %d packets left before, %d in all", dst, before, tap.count(to))
+		}
 	}
 }

@@ -38,21 +38,21 @@ func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
 	if k.Service {
 		p.ports(k.ProxyPorts, daddrIn(netip.PrefixFrom(policy.ServiceAddr4, 32)), goTo(chainProxy))
 	}
-	hole, hostHole := chainOK, chainHostOpen
+	pass, hostHole := chainOK, chainHostOpen
 	if k.OperatorNames {
-		hole, hostHole = chainHole, chainHostHole
+		pass, hostHole = chainHole, chainHostHole
 	}
-	p.list("open", k.FloorOpen, goTo(hole))
+	p.list("open", k.FloorOpen, goTo(pass))
 	p.list("openhost", k.HostOpen, jump(hostHole))
 	if k.FloorNames {
 		p.ports(k.ProxyPorts, nil, jump(chainFloorNames))
 	}
 	p.rule(jump(chainFloor))
-	if k.OperatorNames {
+	if k.OperatorNames && k.NameRules {
 		p.ports(k.ProxyPorts, nil, goTo(chainProxy))
 	}
-	p.list("opallow", k.OperatorAllow, goTo(chainOK))
-	p.list("allow", k.Allow, goTo(chainOK))
+	p.list("opallow", k.OperatorAllow, goTo(pass))
+	p.list("allow", k.Allow, goTo(pass))
 	if k.NameRules && !k.OperatorNames {
 		p.ports(k.ProxyPorts, nil, goTo(chainProxy))
 	}
@@ -72,7 +72,7 @@ func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
 	default:
 		p.list("deny", k.Deny, goTo(classDeny.chain()))
 	}
-	p.rule(goTo(chainOK))
+	p.rule(goTo(pass))
 	return p
 }
 

@@ -59,7 +59,7 @@ const (
 	chainDenied     = "denied"      // returns unless the operator denies a name that the address is of
 	chainHostOpen   = "host_open"   // ok for what is the host's; returns for the rest
 	chainHostHole   = "host_hole"   // likewise with hole
-	chainHole       = "hole"        // ok, but for what the proxy must look at
+	chainHole       = "hole"        // ok, but TCP 80 and 443 go to the proxy
 	chainOK         = "ok"
 	chainProxy      = "proxy"
 	chainProxied    = "proxied" // proxy for a flow that is marked already
@@ -300,7 +300,10 @@ func (n *Network) addShared(tx *transaction) {
 		when(l4proto(policy.UDP), dport(53), goTo(chainDNS)),
 		when(l4proto(policy.TCP), dport(53), goTo(chainDNS)),
 		// The proxy's connections stay with the proxy, whatever a later policy says.
-		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)))
+		when(ctMark(markTag|markProxied, markTagMask|markProxied), goTo(chainProxy)),
+		// The tracker takes any packet of a connection that it has forgotten for a new one.
+		// It would leave by another port than the connection has, so it is worth nothing.
+		when(ctStateAny(expr.CtStateBitNEW), goesOnTCP(), goTo(chainRefuse)))
 	tx.rules(n.chain(chainOK), n.paced()...)
 	tx.rules(n.chain(chainOK), when(jump(chainCount)))
 	tx.rules(n.chain(chainOK), n.portShares()...)

@@ -11,12 +11,12 @@ import "net/netip"
 //  3. FloorOpen, and HostOpen where the destination is the host's → accept, but with
 //     OperatorNames TCP ProxyPorts → the proxy; with FloorNames TCP ProxyPorts to the
 //     floor → the proxy; the floor (Floor and the host's addresses) → reject
-//  4. OperatorNames: TCP ProxyPorts → the proxy
-//  5. OperatorAllow, Allow → accept
+//  4. OperatorNames and NameRules: TCP ProxyPorts → the proxy
+//  5. OperatorAllow, Allow → accept, but with OperatorNames TCP ProxyPorts → the proxy
 //  6. NameRules: TCP ProxyPorts → the proxy
 //     Pins: TCP to a pinned address and port → the proxy
 //  7. AutoDNS: UDP and TCP 53 to DefaultNameserver → the resolver
-//  8. Deny → reject; everything else → accept
+//  8. Deny → reject; everything else → accept, but with OperatorNames TCP ProxyPorts → the proxy
 //
 // Accepted UDP and TCP 53 always goes to the resolver. In ModeObserve step 8 logs
 // instead of rejecting. Deny lists hold the NAT64 and 6to4 forms of their IPv4
@@ -29,7 +29,7 @@ type KernelRules struct {
 	FloorNames    bool         // a hole is a name for a proxy port: only the proxy can tell
 	OperatorDeny  []PrefixPort
 	OperatorExact bool // the operator denies an exact name
-	OperatorNames bool // the operator denies a name on ProxyPorts: no address is let past the proxy there
+	OperatorNames bool // the operator denies a name on ProxyPorts: nothing passes there but by the proxy
 	OperatorAllow []PrefixPort
 	Allow         []PrefixPort
 	Deny          []PrefixPort
@@ -67,7 +67,7 @@ func (c *Compiled) deriveKernel() {
 	}
 	k.Observe = c.input.Mode == ModeObserve
 	// Whoever observes wants to know the names, so the proxy has a look at them.
-	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || k.OperatorNames || k.Observe
+	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || k.Observe
 	k.ProxyPorts = []uint16{80, 443}
 	k.Service = k.NameRules || !k.DenyAll
 	for _, port := range k.ProxyPorts {

@@ -44,9 +44,12 @@ func inKernel(k KernelRules, f Flow, pinned, host bool) outcome {
 		return shown
 	case floor:
 		return refused
-	case proxied && k.OperatorNames:
+	case proxied && k.OperatorNames && k.NameRules:
 		return shown
 	case has(k.OperatorAllow), has(k.Allow):
+		if proxied && k.OperatorNames {
+			return shown
+		}
 		return passes
 	case proxied && k.NameRules, f.Proto == TCP && k.Pins && pinned:
 		return shown
@@ -54,6 +57,8 @@ func inKernel(k KernelRules, f Flow, pinned, host bool) outcome {
 		return passes
 	case !k.Observe && has(k.Deny):
 		return refused
+	case proxied && k.OperatorNames:
+		return shown
 	}
 	return passes
 }
