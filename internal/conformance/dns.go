@@ -601,9 +601,13 @@ func otherNames(t *Trial) {
 	t.Try(Try{
 		What: "B at A's address, in /etc/hosts", By: s, Never: []string{nameB}, LogOnce: true,
 		Do: func(context.Context) error {
-			for _, url := range []string{"http://" + nameB + "/", "https://" + nameB + "/"} {
-				if out, err := curl(url); err != nil || out != "" {
-					return fmt.Errorf("curl got %q: %w", out, err)
+			for url, said := range map[string]string{"http://" + nameB + "/": "# denied by egress policy", "https://" + nameB + "/": ""} {
+				out, err := curl(url)
+				if err != nil {
+					return fmt.Errorf("curl: %w", err)
+				}
+				if !strings.HasPrefix(out, said) || said == "" && out != "" {
+					return fmt.Errorf("curl got %q", out)
 				}
 			}
 			return nil
