@@ -66,6 +66,7 @@ func (n *Network) measure() {
 	whole := int64(have - have/hostPart)
 	if n.tracked == nil {
 		n.tracked = share.NewMeter(share.Tracker.Of(whole, int64(n.cfg.MaxFlows)))
+		n.pinning = share.NewRates(share.Pins.Of(pinRate, 0), pinBurst)
 		n.queries = newQueries(n.cfg.MaxQueries)
 		n.ports = share.NewPool(share.SourcePorts.Of(int64(n.cfg.SourcePorts.Len()), 0))
 	}
@@ -73,7 +74,9 @@ func (n *Network) measure() {
 }
 
 // Pools count what the kernel refused for the limits of a key and of all, for metrics.
-func (n *Network) Pools() []*share.Pool { return []*share.Pool{n.tracked.Pool(), n.ports, n.queries} }
+func (n *Network) Pools() []*share.Pool {
+	return []*share.Pool{n.tracked.Pool(), n.ports, n.queries, n.pinning.Pool()}
+}
 
 // Own implements sandbox.Network.
 func (n *Network) Own(l sandbox.Lease, owner string) error {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // open connects and reads the greeting.
@@ -427,6 +428,7 @@ func TestPinsGoAlongAndEnd(t *testing.T) {
 
 func TestPinsAreBounded(t *testing.T) {
 	w := start(t)
+	w.pinning = share.NewRates(share.Pins.Of(1e6, 0), 1e6) // the other limit
 	l := w.lease()
 	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"*.example.com:5432"}})
 	addr := netip.MustParseAddr("198.18.0.0").As4()

@@ -213,6 +213,7 @@ type Network struct {
 	tracked *share.Meter // what keys share in the kernel: entries of the tracker,
 	ports   *share.Pool  // ports towards one destination,
 	queries *share.Pool  // and datagrams to the resolver
+	pinning *share.Rates // how fast each key may have destinations pinned
 
 	stats counters
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -25,6 +26,14 @@ const (
 	maxPins     = 4096
 	maxPinNames = 16
 	maxUnpinned = 256
+)
+
+// Each pin is a transaction of the kernel's, which makes one after the other. An answer
+// can have thousands of addresses, a name thousands of ports, and answers that are kept
+// cost nothing, so what the sandboxes of a key have pinned in a second is limited.
+const (
+	pinRate  = 1000
+	pinBurst = 2048
 )
 
 // pinKey is a destination that a name was resolved to.
@@ -111,14 +120,19 @@ func (u *unpinned) of(dst netip.AddrPort) string {
 
 // Pin hands TCP connections of sandbox id to addr on ports to the proxy, because the
 // resolver answered name with addr and rules like "host:port" allow that name there.
-// It does nothing when the policy in force has no such rule. For ttl, kept between 30
+// It does nothing when the policy in force has no rule with a port. An error of kind
+// errs.Exhausted says that the sandbox's key pins too fast. For ttl, kept between 30
 // seconds and one hour, the name counts as it is; later it has to be pinned again.
 func (n *Network) Pin(id sandbox.ID, name string, addr netip.Addr, ports []uint16, ttl time.Duration) error {
 	now := time.Now()
 	entry := pinName{name, now.Add(min(max(ttl, minPinLife), maxPinLife)), now}
 	return n.withPins(id, func(s *slot) error {
 		for _, port := range ports {
-			if err := n.pinOne(s, pinKey{addr.Unmap().WithZone(""), port}, entry); err != nil {
+			err := n.pinOne(s, pinKey{addr.Unmap().WithZone(""), port}, entry, true)
+			if errs.Is(err, errs.Exhausted) {
+				return err
+			}
+			if err != nil {
 				return fmt.Errorf("pin %s to %s port %d: %w", name, addr, port, err)
 			}
 		}
@@ -209,8 +223,9 @@ func (n *Network) dropPin(s *slot, k pinKey) error {
 	return err
 }
 
-// pinOne adds a name to a pin. The caller holds s.mu.
-func (n *Network) pinOne(s *slot, k pinKey, entry pinName) error {
+// pinOne adds a name to a pin; paced: within what the key may have pinned in a second.
+// The caller holds s.mu.
+func (n *Network) pinOne(s *slot, k pinKey, entry pinName, paced bool) error {
 	now := time.Now()
 	was, known := s.pins.live[k]
 	known = known && was.kept.After(now)
@@ -229,6 +244,11 @@ func (n *Network) pinOne(s *slot, k pinKey, entry pinName) error {
 	if known && was.kept.Sub(now) > pinKept/2 && was.names[len(was.names)-1].name == entry.name {
 		s.pins.set(k, next)
 		return nil
+	}
+	if paced {
+		if _, err := n.pinning.Allow(strconv.Itoa(int(s.key)), 1); err != nil {
+			return errs.New(errs.Exhausted, "%s", err.Error())
+		}
 	}
 	if !known {
 		if err := n.makeRoom(s, now); err != nil {
@@ -371,7 +391,7 @@ func (n *Network) Repin(l sandbox.Lease, pins []sandbox.Pin) error {
 			if !k.addr.IsValid() || !allowsPin(p.policy, k, pin.Name) {
 				continue
 			}
-			if err := n.pinOne(s, k, pinName{name: pin.Name, verified: pin.Verified}); err != nil {
+			if err := n.pinOne(s, k, pinName{name: pin.Name, verified: pin.Verified}, false); err != nil {
 				return fmt.Errorf("pin %s to %s again: %w", pin.Name, pin.Dst, err)
 			}
 		}

@@ -37,6 +37,7 @@ const (
 	ReasonRate        policy.Reason = "budget-queries"    // too many queries a second
 	ReasonLabels      policy.Reason = "budget-labels"     // too many names below one rule in a minute
 	ReasonConcurrency policy.Reason = "budget-concurrent" // too many queries or connections at once
+	ReasonPins        policy.Reason = "budget-pins"       // too many addresses pinned for rules with a port
 	ReasonUpstream    policy.Reason = "upstream"          // no upstream answered
 )
 
@@ -52,7 +53,8 @@ type Config struct {
 	// Upstreams are the servers to ask, in order of preference, over UDP and TCP.
 	Upstreams []netip.AddrPort
 	// Pin opens ports of an address to a sandbox, because name was just answered
-	// with it; ttl is the life of the answer. Nil: rules with ports open nothing.
+	// with it; ttl is the life of the answer. An error of kind errs.Exhausted refuses
+	// the question. Nil: rules with ports open nothing.
 	Pin func(Pin) error
 	// Dial reaches the upstreams; nil dials from this process's own namespace.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -320,29 +322,37 @@ func (r *Resolver) ask(ctx context.Context, q *query, b *budget, v policy.Verdic
 		out.verdict = policy.Verdict{Rule: policy.Rule{ID: "floor", Text: "private addresses in an answer"}, Reason: ReasonRebinding}
 		return out
 	}
-	r.pin(q, m)
+	if err := r.pin(q, m); err != nil {
+		return r.refuseBudget(q, b, v.Rule, &refusal{ReasonPins, err.Error()})
+	}
 	return out
 }
 
-// pin opens the ports that rules name for the addresses of the reply.
-func (r *Resolver) pin(q *query, m *dns.Msg) {
+// pin opens the ports that rules name for the addresses of the reply. The error says
+// that there are too many in a second.
+func (r *Resolver) pin(q *query, m *dns.Msg) error {
 	if r.cfg.Pin == nil {
-		return
+		return nil
 	}
 	ports := q.policy.PinPorts(q.name)
 	if len(ports) == 0 {
-		return
+		return nil
 	}
 	ttl := lifetime(m.Answer)
 	for _, a := range addrsOf(m.Answer) {
 		if a.IsLoopback() {
 			continue
 		}
-		if err := r.cfg.Pin(Pin{Sandbox: q.sandbox, Name: q.name, Addr: a, Ports: ports, TTL: ttl}); err != nil {
+		err := r.cfg.Pin(Pin{Sandbox: q.sandbox, Name: q.name, Addr: a, Ports: ports, TTL: ttl})
+		if errs.Is(err, errs.Exhausted) {
+			return err
+		}
+		if err != nil {
 			// The kernel then keeps refusing the address.
 			r.cfg.Log.Warn("dns answer not pinned", "sandbox", q.sandbox, "host", q.name, "dst", a, "err", err)
 		}
 	}
+	return nil
 }
 
 // finish records what a query came to and packs its reply.

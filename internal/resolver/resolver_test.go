@@ -799,6 +799,24 @@ func TestAnswersOfNamesWithPortsArePinned(t *testing.T) {
 	}
 }
 
+// TestAQuestionIsRefusedWhereItsPinsAreTooMany: an address that is told but not pinned
+// would look like a server that is down.
+func TestAQuestionIsRefusedWhereItsPinsAreTooMany(t *testing.T) {
+	pins := 0
+	f := newFixture(t, policy.Input{AllowOut: []string{"a.test:5432"}, DenyOut: []string{"0.0.0.0/0"}}, func(c *Config) {
+		c.Pin = func(Pin) error {
+			pins++
+			return errs.New(errs.Exhausted, "too many")
+		}
+	})
+	if r := f.send(t, ask("a.test", dns.TypeA)); r.Rcode != dns.RcodeRefused || len(r.Answer) != 0 || pins != 1 {
+		t.Errorf("got %v after %d pins, want REFUSED after one", r, pins)
+	}
+	if e := f.flows.since(0); len(e) != 1 || e[0].Reason != ReasonPins || e[0].Verdict != flowlog.Denied || !strings.Contains(e[0].Detail, "too many") {
+		t.Errorf("recorded %+v", e)
+	}
+}
+
 func TestAnswersAreKeptForTheirTime(t *testing.T) {
 	f := newFixture(t, strictInput)
 	for range 3 {

@@ -21,6 +21,8 @@ var (
 		Answer: "lost in the kernel; `budget-queries` in the flow log"}
 	DNSConnections = Resource{Name: "dns_connections", What: "TCP connections to the resolver", Alpha: 1,
 		Answer: "closed"}
+	Pins = Resource{Name: "pins", What: "addresses pinned for rules with a port in a second", Alpha: 1,
+		Answer: "REFUSED; `budget-pins` in the flow log"}
 	RuleUpdates = Resource{Name: "rule_updates", What: "network rule updates under way", Alpha: 1,
 		Answer: "waits in the key's queue, then 429"}
 	Starts = Resource{Name: "starts", What: "creates, resumes, forks and snapshots under way", Alpha: 1,
@@ -48,7 +50,7 @@ func All() []Resource {
 	return []Resource{
 		ProxyConnections, SniffMemory, SourcePorts, Tracker,
 		DNSQueries, DNSHandlers, DNSRate, DNSDatagrams, DNSConnections,
-		RuleUpdates, Starts, Requests, RequestsUnderWay, Queries,
+		Pins, RuleUpdates, Starts, Requests, RequestsUnderWay, Queries,
 		Exchanges,
 		Memory, Threads, Disk,
 		Events,

@@ -17,6 +17,7 @@ var sizes = map[string]struct{ whole, sandbox string }{
 	"dns_rate":          {"ten times `network.limits.dns_queries`, for each key", "`network.limits.dns_queries`"},
 	"dns_datagrams":     {"10,000, or 20 times `network.limits.dns_queries` where that is more", "2000, or 4 times `network.limits.dns_queries`"},
 	"dns_connections":   {"2048", "64"},
+	"pins":              {"1000, and 2048 at once, for each key", ""},
 	"rule_updates":      {"2", "1"},
 	"starts":            {"two per CPU, at least 4", "1"},
 	"api_requests":      {"500, and 1000 at once, for each key", ""},
@@ -30,7 +31,7 @@ var sizes = map[string]struct{ whole, sandbox string }{
 }
 
 // ownBucket are the resources of which every key has all, by a bucket of its own.
-var ownBucket = map[string]bool{"api_requests": true, "dns_rate": true}
+var ownBucket = map[string]bool{"api_requests": true, "dns_rate": true, "pins": true}
 
 // part is what one key holds while no other key holds anything, in words.
 func (r Resource) part() string {
