@@ -228,23 +228,23 @@ func (b *backend) newH2C() *http.Transport {
 			}
 			c, err := b.pool.Dial(ctx, uint16(n))
 			if conf := b.tlsFor(uint16(n), "h2"); err == nil && conf != nil {
-				return seal(ctx, c, conf)
+				return b.seal(ctx, c, conf)
 			}
 			return c, err
 		},
 	}
 }
 
-// seal makes TLS of a connection to a service that speaks HTTP/2 in it.
-func seal(ctx context.Context, c net.Conn, conf *tls.Config) (net.Conn, error) {
-	s := tls.Client(c, conf)
-	err := s.HandshakeContext(ctx)
-	if err == nil && s.ConnectionState().NegotiatedProtocol != "h2" {
-		err = errors.New("the service did not choose HTTP/2")
-	}
+// seal makes TLS of a connection to a service that speaks HTTP/2 in it. The transport
+// goes on with it when the request that it began for is over.
+func (b *backend) seal(ctx context.Context, c net.Conn, conf *tls.Config) (net.Conn, error) {
+	s, err := b.pool.Handshake(ctx, c, conf)
 	if err != nil {
+		return nil, err
+	}
+	if s.ConnectionState().NegotiatedProtocol != "h2" {
 		relay.Abort(c)
-		return nil, fmt.Errorf("%w: %w", relay.ErrNoTLS, err)
+		return nil, fmt.Errorf("%w: the service did not choose HTTP/2", relay.ErrNoTLS)
 	}
 	return s, nil
 }

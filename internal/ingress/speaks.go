@@ -103,6 +103,9 @@ func (v *visit) turnsOut(c *call, err error) bool {
 	switch {
 	case errors.Is(err, relay.ErrHTTP2):
 	case errors.Is(err, relay.ErrNoTLS): // the request was not sent
+		if isTimeout(err) { // it would be as silent again
+			return false
+		}
 		if !c.backend.speaksHTTP2(v.r.Context(), c.to.port, s) {
 			return false
 		}

@@ -39,6 +39,7 @@ type Config struct {
 // Limits bound what one service may hold of us.
 type Limits struct {
 	HeadBytes    int64         // of an answer's status line and header
+	TLSTimeout   time.Duration // of the handshake with a service that speaks TLS itself
 	HeadTimeout  time.Duration // from the first byte of an answer's head to its last
 	StallTimeout time.Duration // without one byte accepted from or by an HTTP/1 client in the middle of a body of known length
 	IdleTimeout  time.Duration // of a kept connection
@@ -49,6 +50,7 @@ type Limits struct {
 // defaults are the limits used where Config has none.
 var defaults = Limits{
 	HeadBytes:    256 << 10,
+	TLSTimeout:   10 * time.Second,
 	HeadTimeout:  30 * time.Second,
 	StallTimeout: 5 * time.Minute,
 	IdleTimeout:  60 * time.Second,
@@ -70,6 +72,7 @@ func (l *Limits) fill() {
 	if l.HeadBytes <= 0 {
 		l.HeadBytes = defaults.HeadBytes
 	}
+	wait(&l.TLSTimeout, defaults.TLSTimeout)
 	wait(&l.HeadTimeout, defaults.HeadTimeout)
 	wait(&l.StallTimeout, defaults.StallTimeout)
 	wait(&l.IdleTimeout, defaults.IdleTimeout)
@@ -318,14 +321,31 @@ func (p *Pool) secure(ctx context.Context, nc net.Conn, port uint16) (net.Conn, 
 	if conf == nil {
 		return nc, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, p.cfg.HeadTimeout)
+	leave, err := p.Enter(func() { abort(nc) })
+	if err != nil {
+		abort(nc)
+		return nil, err
+	}
+	defer leave()
+	return p.Handshake(ctx, nc, conf)
+}
+
+// Handshake makes TLS of a connection to a service, within TLSTimeout: a service must
+// not keep what waits for it. The connection must end with the pool; it is closed when
+// the handshake fails.
+func (p *Pool) Handshake(ctx context.Context, nc net.Conn, conf *tls.Config) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.TLSTimeout)
 	defer cancel()
 	c := tls.Client(nc, conf)
-	if err := c.HandshakeContext(ctx); err != nil {
-		abort(nc)
-		return nil, fmt.Errorf("%w: %w", ErrNoTLS, err)
+	err := c.HandshakeContext(ctx)
+	if err == nil {
+		return c, nil
 	}
-	return c, nil
+	abort(nc)
+	if p.closed.Load() {
+		return nil, fmt.Errorf("%w: %w", ErrReset, err)
+	}
+	return nil, fmt.Errorf("%w: %w", ErrNoTLS, err)
 }
 
 func (p *Pool) pop(port uint16) *conn {
