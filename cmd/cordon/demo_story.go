@@ -102,7 +102,7 @@ func tellStory() []act {
 			{key: "name", what: "curl https://example.com", run: curl("https://example.com"), want: "200"},
 			{key: "wildcard", what: "curl https://api.github.com", run: curl("https://api.github.com"), want: "200"},
 			{key: "sni", what: "curl https://example.org, at example.com's address", run: curl("--resolve example.org:443:93.184.216.34 https://example.org"), want: "denied", denied: "example.org"},
-			{key: "host", what: "curl http://example.org, there as well", run: curl("--resolve example.org:80:93.184.216.34 http://example.org"), want: "reset", denied: "example.org"},
+			{key: "host", what: "curl http://example.org, there as well", run: curl("--resolve example.org:80:93.184.216.34 http://example.org"), want: "403", denied: "example.org"},
 			{key: "lookup", what: "look up example.org", run: lookup("example.org"), want: "no address", denied: "example.org"},
 		}, quiet: quiet{what: "bytes with the name example.org that left the machine", name: "example.org"}},
 		{key: "forged", title: "Lying about an address leads nowhere", facts: []fact{

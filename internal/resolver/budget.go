@@ -169,7 +169,7 @@ func (s *budgets) add(sandbox, key string, now time.Time) *budget {
 		rate:  rate.NewLimiter(rate.Limit(s.limits.QueriesPerSecond), s.limits.Burst),
 		slots: make(chan struct{}, s.limits.Concurrent),
 		names: newLabels(s.seed, s.limits.LabelsPerMinute), keyNames: shared,
-		paid: map[string]*payment{}, denied: map[lookupKey]time.Time{},
+		paid: map[string]*payment{}, denied: map[lookupKey]*lookupSeen{},
 	}
 	if ok { // its key is known by now
 		b.rate, b.slots, b.names = was.rate, was.slots, was.names
@@ -192,7 +192,7 @@ type budget struct {
 	calls  int // look-ups that wait or are under way
 	paid   map[string]*payment
 	warned time.Time
-	denied map[lookupKey]time.Time // when the look-ups of denied names began
+	denied map[lookupKey]*lookupSeen // the look-ups of denied names
 }
 
 func (b *budget) touch(now time.Time) {

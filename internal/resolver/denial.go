@@ -3,6 +3,7 @@ package resolver
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/miekg/dns"
@@ -82,7 +83,8 @@ func denialText(why policy.Reason) string {
 }
 
 // One look-up of a denied name is several questions: for each address family, to
-// each server, and again when the client retries. They are one event.
+// each server, and again where the client retries. They are one event. An answer that
+// is final is not asked for again: the same question is then another look-up.
 const (
 	sameLookup   = time.Second     // a look-up that is answered asks all at once
 	sameRefused  = 5 * time.Second // until the last retry of one that is refused
@@ -99,29 +101,53 @@ type lookupKey struct {
 	reason     policy.Reason
 }
 
+// lookupSeen is what was asked of one look-up.
+type lookupSeen struct {
+	began time.Time
+	asked []lookupPart // as many as there are types and servers
+}
+
+// lookupPart tells the questions of one look-up apart.
+type lookupPart struct {
+	qtype  uint16
+	server netip.AddrPort
+	proto  policy.Proto
+}
+
+// maxParts bounds what is kept of one look-up: three types, each to some servers.
+const maxParts = 16
+
 // isRepeat reports whether a denial belongs to a look-up that was recorded already.
 func (b *budget) isRepeat(q *query, out outcome) bool {
 	if q.msg == nil || out.reply == nil || out.verdict.Allow || out.failed {
 		return false
 	}
-	k := lookupKey{q.policy.Generation(), q.name, q.msg.Question[0].Qtype, out.reply.Rcode, out.verdict.Reason}
+	part := lookupPart{q.msg.Question[0].Qtype, q.dst, q.proto}
+	k := lookupKey{q.policy.Generation(), q.name, part.qtype, out.reply.Rcode, out.verdict.Reason}
 	switch k.qtype {
 	case dns.TypeAAAA, dns.TypeHTTPS:
 		k.qtype = addressTypes
 	}
-	within := sameLookup
+	final, within := true, sameLookup
 	if k.rcode == dns.RcodeRefused {
-		within = sameRefused
+		final, within = false, sameRefused
 	}
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if began, ok := b.denied[k]; ok && now.Sub(began) < within {
-		return true
+	if seen := b.denied[k]; seen != nil && now.Sub(seen.began) < within {
+		again := slices.Contains(seen.asked, part)
+		if !again && len(seen.asked) < maxParts {
+			seen.asked = append(seen.asked, part)
+			return true
+		}
+		if !final {
+			return true
+		}
 	}
 	if len(b.denied) >= maxLookups {
-		for old, began := range b.denied {
-			if now.Sub(began) >= sameRefused {
+		for old, seen := range b.denied {
+			if now.Sub(seen.began) >= sameRefused {
 				delete(b.denied, old)
 			}
 		}
@@ -129,6 +155,6 @@ func (b *budget) isRepeat(q *query, out outcome) bool {
 			clear(b.denied)
 		}
 	}
-	b.denied[k] = now
+	b.denied[k] = &lookupSeen{now, []lookupPart{part}}
 	return false
 }
