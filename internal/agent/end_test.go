@@ -66,9 +66,10 @@ func TestASlowReaderIsToldTheEnd(t *testing.T) {
 	h := claimed(t)
 	for name, start := range map[string]func(string) *pb.StartRequest{"pipes": bash, "a terminal": onTerminal} {
 		t.Run(name, func(t *testing.T) {
-			_, s := h.begin(t.Context(), start("trap '' HUP; yes & sleep 0.1; exit 3"))
-			time.Sleep(settleOutput + 300*time.Millisecond)
-			const limit = 64 << 20
+			pid, s := h.begin(t.Context(), start("trap '' HUP; yes & sleep 0.1; exit 3"))
+			eventually(t, "the first process ended", func() bool { return !alive(int(pid)) })
+			time.Sleep(2 * settleOutput)
+			const limit = 1 << 30 // octets: without an end, they come for ever
 			total := 0
 			var end *pb.ProcessEvent_EndEvent
 			for end == nil && total < limit && s.Receive() {
