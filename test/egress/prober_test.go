@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"golang.org/x/sys/unix"
 )
 
 // proberPath is where the prober lies in a sandbox. Started under this name the
@@ -440,6 +441,7 @@ type stream struct {
 	mu    sync.Mutex // guards what follows
 	bytes int64
 	last  time.Time
+	told  time.Time
 	ended time.Time
 	class string
 }
@@ -457,7 +459,8 @@ type opening struct {
 type state struct {
 	Bytes int64
 	Last  time.Time // when bytes came last
-	Ended time.Time // zero: it goes on
+	Told  time.Time // when the sandbox's kernel learned of the end
+	Ended time.Time // when the reader did, who first reads what had come before; zero: it goes on
 	Class string    // how it ended
 }
 
@@ -480,6 +483,7 @@ func (p *prober) open(ctx context.Context, o opening) (outcome, error) {
 		go s.read(c)
 		return outcome{Class: "ok"}, nil
 	}
+	go s.heed(c.(*net.TCPConn))
 	if o.Kind == "https" {
 		t := tls.Client(c, y.tlsConfig())
 		if err := t.HandshakeContext(ctx); err != nil {
@@ -502,6 +506,23 @@ func (s *stream) ask(c net.Conn) {
 			return
 		}
 		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// heed notes when the connection is over for the kernel, whatever is left to read.
+func (s *stream) heed(c *net.TCPConn) {
+	raw, err := c.SyscallConn()
+	for over := false; err == nil && !over; time.Sleep(5 * time.Millisecond) {
+		err = raw.Control(func(fd uintptr) {
+			const closed = 7 // TCP_CLOSE of tcp_states.h
+			info, failed := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			over = failed == nil && info.State == closed
+		})
+	}
+	if err == nil { // otherwise the reader was first
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.told = time.Now()
 	}
 }
 
@@ -535,7 +556,11 @@ func (s *stream) end(err error) {
 func (s *stream) state() state {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return state{s.bytes, s.last, s.ended, s.class}
+	told := s.told
+	if told.IsZero() || told.After(s.ended) {
+		told = s.ended
+	}
+	return state{s.bytes, s.last, told, s.ended, s.class}
 }
 
 func (p *prober) look(_ context.Context, id string) (state, error) {
