@@ -24,6 +24,7 @@ func TestFilesInside(t *testing.T) {
 	t.Run("an upload that breaks off leaves the old file whole", s.brokenUpload)
 	t.Run("a disk that is full leaves the old file whole", s.fullDisk)
 	t.Run("an upload keeps descriptors, names, mode and owner", s.uploadKeeps)
+	t.Run("root's rights reach what a user's do not, by root's links only", s.rootsRights)
 }
 
 // upload sends a body to a path in the sandbox.
@@ -173,5 +174,35 @@ func (s *live) uploadKeeps(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+func (s *live) rootsRights(t *testing.T) {
+	sb := s.sandbox(t)
+	run(t, sb, `sudo sh -c 'mkdir -m 700 /vault && echo secret >/vault/key && chmod 600 /vault/key && ln -s /vault /roots && cp /vault/key ~user/moved && chmod 600 ~user/moved'
+ln -s /vault theirs; echo mine >part`, 0)
+	for path, want := range map[string]int{"/roots/new": 200, "/roots/deep/down/new": 200, "/vault/other": 200, "theirs/new": 403} {
+		if status, err := s.upload(t, sb, path, strings.NewReader("x")); err != nil || status != want {
+			t.Errorf("upload to %s: %d, %v, want %d", path, status, err, want)
+		}
+	}
+	for source, want := range map[string]int{"theirs/key": 403, "moved": 403, "/roots/key": 403, "/roots/new": 200} {
+		body := fmt.Sprintf(`{"source_paths":["part",%q],"destination":"whole"}`, source)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, stand.API+"/files/compose", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := s.via(sb).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("compose with %s: %d, want %d", source, resp.StatusCode, want)
+		}
+		run(t, sb, "echo mine >part", 0)
+	}
+	if got := run(t, sb, "cat whole; sudo find /vault -printf '%u %m %y %P\\n' | sort", 0); got != "mine\nxroot 600 f key\nroot 700 d \nuser 644 f deep/down/new\nuser 644 f other\nuser 755 d deep\nuser 755 d deep/down" {
+		t.Errorf("afterwards: %q", got)
 	}
 }
