@@ -452,6 +452,9 @@ func (s *server) makeEgress(context.Context) (err error) {
 
 func (s *server) makeCertificates(context.Context) (err error) {
 	s.tls, s.acme, err = s.cfg.serverTLS(s.domainOwner, func(ctx context.Context, name string) error { return s.manager.Proven(ctx, name) }, s.log)
+	if s.acme != nil {
+		s.pools = append(s.pools, s.acme.Pools()...)
+	}
 	return err
 }
 

@@ -35,6 +35,8 @@ var (
 		Answer: "waits in the key's queue, then 429"}
 	Exchanges = Resource{Name: "exchanges", What: "requests and tunnels to sandboxes", Alpha: 1,
 		Answer: "429"}
+	Certificates = Resource{Name: "certificates", What: "orders of certificates for custom domains", Alpha: 1,
+		Answer: "waits in the key's queue; the handshake fails"}
 	Memory = Resource{Name: "memory", What: "memory of running sandboxes", Bytes: true, Alpha: 9,
 		Answer: "429; a sandbox whose key's sandboxes grow beyond it ends"}
 	Threads = Resource{Name: "threads", What: "threads of running sandboxes", Alpha: 3,
@@ -51,7 +53,7 @@ func All() []Resource {
 		ProxyConnections, SniffMemory, SourcePorts, Tracker,
 		DNSQueries, DNSHandlers, DNSRate, DNSDatagrams, DNSConnections,
 		Pins, RuleUpdates, Starts, Requests, RequestsUnderWay, Queries,
-		Exchanges,
+		Exchanges, Certificates,
 		Memory, Threads, Disk,
 		Events,
 	}

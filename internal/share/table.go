@@ -24,6 +24,7 @@ var sizes = map[string]struct{ whole, sandbox string }{
 	"api_under_way":     {"4096", ""},
 	"api_queries":       {"one per CPU and one more, at least 3", ""},
 	"exchanges":         {"`listen.connections_per_sandbox` times 4", "`listen.connections_per_sandbox`"},
+	"certificates":      {"10 in any ten minutes", ""},
 	"memory":            {"the machine's, less `sandboxes.reserve_memory_mb`", "`sandboxes.memory_mb`, a quarter of it for bursts and 64 MiB for its kernel"},
 	"threads":           {"three quarters of `kernel.pid_max` or `kernel.threads-max`", "`sandboxes.processes` for each CPU and two more"},
 	"disk":              {"what is free above `sandboxes.min_free_disk_mb` and what keys have", "`sandboxes.disk_mb` of files"},

@@ -9,31 +9,31 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/time/rate"
+	"github.com/cordonhq/cordon/internal/share"
 )
 
 // Limits of orders for custom domains. Let's Encrypt takes 300 orders in three
 // hours from one account (its documentation, "Rate Limits"), and five failures an
 // hour of one name.
 const (
-	orderBurst    = 10
-	orderEvery    = time.Minute
-	ownerPart     = 2                // an owner gets at most one in so many of these
+	orderPlaces   = 10
+	orderPlace    = 10 * time.Minute // how long an order takes up a place, so that there are ten in any ten minutes
+	orderQueue    = 16               // orders of one owner that wait for a place
+	placeWait     = time.Minute      // how long each waits
 	noPlaceWait   = 15 * time.Second // after an order that was not made for want of one
 	firstBackoff  = time.Minute
 	lastBackoff   = 6 * time.Hour
-	orderTime     = 2 * time.Minute
+	orderTime     = placeWait + 2*time.Minute
 	orderPatience = 9 * time.Second // of a handshake, which as a whole has ten
 )
 
 // orders are the certificates of custom domains that were asked for.
 type orders struct {
-	limit *rate.Limiter
-	wg    sync.WaitGroup
+	places *share.Gate
+	wg     sync.WaitGroup
 
-	mu      sync.Mutex // guards the others
-	byName  map[string]*order
-	byOwner map[string]*rate.Limiter
+	mu     sync.Mutex // guards byName
+	byName map[string]*order
 }
 
 // order is one name's.
@@ -47,20 +47,24 @@ type order struct {
 }
 
 func newOrders() orders {
-	return orders{limit: rate.NewLimiter(rate.Every(orderEvery), orderBurst), byName: map[string]*order{}, byOwner: map[string]*rate.Limiter{}}
+	return orders{places: share.NewGate(share.Certificates.Of(orderPlaces, 0), orderQueue, placeWait), byName: map[string]*order{}}
 }
 
-// place reports whether one more may be ordered for an owner: the names of one,
-// however many, leave places for those of others.
-func (o *orders) place(owner string) bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	mine := o.byOwner[owner]
-	if mine == nil {
-		mine = rate.NewLimiter(rate.Every(ownerPart*orderEvery), orderBurst/ownerPart)
-		o.byOwner[owner] = mine
+// Pools counts the orders of custom domains and what was refused, for metrics.
+func (a *ACME) Pools() []*share.Pool { return []*share.Pool{a.orders.places.Pool()} }
+
+// place waits until one more may be ordered for an owner. The names of an owner, however
+// many, leave places for those of others, and where several wait they get them in turn.
+func (o *orders) place(ctx context.Context, owner string) error {
+	leave, err := o.places.Enter(ctx, owner, "")
+	if full := (*share.Full)(nil); errors.As(err, &full) {
+		return fmt.Errorf("%w: %w", errTooMany, err)
 	}
-	return mine.Allow() && o.limit.Allow()
+	if err != nil {
+		return err
+	}
+	time.AfterFunc(orderPlace, leave)
+	return nil
 }
 
 func (o *orders) wait() { o.wg.Wait() }
@@ -75,8 +79,7 @@ func (o *orders) failed(name string, err error) {
 	}
 }
 
-// forget drops the names that are not allowed any more and returns them, and the
-// owners who have all their places back.
+// forget drops the names that are not allowed any more and returns them.
 func (o *orders) forget(allow func(string) bool) (gone []string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -84,11 +87,6 @@ func (o *orders) forget(allow func(string) bool) (gone []string) {
 		if !allow(name) && !ord.busy() {
 			delete(o.byName, name)
 			gone = append(gone, name)
-		}
-	}
-	for owner, l := range o.byOwner {
-		if l.Tokens() >= float64(l.Burst()) {
-			delete(o.byOwner, owner)
 		}
 	}
 	return gone
@@ -186,16 +184,16 @@ func (a *ACME) obtain(ctx context.Context, name string) error {
 	case err == nil && !cert.Expired():
 		return nil // due for renewal or not: the cache's watch sees to that
 	case err == nil:
-		if !a.orders.place(a.cfg.Owner(name)) {
-			return errTooMany
+		if err := a.orders.place(ctx, a.cfg.Owner(name)); err != nil {
+			return err
 		}
 		if err := a.custom.RenewCertAsync(ctx, name, false); err != nil {
 			return err
 		}
 		a.cache.Remove([]string{cert.Hash()})
 	case errors.Is(err, fs.ErrNotExist):
-		if !a.orders.place(a.cfg.Owner(name)) {
-			return errTooMany
+		if err := a.orders.place(ctx, a.cfg.Owner(name)); err != nil {
+			return err
 		}
 		if err := a.custom.ObtainCertAsync(ctx, name); err != nil {
 			return err
@@ -207,4 +205,4 @@ func (a *ACME) obtain(ctx context.Context, name string) error {
 	return err
 }
 
-var errTooMany = fmt.Errorf("more than %d certificates at once, or one in %s, are ordered for custom domains, or more than one in %d of these for one owner's", orderBurst, orderEvery, ownerPart)
+var errTooMany = fmt.Errorf("no certificate is ordered for a custom domain: there may be %d in %s", orderPlaces, orderPlace)

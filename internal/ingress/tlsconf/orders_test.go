@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strconv"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -11,31 +13,59 @@ import (
 	"github.com/caddyserver/certmagic"
 )
 
-func TestOneOwnerLeavesOrdersToOthers(t *testing.T) {
+// TestOwnersShareTheOrders has owners who always want more, and one who comes later.
+func TestOwnersShareTheOrders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
 		o := newOrders()
-		count := func(owner string) (n int) {
-			for range 100 {
-				if o.place(owner) {
-					n++
-				}
+		var mu sync.Mutex
+		got := map[string]int{}
+		greedy := func(owner string) {
+			for range 20 {
+				o.wg.Go(func() {
+					for ctx.Err() == nil {
+						if o.place(ctx, owner) == nil {
+							mu.Lock()
+							got[owner]++
+							mu.Unlock()
+							continue
+						}
+						time.Sleep(time.Second)
+					}
+				})
 			}
-			return n
+			synctest.Wait()
 		}
-		if a, b, c := count("a"), count("b"), count("c"); a != 5 || b != 5 || c != 0 {
-			t.Errorf("at once: %d, %d and %d, want 5, 5 and 0", a, b, c)
+		greedy("a")
+		if got["a"] != 5 {
+			t.Errorf("alone, at once: %d, want 5", got["a"])
 		}
-		time.Sleep(time.Hour)
-		if got := count("a"); got != 5 {
-			t.Errorf("later: %d, want 5", got)
+		greedy("b")
+		if got["b"] == 0 || got["a"]+got["b"] == orderPlaces {
+			t.Errorf("two that want everything have %v: none is left for a third", got)
 		}
-		if got := count("c"); got != 5 {
-			t.Errorf("later, another: %d, want 5", got)
+		if err := o.place(ctx, "c"); err != nil {
+			t.Errorf("a third, at once: %v", err)
 		}
-		time.Sleep(time.Hour)
-		if o.forget(func(string) bool { return true }); len(o.byOwner) != 0 {
-			t.Errorf("kept of owners: %v", o.byOwner)
+		mu.Lock()
+		got = map[string]int{}
+		mu.Unlock()
+		for owner := range 4 { // more than there are places for at once
+			greedy("d" + strconv.Itoa(owner))
 		}
+		const hours = 3
+		time.Sleep(hours * time.Hour)
+		mu.Lock()
+		all, least := 0, orderPlaces*hours*6
+		for _, n := range got {
+			all, least = all+n, min(least, n)
+		}
+		if len(got) != 6 || least < orderPlaces*hours*6/6/3 || all > orderPlaces*(hours*6+1) {
+			t.Errorf("in %d hours %v, in all %d; want each a fair part of %d", hours, got, all, orderPlaces*hours*6)
+		}
+		mu.Unlock()
+		cancel()
+		o.wait()
 	})
 }
 
@@ -48,9 +78,12 @@ func TestAnOrderThatFoundNoPlaceIsTriedAgainSoon(t *testing.T) {
 		a.cache = certmagic.NewCache(certmagic.CacheOptions{GetConfigForCert: func(certmagic.Certificate) (*certmagic.Config, error) { return a.custom, nil }})
 		defer a.cache.Stop()
 		a.custom = certmagic.New(a.cache, certmagic.Config{Storage: a.storage})
-		for a.orders.place("a") {
+		for a.orders.places.Pool().Held("a") < orderPlaces/2 {
+			if err := a.orders.place(ctx, "a"); err != nil {
+				t.Fatal(err)
+			}
 		}
-		for range 5 {
+		for range 3 {
 			ord, err := a.order("app.example")
 			if err != nil {
 				t.Fatal(err)
