@@ -10,11 +10,13 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // How often the addresses of denied names are asked for, and how long one that is not
-// among the answers any more stays denied: name servers hand out theirs in turns.
+// among the answers any more stays denied: name servers hand out theirs in turns. While
+// a name cannot be asked for, what is known of it stays denied.
 const (
 	deniedEvery  = time.Minute
 	deniedLinger = 15 * time.Minute
@@ -82,21 +84,39 @@ func (s *server) denyNames(ctx context.Context) error {
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			for _, a := range addrs {
-				dst := netip.AddrPortFrom(a, d.Port)
-				s.deniedNow.seen[dst], s.deniedNow.by[dst] = now, d.Entry
-			}
+			s.deniedNow.learn(d, addrs, err, now)
 			return nil
 		})
 	}
 	_ = g.Wait() // they return nothing
-	for dst, at := range s.deniedNow.seen {
-		if now.Sub(at) > deniedLinger {
-			delete(s.deniedNow.seen, dst)
-			delete(s.deniedNow.by, dst)
+	s.deniedNow.expire(now)
+	return s.network.SetDenied(s.deniedNow.by)
+}
+
+// learn takes in what a look-up of a denied name brought.
+func (n *deniedNames) learn(d policy.DeniedName, addrs []netip.Addr, err error, now time.Time) {
+	for _, a := range addrs {
+		dst := netip.AddrPortFrom(a, d.Port)
+		n.seen[dst], n.by[dst] = now, d.Entry
+	}
+	if err == nil || errs.Is(err, errs.NotFound) {
+		return
+	}
+	for dst, entry := range n.by {
+		if entry == d.Entry && dst.Port() == d.Port {
+			n.seen[dst] = now
 		}
 	}
-	return s.network.SetDenied(s.deniedNow.by)
+}
+
+// expire forgets what no answer has had for a while.
+func (n *deniedNames) expire(now time.Time) {
+	for dst, at := range n.seen {
+		if now.Sub(at) > deniedLinger {
+			delete(n.seen, dst)
+			delete(n.by, dst)
+		}
+	}
 }
 
 // How often the server looks again at what names say of the network around it, and
