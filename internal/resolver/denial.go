@@ -54,7 +54,7 @@ func (r *Resolver) denyServer(q *query, denied policy.Verdict) outcome {
 	if !ok || !q.served() {
 		return r.denyName(q, denied)
 	}
-	if v := q.policy.DecideQuery(owner); !v.Allow {
+	if v := judge(q.policy, q.name, owner); !v.Allow {
 		return r.denyName(q, v)
 	}
 	return q.refuse(denied)

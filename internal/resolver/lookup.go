@@ -86,7 +86,7 @@ func (r *Resolver) run(ctx context.Context, b *budget, q asking) (*answers, erro
 	}
 	defer leave()
 	// It may have waited for seconds, and the rules may be others now.
-	if p, ok := r.cfg.Policy(q.sandbox); !ok || !p.DecideQuery(q.owner).Allow {
+	if p, ok := r.cfg.Policy(q.sandbox); !ok || !judge(p, q.name, q.owner).Allow {
 		return nil, &deniedError{}
 	}
 	ctx, cancel := context.WithTimeout(ctx, totalTimeout)

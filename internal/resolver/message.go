@@ -125,6 +125,17 @@ func (q *query) checkName(asked string) (owner string, attribute, ok bool) {
 	return name, false, true
 }
 
+// judge decides about a name by its owner, and, where it has attribute labels, about what
+// the operator denies by itself too.
+func judge(p *policy.Compiled, name, owner string) policy.Verdict {
+	if name != owner {
+		if v := p.DecideQuery(name); !v.Allow && v.Reason == policy.ReasonOperator {
+			return v
+		}
+	}
+	return p.DecideQuery(owner)
+}
+
 func isLDH(s string) bool {
 	for i := range len(s) {
 		c := s[i]

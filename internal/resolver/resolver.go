@@ -267,7 +267,7 @@ func (r *Resolver) decide(ctx context.Context, q *query, b *budget, wire []byte)
 	if asked.Qtype == dns.TypePTR && privateReverse(q.name) {
 		return q.local(dns.RcodeNameError)
 	}
-	v := q.policy.DecideQuery(owner)
+	v := judge(q.policy, q.name, owner)
 	if !v.Allow {
 		return r.denyName(q, v)
 	}
@@ -285,7 +285,7 @@ func (r *Resolver) decide(ctx context.Context, q *query, b *budget, wire []byte)
 func (r *Resolver) verdictNow(q *query, owner string) policy.Verdict {
 	if p, ok := r.cfg.Policy(q.sandbox); ok {
 		q.policy = p
-		if v := p.DecideQuery(owner); !v.Allow {
+		if v := judge(p, q.name, owner); !v.Allow {
 			return v
 		}
 	}

@@ -668,6 +668,33 @@ func TestNothingOfTheClientsMessageGoesUpstream(t *testing.T) {
 	}
 }
 
+// TestAnAttributeDoesNotHideANameThatTheOperatorDenies: a name with attribute labels is
+// judged by its host, and as itself.
+func TestAnAttributeDoesNotHideANameThatTheOperatorDenies(t *testing.T) {
+	deny := []string{"*.a.test", "_own.wild.test"}
+	for mode, in := range map[string]policy.Input{"open": {}, "strict": {AllowOut: []string{"a.test", "wild.test"}, DenyOut: []string{"0.0.0.0/0"}}} {
+		p, err := policy.Compile(in, &policy.Operator{AlwaysDeny: deny}, 7)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := newFixture(t, in)
+		f.policy = p
+		for _, name := range []string{"_x.a.test", "_443._tcp.a.test", "_own.wild.test", "_x.b.a.test"} {
+			f.send(t, ask(name, dns.TypeTXT))
+			if e := f.flows.last(t); e.Verdict != flowlog.Denied || e.Reason != policy.ReasonOperator {
+				t.Errorf("%s: %s: %+v", mode, name, e)
+			}
+		}
+		if got := f.up.questions(); got != nil {
+			t.Errorf("%s: the upstream was asked %v", mode, got)
+		}
+		f.send(t, ask("_x.wild.test", dns.TypeTXT))
+		if e := f.flows.last(t); e.Verdict != flowlog.Allowed {
+			t.Errorf("%s: another attribute: %+v", mode, e)
+		}
+	}
+}
+
 func TestRefusalsExplainThemselvesToThoseWhoSpeakEDNS(t *testing.T) {
 	f := newFixture(t, strictInput)
 	m := ask("b.test", dns.TypeA)
