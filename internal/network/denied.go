@@ -43,36 +43,43 @@ func (n *Network) SetDenied(all map[netip.AddrPort]int) error {
 		return err
 	}
 	for dst := range next {
-		if _, known := was[dst]; !known {
-			return n.cutDenied()
+		if _, known := was[dst]; known {
+			continue
 		}
+		if err := n.cutDenied(); err != nil {
+			n.nearMu.Lock()
+			defer n.nearMu.Unlock()
+			n.deniedInForce = nil // the next time cuts what is left
+			return err
+		}
+		return nil
 	}
 	return nil
 }
 
-// storeDenied returns what was denied before; nil: nothing has changed.
+// storeDenied makes next what the proxy denies, and then what the kernel does. It returns
+// what the kernel denied before; nil: the same.
 func (n *Network) storeDenied(next map[netip.AddrPort]int) (was map[netip.AddrPort]int, err error) {
 	n.nearMu.Lock()
 	defer n.nearMu.Unlock()
-	was = map[netip.AddrPort]int{}
-	if m := n.denied.Load(); m != nil {
-		was = *m
-	}
-	if maps.Equal(was, next) {
-		return nil, nil
-	}
-	if n.isOpen() != nil {
-		n.denied.Store(&next)
+	n.denied.Store(&next)
+	if was = n.deniedInForce; was != nil && maps.Equal(was, next) || n.isOpen() != nil {
 		return nil, nil // Reconcile fills the sets and cuts
 	}
-	n.denied.Store(&next)
-	return was, n.kern.do(func(tx *transaction) {
+	if was == nil {
+		was = map[netip.AddrPort]int{}
+	}
+	err = n.kern.do(func(tx *transaction) {
 		for name, elems := range n.deniedElements() {
 			s := n.namedSet(name)
 			tx.FlushSet(s)
 			tx.add(s, elems)
 		}
 	})
+	if err == nil {
+		n.deniedInForce = next
+	}
+	return was, err
 }
 
 // cutDenied ends the flows that are denied now.

@@ -80,3 +80,32 @@ func TestAddressesOfDeniedNamesAreDenied(t *testing.T) {
 		t.Errorf("in a new table: %v; want refused", err)
 	}
 }
+
+// TestADenialThatTheKernelRefusedIsTriedAgain: what is to be denied has not changed since,
+// but it is not in force.
+func TestADenialThatTheKernelRefusedIsTriedAgain(t *testing.T) {
+	w := start(t)
+	w.serve(7777)
+	l := w.lease()
+	op := &policy.Operator{AlwaysDeny: []string{"evil.example"}, DeniedAddr: w.Denied}
+	if err := w.Apply(t.Context(), l, compiled(t, policy.Input{}, op)); err != nil {
+		t.Fatal(err)
+	}
+	bad := &Network{cfg: w.cfg, open: true, kern: w.kern}
+	bad.cfg.Name = "none" // there is no such table
+	for range 2 {
+		if err := bad.SetDenied(map[netip.AddrPort]int{at("198.51.100.10:0"): 0}); err == nil {
+			t.Error("without a table: nothing said")
+		}
+	}
+	if _, denied := bad.Denied(at("198.51.100.10:7777")); !denied {
+		t.Error("the proxy lets it pass meanwhile")
+	}
+	bad.cfg.Name = w.cfg.Name // it is there now
+	if err := bad.SetDenied(map[netip.AddrPort]int{at("198.51.100.10:0"): 0}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dial(l, "tcp", at("198.51.100.10:7777")); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("%v; want refused", err)
+	}
+}

@@ -194,7 +194,9 @@ type Network struct {
 	nat64  atomic.Pointer[[]netip.Prefix] // the network's own prefixes
 	nearMu sync.Mutex                     // held while around or denied is replaced
 	denied atomic.Pointer[map[netip.AddrPort]int]
-	owners []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
+	// deniedInForce is what the kernel has of denied; nil: not known. Guarded by nearMu.
+	deniedInForce map[netip.AddrPort]int
+	owners        []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
 
 	ready  chan *slot    // the pool
 	wake   chan struct{} // the pool is not full

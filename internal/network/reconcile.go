@@ -235,6 +235,9 @@ func (n *Network) replaceTable(kept []adopted) error {
 			n.addPins(tx, b.prog, b.live)
 		}
 	})
+	if m := n.denied.Load(); err == nil && m != nil {
+		n.deniedInForce = *m
+	}
 	n.nearMu.Unlock()
 	if err != nil {
 		return err
