@@ -1,5 +1,7 @@
 package egress
 
+import "golang.org/x/net/http2"
+
 // protocol is what the first bytes of a connection say it speaks, on a port that
 // says nothing.
 type protocol uint8
@@ -8,6 +10,7 @@ const (
 	undecided    protocol = iota // more bytes could still make it TLS or HTTP
 	showsTLS                     // a TLS record, whatever is wrong with it
 	showsHTTP                    // a request line, whatever is wrong with it
+	showsHTTP2                   // the first line of the preface of HTTP/2
 	showsNothing                 // a protocol in which no name is shown
 	showsProxy                   // a preamble of the PROXY protocol: what follows it is hidden
 )
@@ -34,6 +37,9 @@ func (c *classifier) look(b []byte) protocol {
 	for ; c.pos < len(b); c.pos++ {
 		switch ch := b[c.pos]; {
 		case ch == '\n' && c.begun:
+			if string(b[:c.pos+1]) == http2.ClientPreface[:min(c.pos+1, len(http2.ClientPreface))] {
+				return showsHTTP2
+			}
 			return lineOf(b[c.start:c.pos])
 		case ch == '\n':
 			c.start = c.pos + 1

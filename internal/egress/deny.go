@@ -32,7 +32,9 @@ type denial struct {
 	reason policy.Reason
 	name   string // as shown, if one was
 	detail string
-	whole  bool // all was read that the client says before it is answered
+	whole  bool  // all was read that the client says before it is answered
+	call   *call // the request of HTTP/2 that was refused, if it was one
+	mute   bool  // no answer can be put into what the server says
 }
 
 // deny records the denial and answers the client as its protocol and policy
@@ -42,6 +44,7 @@ func (f *flow) deny(c *policy.Compiled, d denial) {
 	f.p.sniffed(f)
 	f.in.release()
 	switch {
+	case d.mute:
 	case d.reason == ReasonBudget: // answering is work, and work is what is short
 	case f.proto == "tls":
 		f.answer(alertAccessDenied[:], d.whole)
@@ -84,10 +87,26 @@ func lingerClose(c *net.TCPConn) {
 // its body or neither; npm and yarn show "error" of a JSON body. The text begins as a
 // comment, for a shell that a download is piped to.
 func (f *flow) explanation(d denial) []byte {
-	rule := strings.TrimSpace(d.rule.ID + " " + d.rule.Text)
+	if f.http2 {
+		return f.explainHTTP2(d)
+	}
+	kind, body := f.whyDenied(d)
+	out := fmt.Appendf(nil, "HTTP/1.1 403 Denied by egress policy\r\nContent-Type: %s\r\nCache-Control: no-store\r\nConnection: close\r\nX-Cordon-Deny: %s\r\nContent-Length: %d\r\n\r\n",
+		kind, printable(ruleOf(d)), len(body))
+	if !f.headRequest {
+		out = append(out, body...)
+	}
+	return out
+}
+
+func ruleOf(d denial) string { return strings.TrimSpace(d.rule.ID + " " + d.rule.Text) }
+
+// whyDenied is the text of a 403 and its media type.
+func (f *flow) whyDenied(d denial) (kind string, body []byte) {
+	rule := ruleOf(d)
 	host := cmp.Or(d.name, f.dst.String())
 	const denied = "denied by egress policy: "
-	kind, body := "application/json", []byte(nil)
+	kind, body = "application/json", nil
 	if f.wantsJSON {
 		body, _ = json.Marshal(struct { // strings always marshal
 			Error   string        `json:"error"`
@@ -104,12 +123,7 @@ func (f *flow) explanation(d denial) []byte {
 		kind = "text/plain; charset=utf-8"
 		body = fmt.Appendf(nil, "# %s%s (%s; rule %s; sandbox %s)\n", denied, printable(host), printable(why), printable(rule), f.sandbox)
 	}
-	out := fmt.Appendf(nil, "HTTP/1.1 403 Denied by egress policy\r\nContent-Type: %s\r\nCache-Control: no-store\r\nConnection: close\r\nX-Cordon-Deny: %s\r\nContent-Length: %d\r\n\r\n",
-		kind, printable(rule), len(body))
-	if !f.headRequest {
-		out = append(out, body...)
-	}
-	return out
+	return kind, body
 }
 
 // printable makes s fit for a header: a rule may be written in any script.

@@ -36,12 +36,14 @@ type flow struct {
 	settled           atomic.Bool  // the TLS server's answer asks for no second hello
 	headRequest       bool         // the request going on is HEAD: an answer has no body
 	wantsJSON         bool         // the request going on names JSON in Accept
+	http2             bool         // it is HTTP/2 in clear text
 	expired           string       // why the address is not pinned any more, if it was
 
 	mu       sync.Mutex // guards the rest
 	begun    bool       // an upstream was reached: a Closed event is due
 	judged   bool       // ruling is set: Revoke may judge it
 	ruling   ruling
+	earlier  []ruling       // of other names that HTTP/2 requests have shown
 	upAddr   netip.AddrPort // what was dialled; invalid for our own ingress
 	upstream net.Conn
 	cancel   context.CancelFunc // of the dial going on
@@ -113,7 +115,7 @@ func (f *flow) judgeBy(name string, pins []string) (ruling, bool) {
 // rejudge cuts the flow if the policy now in force refuses it.
 func (f *flow) rejudge() {
 	f.mu.Lock()
-	judged, old, up := f.judged, f.ruling, f.upAddr
+	judged, old, earlier, up := f.judged, f.ruling, f.earlier, f.upAddr
 	f.mu.Unlock()
 	owner, known := f.p.cfg.Owner(f.src.Addr())
 	if !known || owner.Sandbox != f.sandbox || owner.Policy == nil {
@@ -123,20 +125,32 @@ func (f *flow) rejudge() {
 	if !judged || !old.Allow {
 		return // its name is still to come and meets the new policy, or it is ending
 	}
+	if f.holds(owner.Policy, old, up) {
+		for _, r := range earlier { // only ever appended to
+			if !f.holds(owner.Policy, r, up) {
+				return
+			}
+		}
+	}
+}
+
+// holds cuts the flow and reports false if policy c refuses what old allowed.
+func (f *flow) holds(c *policy.Compiled, old ruling, up netip.AddrPort) bool {
 	name := old.name
 	if old.route == policy.RoutePinned {
 		name = ""
 	}
-	now := rule(owner.Policy, f.dst, name, old.wire, old.pins)
+	now := rule(c, f.dst, name, old.wire, old.pins)
 	v := now.Verdict
 	if v.Allow && old.route == policy.RouteName && up.IsValid() {
-		v = owner.Policy.DecideAddr(old.name, up)
+		v = c.DecideAddr(old.name, up)
 	}
 	if v.Allow && (old.route != policy.RouteDirect || now.route == policy.RouteDirect) {
-		return
+		return true
 	}
-	f.record(flowlog.Denied, event{policy: owner.Policy, name: old.name, rule: v.Rule, reason: ReasonRevoked, detail: "cut: the policy no longer allows it"})
+	f.record(flowlog.Denied, event{policy: c, name: old.name, rule: v.Rule, reason: ReasonRevoked, detail: "cut: the policy no longer allows it"})
 	f.kill(ReasonRevoked)
+	return false
 }
 
 // kill resets both sides and ends a dial that is going on.

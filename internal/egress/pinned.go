@@ -53,7 +53,9 @@ func (f *flow) serveShown(ctx context.Context) bool {
 	case kind == showsTLS:
 		f.proto = "tls"
 		return f.serveTLS(ctx)
-	case kind == showsHTTP:
+	case f.speaksHTTP2(kind):
+		return f.serveHTTP2(ctx)
+	case kind == showsHTTP || kind == showsHTTP2:
 		f.proto = "http"
 		return f.serveHTTP(ctx)
 	case kind == showsProxy:
@@ -155,6 +157,9 @@ func (f *flow) serveLate(ctx context.Context, up net.Conn) bool {
 			return f.forwardHello(up, back, size)
 		}
 	}
+	if err == nil && f.speaksHTTP2(kind) {
+		return f.serveHTTP2Late(up, back)
+	}
 	spoke := f.silence(up, back)
 	f.dropUpstream()
 	switch {
@@ -251,6 +256,11 @@ func (f *flow) forward(up net.Conn) bool {
 // awaitBytes waits until there is something to read, or an end, holding nothing.
 func awaitBytes(c *net.TCPConn) error {
 	_ = c.SetReadDeadline(time.Time{})
+	return readable(c)
+}
+
+// readable is awaitBytes that leaves the deadline as it is.
+func readable(c *net.TCPConn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err

@@ -153,6 +153,12 @@ func (s *source) release() {
 	s.buf, s.r, s.w, s.full = nil, 0, 0, false
 }
 
+// idle gives an empty buffer of fillWide back.
+func (s *source) idle() {
+	s.full = len(s.buf) == copyBuffer
+	s.release()
+}
+
 // shrink gives a buffer back that had to grow, when nothing is pending in it.
 func (s *source) shrink() {
 	if len(s.buf) > smallBuffer {

@@ -382,7 +382,7 @@ func (l *Lab) Describe() string {
 	b.WriteString(`
 Every address answers:
   53        DNS over UDP and TCP; 853 DNS over TLS; https://…/dns-query
-  80, 8080  HTTP;  443, 8443  HTTPS with HTTP/1.1 and HTTP/2
+  80, 8080  HTTP, and HTTP/2 without TLS;  443, 8443  HTTPS with HTTP/1.1 and HTTP/2
             /  who asked for what, as JSON      /bytes/N  N bytes
             /slow, /sse  ?n=10&every=100ms      /ws  WebSocket echo
             /echo  the body back                /status/N, /redirect?to=URL

@@ -44,7 +44,8 @@ type web struct {
 	sites   *sync.Map       // host name -> http.Handler
 }
 
-// serveWeb starts HTTP on 80 and 8080, and HTTPS on 443 and 8443.
+// serveWeb starts HTTP on 80 and 8080, where HTTP/2 with prior knowledge is spoken too,
+// and HTTPS on 443 and 8443.
 func (s *services) serveWeb(z *zone) error {
 	h := (&web{journal: s.journal, zone: z, stop: s.ctx, sites: &s.sites}).handler()
 	for _, network := range s.networks("tcp") {
@@ -71,7 +72,11 @@ func (s *services) serveHTTP(l net.Listener, h http.Handler) {
 		Handler:           h,
 		ReadHeaderTimeout: 30 * time.Second,
 		ErrorLog:          log.New(debugWriter{s.log}, "", 0),
+		Protocols:         new(http.Protocols),
 	}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetHTTP2(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
 	s.onClose(srv)
 	s.run(func() {
 		if err := srv.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {

@@ -22,6 +22,7 @@ func TestEgress(t *testing.T) {
 		{"suggest", testSuggest},
 		{"hellos", testHellos},
 		{"follow", testFollow},
+		{"calls", testCalls},
 		{"latency", testLatency},
 		{"flood", testFlood},
 		{"log", testLogLoad},

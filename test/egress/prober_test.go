@@ -86,6 +86,7 @@ func serveProbes() error {
 	mux.HandleFunc("POST /rate", answer(measure))
 	mux.HandleFunc("POST /requests", answer(request))
 	mux.HandleFunc("POST /send", answer(send))
+	mux.HandleFunc("POST /calls", answer(makeCalls))
 	s := &http.Server{Addr: fmt.Sprintf(":%d", proberPort), Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	return s.ListenAndServe()
 }

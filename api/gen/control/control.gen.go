@@ -428,7 +428,8 @@ type Explanation struct {
 	Generation int64          `json:"generation,omitempty,omitzero"`
 
 	// OtherProtocols For a domain on TCP, what happens to a protocol that shows no name (SSH, a server that
-	// speaks first), once the sandbox has resolved the domain. The verdict beside it is for TLS, or HTTP on 80.
+	// speaks first), once the sandbox has resolved the domain. HTTP/2 without TLS (gRPC in clear text) counts
+	// as one, except that port 80 refuses it. The verdict beside it is for TLS, or HTTP on 80.
 	OtherProtocols OtherProtocols     `json:"otherProtocols,omitempty,omitzero"`
 	Reason         string             `json:"reason"`
 	Rule           Rule               `json:"rule"`
@@ -720,7 +721,8 @@ type NewSandbox struct {
 }
 
 // OtherProtocols For a domain on TCP, what happens to a protocol that shows no name (SSH, a server that
-// speaks first), once the sandbox has resolved the domain. The verdict beside it is for TLS, or HTTP on 80.
+// speaks first), once the sandbox has resolved the domain. HTTP/2 without TLS (gRPC in clear text) counts
+// as one, except that port 80 refuses it. The verdict beside it is for TLS, or HTTP on 80.
 type OtherProtocols struct {
 	// Allowing The rule that would allow it.
 	Allowing string                `json:"allowing,omitempty,omitzero"`
