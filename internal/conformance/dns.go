@@ -486,6 +486,17 @@ func sharedPort(t *Trial) {
 		Orders:  []probe.Order{tcp(addrShared, 8080, append(keep(nameShared+":8080", "/"), request...))},
 		Reaches: []Arrival{{At: addrShared, Port: 8080}}, Never: []string{nameNeighbor, "canary"}, Log: wrong,
 	})
+	t.Try(Try{
+		What: "by HTTP/2 without TLS: the request is judged, the server sees the preface alone", By: s,
+		Orders:  []probe.Order{tcp(addrShared, 8080, clearHTTP2(nameNeighbor+":8080", "/canary"))},
+		Reaches: []Arrival{{At: addrShared, Port: 8080}}, Never: []string{nameNeighbor, "canary"}, Log: wrong,
+		Answer: func(got probe.Outcome) error {
+			if got.End != probe.EOF || !bytes.Contains(got.Received, []byte("denied by egress policy")) {
+				return errors.New("the connection did not end with a denial")
+			}
+			return nil
+		},
+	})
 	late := func(port uint16, b []byte) probe.Order {
 		o := tcp(addrShared, port, nil, b)
 		o.Gap = 600 * time.Millisecond
@@ -510,6 +521,17 @@ func sharedPort(t *Trial) {
 		What: "control: a server that speaks first", By: s, Orders: []probe.Order{banner},
 		Reaches: []Arrival{{At: addrShared, Port: 22, Text: "SSH-2.0-canary"}}, Answer: answered, Log: allowed("pinned"),
 	})
+}
+
+// clearHTTP2 is a GET by HTTP/2 with prior knowledge (RFC 9113 section 3.3), with no
+// compression that would hide its text.
+func clearHTTP2(authority, path string) []byte {
+	block := []byte{0x82, 0x86, 0x04, byte(len(path))} // :method GET, :scheme http, :path
+	block = append(append(block, path...), 0x01, byte(len(authority)))
+	block = append(block, authority...)
+	out := append([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), 0, 0, 0, 4, 0, 0, 0, 0, 0)
+	out = append(out, 0, 0, byte(len(block)), 1, 5, 0, 0, 0, 1) // HEADERS, whole, on stream 1
+	return append(out, block...)
 }
 
 func ttlGames(t *Trial) {
