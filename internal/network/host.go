@@ -187,22 +187,6 @@ func (n *Network) markRule(f familySetup) *netlink.Rule {
 // put theirs at the front.
 const rulePriority = 30077
 
-// unprepareHost takes back what prepareHost added. Forwarding stays as it is:
-// others may have come to rely on it.
-func (n *Network) unprepareHost() error {
-	var all error
-	for _, f := range n.families() {
-		if err := n.link.RuleDel(n.markRule(f)); err != nil && !errors.Is(err, unix.ENOENT) {
-			all = errors.Join(all, fmt.Errorf("delete routing rule: %w", err))
-		}
-		route := &netlink.Route{Family: f.id, Table: n.cfg.RouteTable, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all}
-		if err := n.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) && !absent(err) {
-			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
-		}
-	}
-	return errors.Join(all, n.unshutRoutes(), n.unreserveSourcePorts())
-}
-
 // Check looks for what would keep sandboxes from the network although our own
 // rules allow it, and returns a sentence for each finding, with what to do.
 func (n *Network) Check() []string {

@@ -53,7 +53,8 @@ func ParseSourcePorts(s string) (PortRange, error) {
 const reservedPorts = "net/ipv4/ip_local_reserved_ports"
 
 // reserveSourcePorts keeps the range free of sockets of the host that did not ask for
-// a port by number. What was reserved before is kept in a file, for unreserve.
+// a port by number. What was reserved before is kept in a file, for uninstalling
+// (docs/operations.md).
 func (n *Network) reserveSourcePorts() error {
 	list, err := readReserved()
 	if err != nil {
@@ -73,57 +74,7 @@ func (n *Network) reserveSourcePorts() error {
 	return writeSysctl(reservedPorts, formatPorts(append(list, n.cfg.SourcePorts)))
 }
 
-// unreserveSourcePorts takes the range off the list, but for what was reserved before.
-func (n *Network) unreserveSourcePorts() error {
-	b, err := os.ReadFile(n.reservedFile())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it was never reserved
-	}
-	if err != nil {
-		return fmt.Errorf("read the former reserved ports: %w", err)
-	}
-	before, err := parsePorts(string(b))
-	if err != nil {
-		return fmt.Errorf("read the former reserved ports: %w", err)
-	}
-	list, err := readReserved()
-	if err != nil {
-		return err
-	}
-	var kept []PortRange
-	for _, r := range list {
-		kept = append(kept, without(r, n.cfg.SourcePorts)...)
-	}
-	for _, r := range before {
-		if lo, hi := max(r.First, n.cfg.SourcePorts.First), min(r.Last, n.cfg.SourcePorts.Last); lo <= hi {
-			kept = append(kept, PortRange{lo, hi})
-		}
-	}
-	text := formatPorts(kept)
-	if text == "" {
-		text = "\n" // an empty write would change nothing
-	}
-	if err := writeSysctl(reservedPorts, text); err != nil {
-		return err
-	}
-	return os.Remove(n.reservedFile())
-}
-
 func (n *Network) reservedFile() string { return filepath.Join(n.cfg.RunDir, "reserved_ports") }
-
-// without is what is left of a when b is taken away.
-func without(a, b PortRange) (out []PortRange) {
-	if a.Last < b.First || b.Last < a.First {
-		return []PortRange{a}
-	}
-	if a.First < b.First {
-		out = append(out, PortRange{a.First, b.First - 1})
-	}
-	if a.Last > b.Last {
-		out = append(out, PortRange{b.Last + 1, a.Last})
-	}
-	return out
-}
 
 func readReserved() ([]PortRange, error) {
 	b, err := os.ReadFile("/proc/sys/" + reservedPorts)

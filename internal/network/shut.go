@@ -142,25 +142,6 @@ func ignore(err error, what unix.Errno) error {
 	return err
 }
 
-// unshutRoutes takes the rules away, unless another server needs them.
-func (n *Network) unshutRoutes() error {
-	var all error
-	for _, f := range n.families() {
-		rules, err := n.link.RuleList(f.id)
-		if err != nil {
-			return fmt.Errorf("list routing rules: %w", err)
-		}
-		others := false
-		for _, r := range rules {
-			others = others || r.Priority == rulePriority
-		}
-		if !others {
-			all = errors.Join(all, ignore(n.link.RuleDel(shutRule(f.id, n.shutBit())), unix.ENOENT))
-		}
-	}
-	return all
-}
-
 // TryShut reports why this kernel cannot keep sandboxes closed without nftables
 // rules, in a namespace of its own; nil if it can.
 func TryShut() error {

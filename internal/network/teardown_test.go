@@ -1,0 +1,141 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Teardown removes everything: sandboxes' namespaces and links, the table, routing
+// rules, as the commands for uninstalling in docs/operations.md do. Run must have ended.
+func (n *Network) Teardown(_ context.Context) error {
+	links, err := n.ourLinks()
+	if err != nil {
+		return err
+	}
+	err = n.kern.do(func(tx *transaction) {
+		tx.AddTable(n.table())
+		tx.DelTable(n.table())
+	})
+	files, lerr := os.ReadDir(n.plan.dir)
+	if lerr != nil && !errors.Is(lerr, os.ErrNotExist) {
+		err = errors.Join(err, lerr)
+	}
+	var doomed []*slot
+	for i := range n.plan.capacity() {
+		l := n.plan.lease(i, true)
+		named := slices.ContainsFunc(files, func(f os.DirEntry) bool { return f.Name() == l.Link })
+		if links[l.Link] != nil || named {
+			doomed = append(doomed, &slot{num: i, lease: l})
+		}
+	}
+	if len(doomed) > 0 {
+		err = errors.Join(err, n.forgetFlows(doomed))
+	}
+	for _, s := range doomed {
+		err = errors.Join(err, n.destroy(s))
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.open = false
+	clear(n.slots)
+	clear(n.byID)
+	clear(n.byLink)
+	n.trash = nil
+	for i := range n.owners {
+		n.owners[i].Store(nil)
+	}
+	_ = os.Remove(n.plan.dir) // not ours alone: it stays when it is not empty
+	return errors.Join(err, n.unprepareHost())
+}
+
+// unprepareHost takes back what prepareHost added. Forwarding stays as it is:
+// others may have come to rely on it.
+func (n *Network) unprepareHost() error {
+	var all error
+	for _, f := range n.families() {
+		if err := n.link.RuleDel(n.markRule(f)); err != nil && !errors.Is(err, unix.ENOENT) {
+			all = errors.Join(all, fmt.Errorf("delete routing rule: %w", err))
+		}
+		route := &netlink.Route{Family: f.id, Table: n.cfg.RouteTable, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all}
+		if err := n.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) && !absent(err) {
+			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
+		}
+	}
+	return errors.Join(all, n.unshutRoutes(), n.unreserveSourcePorts())
+}
+
+// unshutRoutes takes the rules away, unless another server needs them.
+func (n *Network) unshutRoutes() error {
+	var all error
+	for _, f := range n.families() {
+		rules, err := n.link.RuleList(f.id)
+		if err != nil {
+			return fmt.Errorf("list routing rules: %w", err)
+		}
+		others := false
+		for _, r := range rules {
+			others = others || r.Priority == rulePriority
+		}
+		if !others {
+			all = errors.Join(all, ignore(n.link.RuleDel(shutRule(f.id, n.shutBit())), unix.ENOENT))
+		}
+	}
+	return all
+}
+
+// unreserveSourcePorts takes the range off the list, but for what was reserved before.
+func (n *Network) unreserveSourcePorts() error {
+	b, err := os.ReadFile(n.reservedFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it was never reserved
+	}
+	if err != nil {
+		return fmt.Errorf("read the former reserved ports: %w", err)
+	}
+	before, err := parsePorts(string(b))
+	if err != nil {
+		return fmt.Errorf("read the former reserved ports: %w", err)
+	}
+	list, err := readReserved()
+	if err != nil {
+		return err
+	}
+	var kept []PortRange
+	for _, r := range list {
+		kept = append(kept, without(r, n.cfg.SourcePorts)...)
+	}
+	for _, r := range before {
+		if lo, hi := max(r.First, n.cfg.SourcePorts.First), min(r.Last, n.cfg.SourcePorts.Last); lo <= hi {
+			kept = append(kept, PortRange{lo, hi})
+		}
+	}
+	text := formatPorts(kept)
+	if text == "" {
+		text = "\n" // an empty write would change nothing
+	}
+	if err := writeSysctl(reservedPorts, text); err != nil {
+		return err
+	}
+	return os.Remove(n.reservedFile())
+}
+
+// without is what is left of a when b is taken away.
+func without(a, b PortRange) (out []PortRange) {
+	if a.Last < b.First || b.Last < a.First {
+		return []PortRange{a}
+	}
+	if a.First < b.First {
+		out = append(out, PortRange{a.First, b.First - 1})
+	}
+	if a.Last > b.Last {
+		out = append(out, PortRange{b.Last + 1, a.Last})
+	}
+	return out
+}
