@@ -74,6 +74,7 @@ type stored struct {
 	// largest is the running sandbox with the largest layer.
 	largest *entry
 	layer   int64
+	layers  int64 // of all running sandboxes together
 }
 
 // diskUse looks at what each owner has on the disk. Layers are those of the last sample.
@@ -99,6 +100,7 @@ func (m *Manager) diskUse() map[string]*stored {
 		}
 		layer := m.history.layer(rec.ID)
 		s.bytes += layer
+		s.layers += layer
 		if s.largest == nil || layer > s.layer {
 			s.largest, s.layer = e, layer
 		}
@@ -191,7 +193,7 @@ func (m *Manager) footprint(ctx context.Context, id ID) int64 {
 	return s.MemoryBytes + s.DiskBytes
 }
 
-// worthwhile is how large a layer must be for its end to make room.
+// worthwhile is how large an owner's layers must be together for their end to make room.
 const worthwhile = 64 << 20
 
 // guardDisk kills a sandbox of the owner that uses most while the disk is about to be
@@ -214,12 +216,13 @@ func (m *Manager) guardDisk(ctx context.Context) {
 	}
 }
 
-// toBlame is the owner that uses most of the disk, of those with a layer that is worth
-// it; without one, that with the largest layer.
+// toBlame is the owner that uses most of the disk, of those whose layers are worth it;
+// without one, that with the largest layer. It looks at an owner's layers together, or
+// many small ones would never be to blame.
 func toBlame(use map[string]*stored) (owner string, worst *stored) {
 	for _, least := range []int64{worthwhile, 1} {
 		for who, s := range use {
-			if s.layer >= least && (worst == nil || least > 1 && s.bytes > worst.bytes || least == 1 && s.layer > worst.layer) {
+			if s.layers >= least && (worst == nil || least > 1 && s.bytes > worst.bytes || least == 1 && s.layer > worst.layer) {
 				owner, worst = who, s
 			}
 		}

@@ -63,8 +63,8 @@ func TestTheGuardTakesFromTheKeyThatUsesMost(t *testing.T) {
 }
 
 func TestTheGuardKillsWhatMakesRoom(t *testing.T) {
-	small := &stored{bytes: 100 << 30, layer: 1 << 20, largest: &entry{}} // nearly all in snapshots
-	large := &stored{bytes: 50 << 30, layer: 10 << 30, largest: &entry{}}
+	small := &stored{bytes: 100 << 30, layer: 1 << 20, layers: 1 << 20, largest: &entry{}} // nearly all in snapshots
+	large := &stored{bytes: 50 << 30, layer: 10 << 30, layers: 10 << 30, largest: &entry{}}
 	if owner, _ := toBlame(map[string]*stored{"small": small, "large": large}); owner != "large" {
 		t.Errorf("%s is to blame", owner)
 	}
@@ -73,6 +73,20 @@ func TestTheGuardKillsWhatMakesRoom(t *testing.T) {
 	}
 	if owner, worst := toBlame(map[string]*stored{"snapshots": {bytes: 5}}); worst != nil {
 		t.Errorf("without a layer %q is to blame", owner)
+	}
+}
+
+func TestManySmallLayersAreToBlameTogether(t *testing.T) {
+	free := int64(104 << 30)
+	m, layers := onADisk(t, &free)
+	other := mustCreate(t, m, "other")
+	layers[other.ID] = 2 * worthwhile
+	for range 10 {
+		layers[mustCreate(t, m, "many").ID] = worthwhile - 1
+	}
+	m.sample(t.Context())
+	if owner, worst := toBlame(m.diskUse()); owner != "many" || worst.largest == nil {
+		t.Errorf("%q is to blame", owner)
 	}
 }
 
