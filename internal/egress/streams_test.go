@@ -3,7 +3,6 @@ package egress
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +10,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -48,15 +48,43 @@ func (s service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func newService() service { return service{make(chan string, 100)} }
 
 func (s service) serve(c net.Conn) {
-	(&http2.Server{}).ServeConn(c, &http2.ServeConnOpts{Handler: s})
+	one := &listenOnce{Conn: c, next: make(chan net.Conn, 1)}
+	one.next <- c
+	srv := &http.Server{Handler: s, Protocols: new(http.Protocols), ReadHeaderTimeout: time.Minute, ConnState: func(_ net.Conn, state http.ConnState) {
+		if state == http.StateClosed {
+			close(one.next)
+		}
+	}}
+	srv.Protocols.SetUnencryptedHTTP2(true)
+	_ = srv.Serve(one)
 }
 
-// clientOf speaks HTTP/2 in clear text on c.
-func clientOf(t *testing.T, c net.Conn) *http2.Transport {
+// listenOnce accepts one connection, and ends when it does.
+type listenOnce struct {
+	net.Conn
+	next chan net.Conn
+}
+
+func (l *listenOnce) Accept() (net.Conn, error) {
+	if c, ok := <-l.next; ok {
+		return c, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (l *listenOnce) Addr() net.Addr { return l.LocalAddr() }
+
+// clientOf speaks HTTP/2 in clear text on c, whatever name a request has.
+func clientOf(t *testing.T, c net.Conn) *http.ClientConn {
 	t.Helper()
-	tr := &http2.Transport{AllowHTTP: true, DialTLSContext: func(context.Context, string, string, *tls.Config) (net.Conn, error) { return c, nil }}
-	t.Cleanup(tr.CloseIdleConnections)
-	return tr
+	tr := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil }}
+	tr.Protocols.SetUnencryptedHTTP2(true)
+	cc, err := tr.NewClientConn(t.Context(), "http", "a.example:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cc.Close() })
+	return cc
 }
 
 // echoed asserts that body comes back, with the trailer.
@@ -77,7 +105,7 @@ func TestHTTP2InClearTextOnAPinnedPort(t *testing.T) {
 	l.apply(explained)
 	s := newService()
 	up := l.host(s.serve, pinnedDst)
-	cc := soleConn(t, clientOf(t, nil), l)
+	cc := clientOf(t, l.connect(pinnedDst))
 	res, err := cc.RoundTrip(callTo(t, "a.example:8080", strings.NewReader("hello")))
 	echoed(t, res, err, "hello")
 	if e := l.await(flowlog.Allowed); e.Reason != ReasonPinned || e.Proto != "http" {
@@ -122,7 +150,7 @@ func TestEachStreamOfHTTP2IsJudged(t *testing.T) {
 	l.apply(explained)
 	s := newService()
 	up := l.host(s.serve, pinnedDst)
-	cc := soleConn(t, clientOf(t, nil), l)
+	cc := clientOf(t, l.connect(pinnedDst))
 	res, err := cc.RoundTrip(callTo(t, "a.example:8080", strings.NewReader("hello")))
 	echoed(t, res, err, "hello")
 
@@ -158,17 +186,6 @@ func TestEachStreamOfHTTP2IsJudged(t *testing.T) {
 	if strings.Contains(up.text(), "canary") {
 		t.Error("the body reached the server")
 	}
-}
-
-// soleConn is a connection of HTTP/2 that carries every request, whatever its name.
-func soleConn(t *testing.T, tr *http2.Transport, l *lab) *http2.ClientConn {
-	t.Helper()
-	cc, err := tr.NewClientConn(l.connect(pinnedDst))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cc.Close() })
-	return cc
 }
 
 func callTo(t *testing.T, authority string, body io.Reader) *http.Request {
@@ -460,7 +477,7 @@ func TestANewPolicyCutsHTTP2(t *testing.T) {
 		l := pinnedLab(t)
 		s := newService()
 		l.host(s.serve, pinnedDst)
-		cc := soleConn(t, clientOf(t, nil), l)
+		cc := clientOf(t, l.connect(pinnedDst))
 		for _, name := range []string{"x.sub.example", "a.example", "x.sub.example", "a.example"} {
 			res, err := cc.RoundTrip(callTo(t, name, strings.NewReader("hello")))
 			echoed(t, res, err, "hello")
@@ -488,7 +505,7 @@ func TestManyNamesOnOneConnectionOfHTTP2(t *testing.T) {
 	l := pinnedLab(t)
 	s := newService()
 	l.host(s.serve, pinnedDst)
-	cc := soleConn(t, clientOf(t, nil), l)
+	cc := clientOf(t, l.connect(pinnedDst))
 	served := 0
 	for i := range 2 * maxNames {
 		res, err := cc.RoundTrip(callTo(t, fmt.Sprintf("n%d.sub.example", i), strings.NewReader("hello")))
