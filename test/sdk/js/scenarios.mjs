@@ -172,7 +172,7 @@ const scenarios = {
       const since = await mark()
       const ip = lab.sharedIP
       assert.equal(await status(s, `https://${lab.sharedB}/`, `--resolve ${lab.sharedB}:443:${ip}`), 0)
-      assert.equal(await status(s, `http://${lab.sharedB}/`, `--resolve ${lab.sharedB}:80:${ip}`), 0)
+      assert.equal(await status(s, `http://${lab.sharedB}/`, `--resolve ${lab.sharedB}:80:${ip}`), 403) // ours
       assert.equal(await status(s, `http://${lab.sharedB}/`), 0)
       assert.equal(await seenText(since, lab.sharedB), 0)
       assert.equal(await seenAddr(since, ip), 0)

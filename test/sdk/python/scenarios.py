@@ -196,7 +196,7 @@ def an_allowed_name_on_80_and_443_a_denied_name_on_the_same_address_gets_no_byte
         assert status(s, f"http://{a}/") == 200
         since = mark()
         assert status(s, f"https://{b}/", f"--resolve {b}:443:{ip}") == 0
-        assert status(s, f"http://{b}/", f"--resolve {b}:80:{ip}") == 0
+        assert status(s, f"http://{b}/", f"--resolve {b}:80:{ip}") == 403  # ours
         assert status(s, f"http://{b}/") == 0
         assert seen_text(since, b) == 0
         assert seen_addr(since, ip) == 0
