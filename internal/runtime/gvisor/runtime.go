@@ -83,6 +83,9 @@ func New(cfg Config) (*Runtime, error) {
 	if strings.ContainsAny(cfg.DataDir, ",:") {
 		return nil, fmt.Errorf("gvisor: DataDir %q: gVisor cannot take a path with a comma or a colon", cfg.DataDir)
 	}
+	if err := checkLinked("/proc/self/exe"); err != nil {
+		return nil, fmt.Errorf("gvisor: %w", err)
+	}
 	runscVersion = version()
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
