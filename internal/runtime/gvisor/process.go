@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -90,17 +91,32 @@ func (r *Runtime) reapExited(id sandbox.ID) {
 		pids = append(pids, c.Sandbox.Pid.Load())
 	}
 	for _, pid := range pids {
-		// One that has left its cgroup takes a moment until it can be collected.
-		for range 20 {
-			if pid <= 0 {
+		// One that has left its cgroup takes a moment until it can be collected, and on a
+		// busy machine a longer one.
+		for end := time.Now().Add(killTimeout); pid > 0 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
+			if got != 0 || err != nil || !exiting(pid) { // ECHILD: another process's
 				break
 			}
-			if got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); got != 0 || err != nil { // ECHILD: another process's
-				break
-			}
-			time.Sleep(time.Millisecond)
 		}
 	}
+}
+
+// exiting reports whether a process is on its way out or gone. One that is not has
+// only got the number of one that was.
+func exiting(pid int) bool {
+	const flag = 0x4 // PF_EXITING of the kernel's sched.h
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	text := string(b)
+	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:]) // from the state on; see proc_pid_stat(5)
+	if len(fields) < 7 {
+		return true
+	}
+	flags, err := strconv.ParseUint(fields[6], 10, 64)
+	return err != nil || flags&flag != 0
 }
 
 // exited reports whether the process of a descriptor has ended.

@@ -329,7 +329,11 @@ func (r *Runtime) Destroy(ctx context.Context, id sandbox.ID) error {
 	r.groups.kill(id, k)
 	r.workers.forget(id)
 	defer r.locks.lock(id)()
-	return r.erase(ctx, id)
+	if err := r.erase(ctx, id); err != nil {
+		return err
+	}
+	k.reap() // those that left their cgroup before erase looked into it
+	return nil
 }
 
 // erase kills whatever runs in the sandbox's cgroup and removes all traces. The
