@@ -106,8 +106,8 @@ func (f *flow) whyDenied(d denial) (kind string, body []byte) {
 	rule := ruleOf(d)
 	host := cmp.Or(d.name, f.dst.String())
 	const denied = "denied by egress policy: "
-	kind, body = "application/json", nil
 	if f.wantsJSON {
+		kind = "application/json"
 		body, _ = json.Marshal(struct { // strings always marshal
 			Error   string        `json:"error"`
 			Host    string        `json:"host"`
