@@ -399,7 +399,7 @@ func startPins(t *testing.T, s *live) *pins {
 		passes(tcp("short.test"), pinned("allow[0]")),
 		passes(tcp(addr), pinned("allow[0]")), // resolved a moment ago
 		refuses(try{Kind: "tcp", Addr: addr + ":7"}, denied),
-		refuses(udp(addr), denied),
+		refuses(udp(addr), verdict{"deny", "deny[0]", "name-tcp-only"}), // its rule is about TCP
 		check{web(addr, "short.test"), "alert", verdict{"deny", "deny[0]", "name-denied"}, ""},
 		check{web("shared-a.test", ""), "ok", verdict{"allow", "allow[3]", "allow-name"}, ""},
 		check{web("198.51.100.30", "shared-b.test"), "alert", verdict{"deny", "deny[0]", "name-denied"}, ""},
