@@ -53,7 +53,7 @@ func collect(s received, event func() *pb.ProcessEvent, r *result) {
 	// Builders, because a string that grows by each event is copied with each: a reader
 	// so slow that it measures itself.
 	var out, errOut strings.Builder
-	defer func() { r.out, r.errOut = out.String(), errOut.String() }()
+	defer func() { r.out, r.errOut = r.out+out.String(), r.errOut+errOut.String() }()
 	for s.Receive() {
 		switch ev := event().GetEvent().(type) {
 		case *pb.ProcessEvent_Start:
