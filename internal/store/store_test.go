@@ -101,11 +101,11 @@ func TestRecordsAreReadBackAndSurviveReopen(t *testing.T) {
 	r.Revision = put(t, s, r)
 	want := []sandbox.Record{r}
 	same := cmpopts.EquateEmpty()
-	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease, netip.Prefix{})); diff != "" {
+	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease, netip.Prefix{}, netip.AddrPort{})); diff != "" {
 		t.Errorf("own write (-want +got):\n%s", diff)
 	}
 	s = reopen(t, s)
-	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease, netip.Prefix{})); diff != "" {
+	if diff := cmp.Diff(want, list(t, s), same, cmpopts.EquateComparable(r.Lease, netip.Prefix{}, netip.AddrPort{})); diff != "" {
 		t.Errorf("after reopening (-want +got):\n%s", diff)
 	}
 	if err := s.DeleteSandbox(t.Context(), r.ID); err != nil {

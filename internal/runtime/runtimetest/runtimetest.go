@@ -654,12 +654,10 @@ func (s *suite) memoryLimit(t *testing.T) {
 
 func (s *suite) processLimit(t *testing.T) {
 	_, slot := s.sandbox(t, s.open(t), nil)
-	out, err := slot.Ask(t.Context(), "forks", "100")
-	if err == nil {
+	// Root may have more: who starts its programs limits them.
+	out := ask(t, slot, "crowd", "1", "100")
+	if n, _ := strconv.Atoi(out); n < 2 || n > 64 {
 		t.Errorf("started %s processes, with a limit of 64", out)
-	}
-	if n, _ := strconv.Atoi(out); n < 2 {
-		t.Errorf("started %s processes only", out)
 	}
 	ask(t, slot, "hello")
 }
