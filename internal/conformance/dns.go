@@ -431,7 +431,7 @@ func learnedAddress(t *Trial) {
 	t.Try(Try{
 		What: "other ports and UDP at the pinned address", By: pinned,
 		Orders: []probe.Order{tcp(addrShared, 8443, []byte("canary-53")), udp(addrShared, 4000, []byte("canary-53")), udp(addrShared, 4000, quicInitial("canary-53")), http80(addrShared, get(nameShared, "/canary-53"))},
-		Never:  []string{"canary-53"}, Answer: unanswered, Log: denied("no-name", "deny-address", "name-denied"),
+		Never:  []string{"canary-53"}, Answer: unanswered, Log: denied("no-name", "deny-address", "name-denied", "name-tcp-only"),
 	})
 	sharedPort(t)
 }

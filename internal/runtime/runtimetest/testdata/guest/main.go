@@ -193,6 +193,12 @@ var commands = map[string]func(a []string) (string, error){
 	"forks": func(a []string) (string, error) { // how many processes may live at once, at most n
 		return forks(num(a, 0))
 	},
+	"userforks": func(a []string) (string, error) { // forks, by a program of a user without rights
+		c := exec.Command("/guest", "forks", arg(a, 0))
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 10000, Gid: 1}}
+		out, err := c.Output()
+		return string(out), err
+	},
 	"sleep": func(a []string) (string, error) {
 		time.Sleep(time.Duration(num(a, 0)) * time.Second)
 		return "", nil
