@@ -248,19 +248,32 @@ func (h *attacker) run(ctx context.Context, l load) (stop func()) {
 func (h *attacker) leave() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	list, err := h.c.List(ctx, client.ListOptions{})
-	if err != nil {
-		h.t.Error(err)
+	// The key may have used up its requests: the load was such.
+	patient := func(ask func() error) {
+		err := ask()
+		for wait := 0; err != nil && wait < 10 && ctx.Err() == nil; wait++ {
+			time.Sleep(time.Second)
+			err = ask()
+		}
+		if err != nil {
+			h.t.Error(err)
+		}
 	}
+	var list []client.Info
+	patient(func() (err error) {
+		list, err = h.c.List(ctx, client.ListOptions{})
+		return err
+	})
 	for _, info := range list {
 		if box, err := h.c.Connect(ctx, info.ID, time.Minute); err == nil {
 			_ = box.Kill(ctx)
 		}
 	}
-	snaps, err := h.c.Snapshots(ctx, "")
-	if err != nil {
-		h.t.Error(err)
-	}
+	var snaps []client.Snapshot
+	patient(func() (err error) {
+		snaps, err = h.c.Snapshots(ctx, "")
+		return err
+	})
 	for _, snap := range snaps {
 		_ = h.c.DeleteSnapshot(ctx, snap.ID)
 	}
