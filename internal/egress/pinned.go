@@ -62,16 +62,24 @@ func (f *flow) serveShown(ctx context.Context) bool {
 		return f.unreadable(ctx, errProxyPreamble)
 	}
 	f.p.sniffed(f)
-	r, ok := f.judgePinned(ctx)
+	r, ok := f.admitPinned(ctx)
 	if !ok {
-		f.kill(ReasonRevoked)
-		return false
-	}
-	if !r.Allow {
-		f.denyUnpinned(r)
 		return false
 	}
 	return f.pass(ctx, r)
+}
+
+// admitPinned judges a flow by the names that are pinned to its address. What they do
+// not allow is ended, and ok is false.
+func (f *flow) admitPinned(ctx context.Context) (r ruling, ok bool) {
+	r, known := f.judgePinned(ctx)
+	switch {
+	case !known:
+		f.kill(ReasonRevoked)
+	case !r.Allow:
+		f.denyUnpinned(r)
+	}
+	return r, known && r.Allow
 }
 
 // denyUnpinned ends a flow that shows no name, at an address that no name is pinned to.

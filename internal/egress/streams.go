@@ -48,13 +48,8 @@ func (f *flow) speaksHTTP2(kind protocol) bool { return kind == showsHTTP2 && f.
 func (f *flow) serveHTTP2(ctx context.Context) (handedOver bool) {
 	f.proto, f.http2 = "http", true
 	f.p.sniffed(f)
-	r, ok := f.judgePinned(ctx)
+	r, ok := f.admitPinned(ctx)
 	if !ok {
-		f.kill(ReasonRevoked)
-		return false
-	}
-	if !r.Allow {
-		f.denyUnpinned(r)
 		return false
 	}
 	up, ok := f.connect(ctx, r)
