@@ -174,6 +174,21 @@ func (g cgroups) sweepGroups() {
 	}
 }
 
+// removeEmpty removes the groups without a sandbox, then the parent and those above it as
+// far as they are empty: a server that leaves no sandbox leaves no cgroup.
+func (g cgroups) removeEmpty() {
+	g.sweepGroups()
+	g.places.mu.Lock()
+	defer g.places.mu.Unlock()
+	for _, m := range g.mounts {
+		for dir := filepath.Join(m, g.parent); dir != m; dir = filepath.Dir(dir) {
+			if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+				break // in use
+			}
+		}
+	}
+}
+
 // weights are what each group gets of CPU time and of disk I/O, relative to the others.
 // They are the kernel's defaults, written down; where a file is missing, the kernel
 // lacks the controller or does not weigh.

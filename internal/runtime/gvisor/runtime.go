@@ -110,10 +110,10 @@ func New(cfg Config) (*Runtime, error) {
 	if err := groups.denySwap(); err != nil {
 		return nil, err
 	}
-	if err := groups.limitAll(cfg.All); err != nil {
+	if err := tableOnce(); err != nil {
 		return nil, err
 	}
-	if err := tableOnce(); err != nil {
+	if err := groups.limitAll(cfg.All); err != nil {
 		return nil, err
 	}
 	return &Runtime{cfg: cfg, name: "gvisor/" + runscVersion, groups: groups}, nil
@@ -535,12 +535,13 @@ func (k *keyed) lock(id sandbox.ID) (unlock func()) {
 	}
 }
 
-// Close ends what the Runtime itself holds and unmounts what gVisor leaves behind
-// for all sandboxes together: the empty network namespace of the gofers. Running
-// sandboxes go on, and keep theirs; a later Create makes it anew. So a server
-// that will start again may call it or not.
+// Close ends what the Runtime itself holds, removes the cgroups that no sandbox is in,
+// and unmounts what gVisor leaves behind for all sandboxes together: the empty network
+// namespace of the gofers. Running sandboxes go on, and keep theirs; a later Create
+// makes it anew. So a server that will start again may call it or not.
 func (r *Runtime) Close() error {
 	r.workers.close()
+	r.groups.removeEmpty()
 	path := filepath.Join(r.root(), specutils.NullNetNSFilename)
 	for {
 		switch err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); {
