@@ -26,6 +26,7 @@ import (
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -379,7 +380,7 @@ func TestEveryErrorKindHasItsStatus(t *testing.T) {
 		t.Run(tt.err.Error(), func(t *testing.T) {
 			b := newBench(t)
 			b.sandboxes.Broken = tt.err
-			r := b.do("GET", "/sandboxes/"+string(sandbox.NewID()), "")
+			r := b.do("GET", "/sandboxes/"+string(sandboxid.New()), "")
 			b.want(r, tt.status, "")
 			if r.body["message"] != tt.message || r.Header().Get("Retry-After") != tt.retryAfter {
 				t.Fatalf("got %v, Retry-After %q", r.body, r.Header().Get("Retry-After"))
@@ -421,7 +422,7 @@ func TestAPanicIsAFaultOfOurs(t *testing.T) {
 func TestSandboxCalls(t *testing.T) {
 	b := newBench(t)
 	id := b.create(`{"templateID":"base"}`)
-	absent := string(sandbox.NewID())
+	absent := string(sandboxid.New())
 	gone := fmt.Sprintf(`Sandbox %q doesn't exist or you don't have access to it`, absent)
 	tests := []struct {
 		name, method, path, body string

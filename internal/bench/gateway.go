@@ -14,6 +14,7 @@ import (
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/resolver"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Gateway is cordon's way from a sandbox to the network, in a process of its own:
@@ -77,7 +78,7 @@ func (g *Gateway) report(run func() error) {
 
 // sandbox takes a slot: the one to load, or one of the many beside it.
 func (g *Gateway) sandbox(c GatewayConfig, loaded bool) error {
-	lease, err := g.network.Acquire(g.ctx, sandbox.NewID())
+	lease, err := g.network.Acquire(g.ctx, sandboxid.New())
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/cordonhq/cordon/internal/policy"
-	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 func BenchmarkAcquireFromPool(b *testing.B) {
@@ -16,7 +16,7 @@ func BenchmarkAcquireFromPool(b *testing.B) {
 		for len(w.ready) == 0 {
 			fill(b, w)
 		}
-		id := sandbox.NewID()
+		id := sandboxid.New()
 		b.StartTimer()
 		l, err := w.Acquire(context.Background(), id)
 		b.StopTimer()

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 	"github.com/cordonhq/cordon/internal/share"
 )
 
@@ -656,7 +657,7 @@ func TestManyAtATime(t *testing.T) {
 	for i := range 8 {
 		go func() {
 			for range 4 {
-				l, err := w.Acquire(context.Background(), sandbox.NewID())
+				l, err := w.Acquire(context.Background(), sandboxid.New())
 				if err != nil {
 					done <- err
 					return
@@ -708,7 +709,7 @@ func TestAThousandSlotsAreAdoptedInOneTransaction(t *testing.T) {
 	for i := range 1000 {
 		num := 8000 + i
 		s := &slot{num: num, lease: w.plan.lease(num, true), mac: w.plan.mac(num, 2), ifindex: uint32(1e6 + num)}
-		kept = append(kept, adopted{id: sandbox.NewID(), slot: s, policy: p})
+		kept = append(kept, adopted{id: sandboxid.New(), slot: s, policy: p})
 	}
 	began := time.Now()
 	if err := w.replaceTable(kept); err != nil {

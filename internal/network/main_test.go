@@ -25,6 +25,7 @@ import (
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // inOwnNamespace tells the second start of the test binary, which has network and
@@ -196,7 +197,7 @@ func (w *world) halt() {
 // lease acquires a slot.
 func (w *world) lease() sandbox.Lease {
 	w.t.Helper()
-	l, err := w.Acquire(context.Background(), sandbox.NewID())
+	l, err := w.Acquire(context.Background(), sandboxid.New())
 	if err != nil {
 		w.t.Fatal("acquire:", err)
 	}

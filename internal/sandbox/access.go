@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Link is a signed public URL that is in force. The URL itself is not kept: it can
@@ -106,10 +107,10 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, req LinkR
 		return Record{}, Link{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d signed URLs: revoke some", string(id), MaxLinks)
 	}
 	now := time.Now()
-	link := Link{ID: newToken()[:16], Port: req.Port, Created: now.UTC(), Expires: now.Add(req.Life + time.Second - 1).UTC().Truncate(time.Second)}
+	link := Link{ID: sandboxid.NewToken()[:16], Port: req.Port, Created: now.UTC(), Expires: now.Add(req.Life + time.Second - 1).UTC().Truncate(time.Second)}
 	next.rec.Links = append(kept, link)
 	if next.rec.LinkKey == "" {
-		next.rec.LinkKey = newToken() + newToken()
+		next.rec.LinkKey = sandboxid.NewToken() + sandboxid.NewToken()
 	}
 	if err := m.save(ctx, e, next); err != nil {
 		return Record{}, Link{}, err

@@ -3,7 +3,6 @@ package sandbox
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Create starts a sandbox and returns when its agent answers, its policy is in
@@ -32,7 +32,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 		return Record{}, err
 	}
 	defer place.release()
-	if err := m.room(req.Owner); err != nil {
+	if err := m.space.Check(req.Owner); err != nil {
 		return Record{}, err
 	}
 	o, err := m.from(ctx, req.Owner, req.Template)
@@ -135,10 +135,10 @@ func newRecord(req CreateRequest, o *origin, up *started) Record {
 		rec.TemplateID, rec.Template, rec.Image = s.ID, s.label(), s.Image
 	}
 	if req.Secure {
-		rec.AccessToken = newToken()
+		rec.AccessToken = sandboxid.NewToken()
 	}
 	if !rec.Public() {
-		rec.TrafficToken = newToken()
+		rec.TrafficToken = sandboxid.NewToken()
 	}
 	return rec
 }
@@ -205,20 +205,17 @@ func (m *Manager) acquire(ctx context.Context, o *origin, p *policy.Compiled) (*
 			return up, nil
 		}
 	}
-	return m.startFrom(ctx, NewID(), o, p)
+	return m.startFrom(ctx, sandboxid.New(), o, p)
 }
-
-// newToken returns 128 random bits or more in lower-case letters and digits.
-func newToken() string { return strings.ToLower(rand.Text()) }
 
 // newControlToken returns a control token for the agent that has an old one, or for
 // a new agent. Tokens say how they are used, because an agent outlives the server
 // that started it, in a running sandbox as in a checkpoint.
 func newControlToken(old string) string {
 	if old != "" && !ProvenToken(old) {
-		return newToken()
+		return sandboxid.NewToken()
 	}
-	return provenPrefix + newToken()
+	return provenPrefix + sandboxid.NewToken()
 }
 
 const provenPrefix = "proven_"

@@ -25,8 +25,8 @@ func onADisk(t *testing.T, free *int64) (*Manager, map[ID]int64) {
 	w, layers := newWorld(), map[ID]int64{}
 	m := newManager(t, w, func(c *Config) {
 		c.Runtime, c.MinFree = layered{fakeRuntime{w}, layers}, 4<<30
-		c.space = func(string) (int64, int64, error) { return *free, 200 << 30, nil }
 	})
+	m.space.Stat = func(string) (int64, int64, error) { return *free, 200 << 30, nil }
 	runManager(t, m)
 	return m, layers
 }

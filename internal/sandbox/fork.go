@@ -9,6 +9,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Fork starts copies of a sandbox as it is now, with its processes, files, rules
@@ -60,7 +61,7 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 	}
 	defer place.release()
 	size := m.footprint(ctx, id)
-	written, err := m.hoard(rec.Owner, size)
+	written, err := m.space.Reserve(rec.Owner, size)
 	if err != nil {
 		return Record{}, nil, err
 	}
@@ -74,11 +75,11 @@ func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, 
 		return Record{}, nil, err
 	}
 	defer leave()
-	dir, remove, err := m.vault.lend(func(dir string) error {
+	dir, remove, err := m.vault.Temporary(func(dir string) error {
 		return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir)
 	})
 	if err != nil {
-		return Record{}, nil, m.diskFull(err)
+		return Record{}, nil, m.space.Explain(err)
 	}
 	return rec, &origin{owner: rec.Owner, img: img, resources: rec.Resources, dir: dir, memory: size, token: rec.ControlToken, pins: m.cfg.Network.Pins(id), close: remove}, nil
 }
@@ -94,9 +95,9 @@ func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Durat
 	if err != nil {
 		return Record{}, err
 	}
-	up, err := m.boot(ctx, NewID(), o, p)
+	up, err := m.boot(ctx, sandboxid.New(), o, p)
 	if err != nil {
-		return Record{}, m.diskFull(err)
+		return Record{}, m.space.Explain(err)
 	}
 	defer func() {
 		if err != nil {
@@ -128,10 +129,10 @@ func twinRecord(src *Record, up *started) Record {
 	rec.Metadata, rec.EnvVars = maps.Clone(src.Metadata), maps.Clone(src.EnvVars)
 	rec.ControlToken = newControlToken(up.controlToken)
 	if src.AccessToken != "" {
-		rec.AccessToken = newToken()
+		rec.AccessToken = sandboxid.NewToken()
 	}
 	if src.TrafficToken != "" {
-		rec.TrafficToken = newToken()
+		rec.TrafficToken = sandboxid.NewToken()
 	}
 	return rec
 }

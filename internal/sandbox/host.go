@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
@@ -56,12 +55,12 @@ func turn(ctx context.Context, g *share.Gate, owner string) (leave func(), err e
 	case ctx.Err() != nil:
 		return nil, errs.Wrap(errs.Unavailable, err, "the server is busy with other sandboxes: try again")
 	}
-	return nil, Refused(err, "try again, or ask for less at a time")
+	return nil, share.Explain(err, "try again, or ask for less at a time")
 }
 
 // Pools are the counts of what sandboxes share, for metrics.
 func (m *Manager) Pools() (pools []*share.Pool) {
-	pools = []*share.Pool{m.starts.Pool(), m.updates.Pool(), m.disk.Pool()}
+	pools = []*share.Pool{m.starts.Pool(), m.updates.Pool(), m.space.Pool()}
 	for _, meter := range []*share.Meter{m.meters.memory, m.meters.threads} {
 		if meter != nil {
 			pools = append(pools, meter.Pool())
@@ -94,19 +93,9 @@ func (m *Manager) fit(ctx context.Context, o *origin) (release func(), err error
 	m.meters.memory.MeasuredOne(all.Memory, o.owner, mine.Memory)
 	release, err = m.meters.memory.Promise(o.owner, need)
 	if err != nil {
-		return nil, Refused(err, "kill or pause sandboxes")
+		return nil, share.Explain(err, "kill or pause sandboxes")
 	}
 	return release, nil
-}
-
-// Refused makes what the caller sees of a limit that keys share: which, how much, and
-// what to do about it.
-func Refused(err error, fix string) error {
-	var full *share.Full
-	if !errors.As(err, &full) {
-		return err
-	}
-	return errs.Wrap(errs.Exhausted, nil, "%s: %s", full.Error(), fix)
 }
 
 // balance sets the limits of all owners' groups by what they hold now.

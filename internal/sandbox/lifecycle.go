@@ -73,7 +73,7 @@ func (m *Manager) deleteRecord(ctx context.Context, id ID) error {
 func (m *Manager) free(ctx context.Context, v *view) error {
 	err := m.stop(ctx, v)
 	m.history.forget(v.rec.ID)
-	return errors.Join(err, m.vault.drop(v.rec.Checkpoint))
+	return errors.Join(err, m.vault.Drop(v.rec.Checkpoint))
 }
 
 // stop withdraws the network and destroys the processes; what one step cannot

@@ -11,8 +11,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 	"github.com/cordonhq/cordon/internal/share"
 )
 
@@ -93,8 +95,6 @@ type Config struct {
 	InUse func(ID) bool
 
 	Log *slog.Logger
-
-	space func(dir string) (free, total int64, err error) // freeSpace but in tests
 }
 
 func (c *Config) setDefaults() {
@@ -105,9 +105,6 @@ func (c *Config) setDefaults() {
 	c.MaxTimeout = cmp.Or(c.MaxTimeout, 24*time.Hour)
 	c.ParallelStarts = cmp.Or(c.ParallelStarts, max(4, 2*runtime.NumCPU()))
 	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
-	if c.space == nil {
-		c.space = freeSpace
-	}
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.PolicyChanged == nil {
 		c.PolicyChanged = func(ID) {}
@@ -141,20 +138,19 @@ type Manager struct {
 	tasks   chan func(context.Context)
 	ended   chan struct{} // closed when Run has returned
 	spares  *spares
-	vault   *vault
-	warm    *warm
+	vault   *checkpoint.Vault
+	warm    *checkpoint.Warm
 	history *history
 	meters  meters
-	disk    *share.Meter
+	space   *checkpoint.Space
 
-	mu        sync.Mutex             // guards naming to hoarded
+	mu        sync.Mutex             // guards naming to keeping
 	naming    map[string]*sync.Mutex // by owner; each is held while a snapshot's name or record changes hands, before mu
 	live      map[ID]*entry
 	snapshots map[string]Snapshot // by ID
 	reserved  map[string]int      // creations and resumes under way, by owner
 	pausing   map[string]int      // pauses under way, by owner
 	keeping   map[string]int      // snapshots under way, by owner
-	hoarded   int64               // bytes of the disk that are about to be written
 
 	released map[string]released // by name; guarded by domainMu
 	domainMu sync.RWMutex        // guards domains
@@ -187,10 +183,11 @@ func New(cfg Config) *Manager {
 		ended:   make(chan struct{}),
 		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{}, released: map[string]released{},
 		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{}, naming: map[string]*sync.Mutex{},
-		spares: newSpares(cfg.Spares), vault: newVault(cfg.SnapshotDir), history: newHistory(),
-		meters: newMeters(cfg.Host), disk: share.NewMeter(share.Disk.Of(1, 0)), // its size is what is free
+		spares: newSpares(cfg.Spares), vault: checkpoint.NewVault(cfg.SnapshotDir), history: newHistory(),
+		meters: newMeters(cfg.Host),
 	}
-	m.warm = newWarm(m.vault)
+	m.warm = checkpoint.NewWarm(m.vault)
+	m.space = checkpoint.NewSpace(cfg.SnapshotDir, cfg.MinFree, m.diskShares)
 	return m
 }
 
@@ -390,7 +387,7 @@ func (m *Manager) save(ctx context.Context, e *entry, next view) error {
 // event records a step in a sandbox's life; a lost event is worth a warning, not
 // a failed call.
 func (m *Manager) event(ctx context.Context, rec *Record, ev Event) {
-	ev.ID, ev.Time, ev.Sandbox, ev.Owner, ev.Template = newToken(), time.Now().UTC(), rec.ID, rec.Owner, rec.Template
+	ev.ID, ev.Time, ev.Sandbox, ev.Owner, ev.Template = sandboxid.NewToken(), time.Now().UTC(), rec.ID, rec.Owner, rec.Template
 	if ev.State == "" {
 		ev.State = rec.State
 	}

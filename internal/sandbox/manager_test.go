@@ -14,6 +14,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 func TestAFailedCreateLeavesNothing(t *testing.T) {
@@ -252,7 +253,7 @@ func TestAServerAdoptsWhatAnotherLeft(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		orphan := NewID()
+		orphan := sandboxid.New()
 		w.mu.Lock()
 		delete(w.running, lost.ID)
 		w.running[orphan] = make(chan struct{})

@@ -39,14 +39,14 @@ func (m *Manager) cold(img Image) *origin {
 
 // kept is an image with a checkpoint from the vault. The caller closes it.
 func (m *Manager) kept(img Image, name string, r Resources) (*origin, error) {
-	read, err := m.vault.open(name)
+	read, err := m.vault.Open(name)
 	if err != nil {
 		return nil, err
 	}
-	if err := m.cfg.Runtime.Restorable(read.dir); err != nil {
-		return nil, errors.Join(err, read.close())
+	if err := m.cfg.Runtime.Restorable(read.Dir); err != nil {
+		return nil, errors.Join(err, read.Close())
 	}
-	return &origin{img: img, resources: r, dir: read.dir, memory: read.bytes(), token: read.Token, verify: read.verify, close: read.close}, nil
+	return &origin{img: img, resources: r, dir: read.Dir, memory: read.Bytes(), token: read.Token, verify: read.Verify, close: read.Close}, nil
 }
 
 // finish closes an origin that nothing is started from any more.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/errs"
 )
 
@@ -39,7 +40,7 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 		return err
 	}
 	defer leave()
-	written, err := m.hoard(v.rec.Owner, m.footprint(ctx, id))
+	written, err := m.space.Reserve(v.rec.Owner, m.footprint(ctx, id))
 	if err != nil {
 		return err
 	}
@@ -76,7 +77,7 @@ func (m *Manager) suspend(ctx context.Context, e *entry) (size int64, err error)
 	if err != nil {
 		return 0, err
 	}
-	undo.Add("checkpoint", func(context.Context) error { return m.vault.drop(name) })
+	undo.Add("checkpoint", func(context.Context) error { return m.vault.Drop(name) })
 	next := *v
 	next.rec.State, next.rec.Lease, next.rec.Checkpoint = Paused, Lease{}, name
 	next.rec.Pins = m.cfg.Network.Pins(next.rec.ID)
@@ -88,11 +89,11 @@ func (m *Manager) suspend(ctx context.Context, e *entry) (size int64, err error)
 
 // checkpoint puts a sandbox's memory, processes and files on disk.
 func (m *Manager) checkpoint(ctx context.Context, rec *Record) (name string, size int64, err error) {
-	name = newCheckpointName()
-	man, err := m.vault.keep(name, manifest{Token: rec.ControlToken}, func(dir string) error {
+	name = checkpoint.NewName()
+	man, err := m.vault.Keep(name, checkpoint.Manifest{Token: rec.ControlToken}, func(dir string) error {
 		return m.cfg.Runtime.Checkpoint(ctx, rec.ID, dir)
 	})
-	return name, man.bytes(), m.diskFull(err)
+	return name, man.Bytes(), m.space.Explain(err)
 }
 
 // restate writes a record again after a write that failed, for a write that

@@ -8,6 +8,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Reset starts a sandbox over from its template or snapshot, under its own ID,
@@ -55,7 +56,7 @@ type startOver struct {
 
 // beginning is the origin a sandbox once started from.
 func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
-	if err := m.room(rec.Owner); err != nil {
+	if err := m.space.Check(rec.Owner); err != nil {
 		return nil, err
 	}
 	if rec.Image == "" {
@@ -95,7 +96,7 @@ func (m *Manager) startOver(ctx context.Context, e *entry, to startOver) (rec Re
 		}
 		return Record{}, err
 	}
-	if err := m.vault.drop(used); err != nil {
+	if err := m.vault.Drop(used); err != nil {
 		m.cfg.Log.Warn("former checkpoint not removed", "sandbox", id, "err", err)
 	}
 	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
@@ -122,7 +123,7 @@ func (m *Manager) rerun(ctx context.Context, e *entry, next *view, to startOver)
 		case next.rec.Public():
 			next.rec.TrafficToken = ""
 		case next.rec.TrafficToken == "":
-			next.rec.TrafficToken = newToken()
+			next.rec.TrafficToken = sandboxid.NewToken()
 		}
 	}
 	m.revive(next, up, to.lifetime)

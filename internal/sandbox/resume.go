@@ -50,7 +50,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 		return Record{}, err
 	}
 	defer m.finish(o)
-	if err := m.room(next.rec.Owner); err != nil {
+	if err := m.space.Check(next.rec.Owner); err != nil {
 		return Record{}, err
 	}
 	place, err := m.reserve(next.rec.Owner)
@@ -79,7 +79,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Durati
 		old := *e.view.Load()
 		return Record{}, errors.Join(err, m.restate(context.WithoutCancel(ctx), e, old))
 	}
-	if err := m.vault.drop(used); err != nil {
+	if err := m.vault.Drop(used); err != nil {
 		m.cfg.Log.Warn("used checkpoint not removed", "sandbox", id, "err", err)
 	}
 	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })

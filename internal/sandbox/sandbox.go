@@ -5,42 +5,15 @@ package sandbox
 
 import (
 	"cmp"
-	"crypto/rand"
 	"net/netip"
-	"regexp"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
-// ID names a sandbox: "i" and 20 characters of [a-z0-9]. Its length is fixed
-// because runsc resolves prefixes, and it has no "-" because host names are split there.
-type ID string
-
-const idAlphabet = "0123456789abcdefghijklmnopqrstuvwxyz"
-
-var idForm = regexp.MustCompile(`^i[0-9a-z]{20}$`)
-
-// NewID returns a random ID (about 103 bits).
-func NewID() ID {
-	b := make([]byte, 21)
-	b[0] = 'i'
-	var buf [32]byte
-	for i := 1; i < len(b); {
-		rand.Read(buf[:])
-		for _, r := range buf {
-			if r >= 252 || i == len(b) { // 252 = 7*36: no bias
-				continue
-			}
-			b[i] = idAlphabet[r%36]
-			i++
-		}
-	}
-	return ID(b)
-}
-
-// Valid reports whether id has the form of an ID.
-func (id ID) Valid() bool { return idForm.MatchString(string(id)) }
+// ID names a sandbox.
+type ID = sandboxid.ID
 
 // State is where a sandbox is in its life.
 type State string

@@ -5,14 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Snapshot is a stored sandbox that others can be started from. It is durable
@@ -81,7 +80,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 		return Snapshot{}, err
 	}
 	snap := Snapshot{
-		ID: "s" + string(NewID()[1:]), Sandbox: id, Owner: rec.Owner,
+		ID: sandboxid.Name('s'), Sandbox: id, Owner: rec.Owner,
 		Checkpoint: checkpoint, Bytes: size, Image: rec.image(), ImageRef: rec.ImageRef,
 		Runtime: m.cfg.Runtime.Name(), Resources: rec.Resources, Pins: m.pinsOf(&rec),
 	}
@@ -89,7 +88,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 		snap.Names = []string{name}
 	}
 	if snap, err = m.publish(ctx, snap); err != nil {
-		return Snapshot{}, errors.Join(err, m.vault.drop(checkpoint))
+		return Snapshot{}, errors.Join(err, m.vault.Drop(checkpoint))
 	}
 	m.event(ctx, &rec, Event{Name: "snapshot", Detail: snap.ID})
 	m.cfg.Log.Info("snapshot taken", "sandbox", id, "snapshot", snap.ID, "bytes", size, "took", time.Since(began))
@@ -125,30 +124,21 @@ func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
 // already, whose files the copy shares: they are never written to again.
 func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size int64, err error) {
 	if rec.State == Running {
-		written, err := m.hoard(rec.Owner, m.footprint(ctx, rec.ID))
+		written, err := m.space.Reserve(rec.Owner, m.footprint(ctx, rec.ID))
 		if err != nil {
 			return "", 0, err
 		}
 		defer written()
 		return m.checkpoint(ctx, rec)
 	}
-	if err := m.room(rec.Owner); err != nil {
+	if err := m.space.Check(rec.Owner); err != nil {
 		return "", 0, err
 	}
-	read, err := m.vault.open(rec.Checkpoint)
+	name, man, err := m.vault.Copy(rec.Checkpoint)
 	if err != nil {
-		return "", 0, cannot(err, "Sandbox %q cannot be copied", string(rec.ID))
+		return "", 0, cannot(m.space.Explain(err), "Sandbox %q cannot be copied", string(rec.ID))
 	}
-	name = newCheckpointName()
-	man, err := m.vault.keep(name, manifest{Token: read.Token}, func(dir string) error {
-		for _, p := range read.Files {
-			if err := os.Link(filepath.Join(read.dir, p.Name), filepath.Join(dir, p.Name)); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	return name, man.bytes(), errors.Join(m.diskFull(err), read.close())
+	return name, man.Bytes(), nil
 }
 
 // publish stores a snapshot's record and shows it. Of two that get one name at once,
@@ -173,7 +163,7 @@ func (m *Manager) publish(ctx context.Context, snap Snapshot) (Snapshot, error) 
 	m.mu.Lock()
 	m.snapshots[snap.ID] = snap
 	m.mu.Unlock()
-	if err := m.vault.drop(old.Checkpoint); err != nil {
+	if err := m.vault.Drop(old.Checkpoint); err != nil {
 		m.cfg.Log.Warn("replaced snapshot not removed", "snapshot", snap.ID, "err", err)
 	}
 	return snap, nil
@@ -290,7 +280,7 @@ func (m *Manager) DeleteSnapshot(ctx context.Context, owner, name string) error 
 	delete(m.snapshots, snap.ID)
 	m.mu.Unlock()
 	m.cfg.Log.Info("snapshot deleted", "snapshot", snap.ID)
-	return m.vault.drop(snap.Checkpoint)
+	return m.vault.Drop(snap.Checkpoint)
 }
 
 // loadSnapshots reads the records and removes what nobody speaks of from the vault.
@@ -299,10 +289,7 @@ func (m *Manager) loadSnapshots(ctx context.Context, records []Record) error {
 	if err != nil {
 		return fmt.Errorf("read snapshots: %w", err)
 	}
-	if err := errors.Join(os.MkdirAll(m.cfg.SnapshotDir, 0o700), os.Chmod(m.cfg.SnapshotDir, 0o700)); err != nil {
-		return fmt.Errorf("make the snapshot directory: %w", err)
-	}
-	keep := m.warm.known(m.cfg.Runtime)
+	keep := m.warm.Load(m.cfg.Runtime.Restorable)
 	m.mu.Lock()
 	for _, s := range all {
 		m.snapshots[s.ID] = s
@@ -312,5 +299,5 @@ func (m *Manager) loadSnapshots(ctx context.Context, records []Record) error {
 	for i := range records {
 		keep[records[i].Checkpoint] = true
 	}
-	return m.vault.sweep(keep)
+	return m.vault.Sweep(keep)
 }

@@ -9,11 +9,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // onDisk lists what is in a Manager's snapshot directory.
@@ -103,7 +106,7 @@ func TestBrokenOffPauseGoesOnAfterRestart(t *testing.T) {
 		return create(t, first, CreateRequest{Egress: noInternet()})
 	}()
 	w.paused[rec.ID] = true // the server was killed in the middle
-	if err := os.MkdirAll(filepath.Join(dir, newCheckpointName()+partialSuffix), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, checkpoint.NewName()+".partial"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	next := newManager(t, w, func(c *Config) { c.SnapshotDir = dir })
@@ -367,7 +370,7 @@ func TestSnapshotsThatAreRefused(t *testing.T) {
 	})
 	t.Run("a change of one octet is found, and nothing is left running", func(t *testing.T) {
 		s, _ := m.snapshot("me", snap.ID)
-		if err := os.WriteFile(filepath.Join(m.vault.path(s.Checkpoint), "memory"), []byte(NewID()), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(m.vault.Path(s.Checkpoint), "memory"), []byte(sandboxid.New()), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		before := len(w.leftovers())
@@ -514,9 +517,16 @@ func (i startImages) Resolve(ctx context.Context, template string) (Image, error
 func TestNothingNewOnADiskThatIsFull(t *testing.T) {
 	w := newWorld()
 	m := newManager(t, w)
+	var full atomic.Bool
+	m.space.Stat = func(string) (int64, int64, error) {
+		if full.Load() {
+			return 100 << 20, 100 << 30, nil
+		}
+		return 90 << 30, 100 << 30, nil
+	}
 	runManager(t, m)
 	rec := create(t, m, CreateRequest{})
-	m.cfg.MinFree = 1 << 60
+	full.Store(true)
 	_, createErr := m.Create(t.Context(), CreateRequest{})
 	_, snapErr := m.CreateSnapshot(t.Context(), "", rec.ID, "")
 	_, forkErr := m.Fork(t.Context(), "", rec.ID, ForkRequest{Count: 1})
@@ -533,7 +543,7 @@ func TestNothingNewOnADiskThatIsFull(t *testing.T) {
 
 func TestHistoryIsARing(t *testing.T) {
 	h := newHistory()
-	rec := Record{ID: NewID(), Resources: Resources{CPUs: 2, MemoryMB: 64, DiskMB: 10}}
+	rec := Record{ID: sandboxid.New(), Resources: Resources{CPUs: 2, MemoryMB: 64, DiskMB: 10}}
 	start := time.Unix(1000, 0)
 	for i := range samplesKept + 10 {
 		h.add(&rec, Stats{CPUTime: time.Duration(i) * 5 * time.Second, MemoryBytes: 1 << 40, DiskBytes: 3}, start.Add(time.Duration(i)*sampleEvery))

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // spares is a pool of running sandboxes that belong to nobody, by template. A
@@ -194,7 +196,7 @@ func (m *Manager) makeSpare(ctx context.Context, template string) error {
 		return err
 	}
 	m.waitQuiet(ctx)
-	up, err := m.start(ctx, NewID(), m.cold(img))
+	up, err := m.start(ctx, sandboxid.New(), m.cold(img))
 	if err != nil {
 		return err
 	}

@@ -8,102 +8,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"strings"
-	"sync"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/policy"
 )
-
-// warm knows the checkpoints of images whose start command is ready, by what
-// they depend on. They are found again by a later server.
-type warm struct {
-	vault *vault
-
-	mu     sync.Mutex // guards the others
-	names  map[string]string
-	making map[string]bool
-}
-
-func newWarm(v *vault) *warm {
-	return &warm{vault: v, names: map[string]string{}, making: map[string]bool{}}
-}
-
-// known finds what earlier servers kept and this one can restore, and returns
-// the names.
-func (w *warm) known(r Runtime) map[string]bool {
-	keep := map[string]bool{}
-	entries, err := os.ReadDir(w.vault.dir)
-	if err != nil {
-		return keep
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, e := range entries {
-		if !checkpointForm.MatchString(e.Name()) {
-			continue
-		}
-		man, err := w.vault.manifestOf(e.Name())
-		if err != nil || man.Label == "" || r.Restorable(w.vault.path(e.Name())) != nil {
-			continue
-		}
-		if old := w.names[man.Label]; old != "" {
-			delete(keep, old)
-		}
-		w.names[man.Label] = e.Name()
-		keep[e.Name()] = true
-	}
-	return keep
-}
-
-func (w *warm) find(key string) (name string, ok bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	name, ok = w.names[key]
-	return name, ok
-}
-
-// begin reports whether the caller is the one to make key's checkpoint; then it
-// calls end, with the name or "".
-func (w *warm) begin(key string) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.making[key] || w.names[key] != "" {
-		return false
-	}
-	w.making[key] = true
-	return true
-}
-
-// end returns the checkpoints of the same template that name replaces.
-func (w *warm) end(key, name string) (replaced []string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.making, key)
-	if name == "" {
-		return nil
-	}
-	template, _, _ := strings.Cut(key, " ")
-	for other, old := range w.names {
-		if t, _, _ := strings.Cut(other, " "); t == template {
-			replaced = append(replaced, old)
-			delete(w.names, other)
-		}
-	}
-	w.names[key] = name
-	return replaced
-}
-
-// forget drops a checkpoint that turned out to be no good.
-func (w *warm) forget(key, name string) error {
-	w.mu.Lock()
-	if w.names[key] == name {
-		delete(w.names, key)
-	}
-	w.mu.Unlock()
-	return w.vault.drop(name)
-}
 
 // warmKey names everything a checkpoint of an image's start command depends on,
 // after the template's name and a space.
@@ -137,13 +46,13 @@ func (m *Manager) start(ctx context.Context, id ID, o *origin) (*started, error)
 		return m.boot(ctx, id, o, nil)
 	}
 	key := m.warmKey(img)
-	if name, ok := m.warm.find(key); ok {
+	if name, ok := m.warm.Find(key); ok {
 		up, err := m.startWarm(ctx, id, o, name)
 		if err == nil || ctx.Err() != nil {
 			return up, err
 		}
 		m.cfg.Log.Warn("warm checkpoint refused", "template", img.Name, "err", err)
-		if err := m.warm.forget(key, name); err != nil {
+		if err := m.warm.Forget(key, name); err != nil {
 			m.cfg.Log.Warn("warm checkpoint not removed", "template", img.Name, "err", err)
 		}
 	}
@@ -186,7 +95,7 @@ func (m *Manager) warmUp(ctx context.Context, id ID, o *origin, key string) (_ *
 		return nil, fmt.Errorf("start command of template %s: %w", img.Name, err)
 	}
 	m.cfg.Log.Info("start command ready", "template", img.Name, "took", time.Since(began))
-	if m.warm.begin(key) {
+	if m.warm.Begin(key) {
 		m.keepWarm(ctx, up, img, key)
 	}
 	return up, nil
@@ -194,11 +103,11 @@ func (m *Manager) warmUp(ctx context.Context, id ID, o *origin, key string) (_ *
 
 // keepWarm makes the checkpoint. Without one, the next start takes as long as this.
 func (m *Manager) keepWarm(ctx context.Context, up *started, img Image, key string) {
-	name := newCheckpointName()
-	written, err := m.hoard("", m.footprint(ctx, up.id))
+	name := checkpoint.NewName()
+	written, err := m.space.Reserve("", m.footprint(ctx, up.id))
 	if err == nil {
 		defer written()
-		_, err = m.vault.keep(name, manifest{Token: up.controlToken, Label: key}, func(dir string) error {
+		_, err = m.vault.Keep(name, checkpoint.Manifest{Token: up.controlToken, Label: key}, func(dir string) error {
 			return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), up.id, dir)
 		})
 	}
@@ -206,8 +115,8 @@ func (m *Manager) keepWarm(ctx context.Context, up *started, img Image, key stri
 		m.cfg.Log.Warn("warm checkpoint not kept", "template", img.Name, "err", err)
 		name = ""
 	}
-	for _, old := range m.warm.end(key, name) {
-		if err := m.vault.drop(old); err != nil {
+	for _, old := range m.warm.End(key, name) {
+		if err := m.vault.Drop(old); err != nil {
 			m.cfg.Log.Warn("warm checkpoint not removed", "template", img.Name, "err", err)
 		}
 	}

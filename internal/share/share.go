@@ -15,9 +15,12 @@
 package share
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"github.com/cordonhq/cordon/internal/errs"
 )
 
 // Resource is something that sandboxes of several keys draw from.
@@ -81,6 +84,16 @@ func (f *Full) Error() string {
 		return fmt.Sprintf("%s: this API key holds its share of %s", f.Resource.What, amount)
 	}
 	return fmt.Sprintf("%s: all keys together hold the server's limit of %s", f.Resource.What, amount)
+}
+
+// Explain makes of a limit that was reached what the caller of the API sees: which, how
+// much, and what to do about it. Other errors stay as they are.
+func Explain(err error, fix string) error {
+	var full *Full
+	if !errors.As(err, &full) {
+		return err
+	}
+	return errs.Wrap(errs.Exhausted, nil, "%s: %s", full.Error(), fix)
 }
 
 func bytes(n int64) string {

@@ -27,6 +27,7 @@ import (
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // childDir tells the test binary to be the writer of TestRecordSurvivesKill.
@@ -65,7 +66,7 @@ func reopen(t testing.TB, s *Store) *Store {
 func record() sandbox.Record {
 	no := false
 	return sandbox.Record{
-		ID: sandbox.NewID(), Owner: "k0123456789abcdef", TemplateID: "base", State: sandbox.Running,
+		ID: sandboxid.New(), Owner: "k0123456789abcdef", TemplateID: "base", State: sandbox.Running,
 		Metadata: map[string]string{"a": "b"}, EnvVars: map[string]string{"K": "V"},
 		Created: time.Now().UTC(), Expires: time.Now().Add(time.Hour).UTC(),
 		Egress:             policy.Input{AllowOut: []string{"*.example.com"}, DenyOut: []string{"0.0.0.0/0"}, AllowInternetAccess: &no},
@@ -396,7 +397,7 @@ func TestOneSandboxDoesNotCrowdOutTheEventsOfOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, noisy := sandbox.NewID(), sandbox.NewID()
+	other, noisy := sandboxid.New(), sandboxid.New()
 	if err := errors.Join(first.AppendEvent(t.Context(), sandbox.Event{ID: "other", Sandbox: other, Name: "create"}), first.Close()); err != nil {
 		t.Fatal(err)
 	}
@@ -433,13 +434,13 @@ func TestAFloodOfOneKeysEventsLeavesAnothersHistory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	mine := sandbox.NewID()
+	mine := sandboxid.New()
 	for i := range 10 {
 		want = append(want, fmt.Sprint("mine ", i))
 		add("k1", mine, want[i], "")
 	}
 	for i := range 300 {
-		add("k2", sandbox.NewID(), fmt.Sprint(i), strings.Repeat("x", 10*(i%200)))
+		add("k2", sandboxid.New(), fmt.Sprint(i), strings.Repeat("x", 10*(i%200)))
 	}
 	check := func() {
 		t.Helper()
@@ -479,7 +480,7 @@ func TestEventsOfTheFormerLayoutAreDividedToo(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 60 {
-		e := sandbox.Event{ID: fmt.Sprint(i), Owner: "k2", Sandbox: sandbox.NewID(), Name: "create"}
+		e := sandbox.Event{ID: fmt.Sprint(i), Owner: "k2", Sandbox: sandboxid.New(), Name: "create"}
 		data, err := encode(&e)
 		if err != nil {
 			t.Fatal(err)
@@ -497,7 +498,7 @@ func TestEventsOfTheFormerLayoutAreDividedToo(t *testing.T) {
 	}
 	defer s.Close()
 	for i := range 3 {
-		if err := s.AppendEvent(t.Context(), sandbox.Event{ID: fmt.Sprint("mine ", i), Owner: "k1", Sandbox: sandbox.NewID(), Name: "create"}); err != nil {
+		if err := s.AppendEvent(t.Context(), sandbox.Event{ID: fmt.Sprint("mine ", i), Owner: "k1", Sandbox: sandboxid.New(), Name: "create"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -521,7 +522,7 @@ func TestEventsAreOrderedAndBounded(t *testing.T) {
 	if got, err := s.Events(t.Context()); err != nil || len(got) != 0 {
 		t.Fatalf("empty stream: %v, %v", got, err)
 	}
-	id := sandbox.NewID()
+	id := sandboxid.New()
 	for i := range 120 {
 		e := sandbox.Event{ID: fmt.Sprint(i), Time: time.Now().UTC(), Sandbox: id, Name: "create"}
 		if err := s.AppendEvent(t.Context(), e); err != nil {

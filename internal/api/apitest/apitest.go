@@ -16,6 +16,7 @@ import (
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // Sandboxes keeps sandboxes in memory with the manager's rules about owners,
@@ -87,7 +88,7 @@ func (f *Sandboxes) Create(_ context.Context, req sandbox.CreateRequest) (sandbo
 		return sandbox.Record{}, err
 	}
 	rec := &sandbox.Record{
-		ID: sandbox.NewID(), Owner: req.Owner, TemplateID: "tmpl1", Template: cmp.Or(req.Template, "base"),
+		ID: sandboxid.New(), Owner: req.Owner, TemplateID: "tmpl1", Template: cmp.Or(req.Template, "base"),
 		State: sandbox.Running, Metadata: req.Metadata, EnvVars: req.EnvVars,
 		Created: time.Now(), Started: time.Now().Add(time.Duration(len(f.Created)) * time.Millisecond),
 		Expires:   time.Now().Add(cmp.Or(req.Timeout, sandbox.DefaultTimeout)),

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/runtime/runtimetest"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // TestMain gives the test binary the sandbox's other names, as main does.
@@ -89,7 +90,7 @@ func open(t testing.TB, cfg Config) *Runtime {
 
 func spec(rootfs string, slot *runtimetest.Slot) sandbox.RuntimeSpec {
 	s := sandbox.RuntimeSpec{
-		ID: sandbox.NewID(), Rootfs: rootfs, Hostname: "sandbox", Args: runtimetest.GuestArgs(),
+		ID: sandboxid.New(), Rootfs: rootfs, Hostname: "sandbox", Args: runtimetest.GuestArgs(),
 		Env:       []string{"PATH=/"},
 		Resources: sandbox.Resources{CPUs: 1, MemoryMB: 256, DiskMB: 64, Processes: 64},
 	}

@@ -28,6 +28,7 @@ import (
 	"github.com/cordonhq/cordon/internal/runtime/gvisor/filters"
 	"github.com/cordonhq/cordon/internal/runtime/runtimetest"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 func must(t testing.TB, err error) {
@@ -287,7 +288,7 @@ func TestSandboxesOutliveTheServer(t *testing.T) {
 		must(t, unix.Kill(os.Getpid(), unix.SIGKILL))
 	}
 	cfg := testConfig(t)
-	rootfs, slot, id := runtimetest.Rootfs(t), runtimetest.NewSlot(t, 1), sandbox.NewID()
+	rootfs, slot, id := runtimetest.Rootfs(t), runtimetest.NewSlot(t, 1), sandboxid.New()
 	server := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestSandboxesOutliveTheServer$")
 	server.Args[0] = os.Args[0]
 	server.Env = append(os.Environ(), key+"="+strings.Join([]string{cfg.StateDir, cfg.DataDir, cfg.CgroupParent, rootfs, slot.NetNS, string(id)}, "|"))

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/runtime/runtimetest"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 const owner = "k0123456789abcdef"
@@ -69,7 +70,7 @@ func TestGroupsOfVersion2HandTheirControllersOnAndWeighTheSame(t *testing.T) {
 		"memory.current": "700", "memory.stat": "anon 1\ninactive_file 200\n", "pids.current": "3\n",
 	})
 	must(t, g.limitAll(sandbox.Use{Memory: 1 << 30, Threads: 1000}))
-	id := sandbox.NewID()
+	id := sandboxid.New()
 	must(t, g.enter(id, owner))
 	must(t, g.limit(groupOf(owner), sandbox.Use{Memory: 1 << 20}))
 	for path, want := range map[string]string{
@@ -94,7 +95,7 @@ func TestAGroupOfVersion1HasCPUsAndLimitsWhatIsBelow(t *testing.T) {
 	g := fakeTree(t, false, map[string]string{
 		"cpu.shares": "", "cpuset.cpus": "0-1", "cpuset.mems": "0", "memory.use_hierarchy": "0", "memory.limit_in_bytes": "9",
 	})
-	must(t, g.enter(sandbox.NewID(), ""))
+	must(t, g.enter(sandboxid.New(), ""))
 	must(t, g.limit(spareGroup, sandbox.Use{Memory: 4096, Threads: 5}))
 	for path, want := range map[string]string{
 		"spares/cpu.shares": "1024", "spares/cpuset.cpus": "0-1", "spares/cpuset.mems": "0",
@@ -142,7 +143,7 @@ func TestNoSandboxSwaps(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			g := fakeTree(t, c.unified, c.files)
-			id := sandbox.NewID()
+			id := sandboxid.New()
 			must(t, g.enter(id, ""))
 			must(t, g.makeDir(g.dirs(id)[0]))
 			must(t, g.limitMemory(id, 4096))
@@ -157,7 +158,7 @@ func TestNoSandboxSwaps(t *testing.T) {
 
 func TestSandboxesOfAnEarlierServerAreDeniedSwap(t *testing.T) {
 	g := fakeTree(t, true, map[string]string{"memory.max": "max", noSwap: "max"})
-	id, older := sandbox.NewID(), sandbox.NewID()
+	id, older := sandboxid.New(), sandboxid.New()
 	must(t, g.enter(id, "an owner"))
 	must(t, g.makeDir(g.dirs(id)[0]))
 	must(t, g.makeDir(filepath.Join(g.mounts[0], g.parent, string(older)))) // where earlier versions had them
@@ -181,7 +182,7 @@ func version2(t *testing.T) cgroups {
 		t.Skipf("this kernel mounts no cgroups of version 2: %v", err)
 	}
 	t.Cleanup(func() { must(t, unix.Unmount(root, unix.MNT_DETACH)) })
-	g := cgroups{unified: true, mounts: []string{root}, parent: "/cordontest-" + strings.ToLower(string(sandbox.NewID())) + "/runtime", places: newPlaces(), mkdir: makeCgroup}
+	g := cgroups{unified: true, mounts: []string{root}, parent: "/cordontest-" + strings.ToLower(string(sandboxid.New())) + "/runtime", places: newPlaces(), mkdir: makeCgroup}
 	t.Cleanup(func() {
 		_ = unix.Rmdir(filepath.Join(root, g.parent))
 		must(t, unix.Rmdir(filepath.Join(root, filepath.Dir(g.parent))))
@@ -191,7 +192,7 @@ func version2(t *testing.T) cgroups {
 
 func TestASandboxMovesInAHierarchyOfVersion2(t *testing.T) {
 	g := version2(t)
-	id := sandbox.NewID()
+	id := sandboxid.New()
 	must(t, g.enter(id, ""))
 	must(t, g.makeDir(g.dirs(id)[0]))
 	cmd := exec.CommandContext(t.Context(), "sleep", "60")
@@ -224,7 +225,7 @@ func TestASandboxMovesInAHierarchyOfVersion2(t *testing.T) {
 // the sandbox's end.
 func TestAProcessIsFoundWhileItMoves(t *testing.T) {
 	g := version2(t)
-	id := sandbox.NewID()
+	id := sandboxid.New()
 	must(t, g.enter(id, ""))
 	must(t, g.makeDir(g.dirs(id)[0]))
 	cmd := exec.CommandContext(t.Context(), "sleep", "60")

@@ -24,6 +24,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
 // suite is one run of the contract.
@@ -80,7 +81,7 @@ func Run(t *testing.T, open func(*testing.T) sandbox.Runtime) {
 // spec is a sandbox in a slot of its own.
 func (s *suite) spec(slot *Slot) sandbox.RuntimeSpec {
 	return sandbox.RuntimeSpec{
-		ID: sandbox.NewID(), Rootfs: s.rootfs, Hostname: "sandbox", Args: GuestArgs(), Env: []string{"PATH=/"}, NetNS: slot.NetNS,
+		ID: sandboxid.New(), Rootfs: s.rootfs, Hostname: "sandbox", Args: GuestArgs(), Env: []string{"PATH=/"}, NetNS: slot.NetNS,
 		Resources: sandbox.Resources{CPUs: 1, MemoryMB: 192, DiskMB: 32, Processes: 64},
 	}
 }
@@ -472,7 +473,7 @@ func (s *suite) adopt(t *testing.T) {
 
 func (s *suite) destroy(t *testing.T) {
 	r := s.open(t)
-	must(t, r.Destroy(t.Context(), sandbox.NewID()))
+	must(t, r.Destroy(t.Context(), sandboxid.New()))
 	id, slot := s.sandbox(t, r, nil)
 	waiting := make(chan error, 1)
 	go func() { waiting <- r.Wait(t.Context(), id) }()
@@ -507,7 +508,7 @@ func (s *suite) destroy(t *testing.T) {
 }
 
 func (s *suite) unknown(t *testing.T) {
-	r, id := s.open(t), sandbox.NewID()
+	r, id := s.open(t), sandboxid.New()
 	ctx := t.Context()
 	_, stats := r.Stats(ctx, id)
 	for what, err := range map[string]error{

@@ -51,10 +51,7 @@ func concurrently(t *testing.T, r slowRuntime, first, second func() error) error
 }
 
 func TestWhatIsWrittenAtATimeFitsTheDiskTogether(t *testing.T) {
-	free, _, err := freeSpace(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	const free = 12 << 30
 	for _, tt := range []struct {
 		name string
 		call func(*Manager, ID) error
@@ -73,15 +70,18 @@ func TestWhatIsWrittenAtATimeFitsTheDiskTogether(t *testing.T) {
 			w := newWorld()
 			r := slowRuntime{fakeRuntime{w}, free / 3, make(chan ID), make(chan struct{})}
 			m := newManager(t, w, func(c *Config) { c.Runtime, c.MinFree = r, free/2 })
+			m.space.Stat = func(string) (int64, int64, error) { return free, free, nil }
 			runManager(t, m)
 			a, b := create(t, m, CreateRequest{Owner: "me"}), create(t, m, CreateRequest{Owner: "me"})
 			err := concurrently(t, r, func() error { return tt.call(m, a.ID) }, func() error { return tt.call(m, b.ID) })
 			if !errs.Is(err, errs.Unavailable) {
 				t.Errorf("a second that does not fit beside the first: %v", err)
 			}
-			if m.hoarded != 0 {
-				t.Errorf("%d bytes are held for nobody", m.hoarded)
+			release, err := m.space.Reserve("", free/2)
+			if err != nil {
+				t.Fatalf("afterwards the room is still reserved: %v", err)
 			}
+			release()
 		})
 	}
 }

@@ -1,4 +1,7 @@
-package sandbox
+// Package checkpoint keeps the memory and files of sandboxes on disk: the folder of
+// checkpoints and what makes them whole, the copies of images whose start command
+// is ready, and the disk space that all of them share. It hides the files' form.
+package checkpoint
 
 import (
 	"context"
@@ -18,19 +21,20 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
-// vault keeps checkpoints on disk, each in a folder of its own:
+// Vault keeps checkpoints on disk, each in a folder of its own:
 //
 //	<name>/…               what the runtime wrote
 //	<name>/manifest.json   sizes and digests of that; its presence means whole
 //	<name>.partial         one being written, or left by a crash
 //
-// A kept checkpoint is on disk, file by file and then by name, before anything
-// durable speaks of it. Who needs one is known to the records; the vault only
-// counts who is reading, so that a checkpoint that is dropped meanwhile goes
-// after its last reader.
-type vault struct {
+// A kept checkpoint is on disk, file by file and then by name, before Keep returns
+// and a record can name it. Which checkpoints are needed is known from the records;
+// the vault only counts readings, so that a checkpoint that is dropped meanwhile is
+// removed after the last of them.
+type Vault struct {
 	dir string
 
 	mu      sync.Mutex // guards the others
@@ -39,8 +43,9 @@ type vault struct {
 	sizes   map[string]int64
 }
 
-func newVault(dir string) *vault {
-	return &vault{dir: dir, readers: map[string]int{}, dropped: map[string]bool{}, sizes: map[string]int64{}}
+// NewVault returns the vault of a folder; Sweep makes it.
+func NewVault(dir string) *Vault {
+	return &Vault{dir: dir, readers: map[string]int{}, dropped: map[string]bool{}, sizes: map[string]int64{}}
 }
 
 const (
@@ -52,69 +57,72 @@ const (
 	smallFile = 4 << 20
 )
 
-// manifest says what a checkpoint must be to be believed.
-type manifest struct {
-	Format  int            `json:"format"`
-	Created time.Time      `json:"created"`
-	Files   []manifestPart `json:"files"`
+// Manifest says what a checkpoint must be to be restored from.
+type Manifest struct {
+	Format  int       `json:"format"`
+	Created time.Time `json:"created"`
+	Files   []Part    `json:"files"`
 	// Token is the control token that the agent in the checkpoint answers to.
 	Token string `json:"token"`
-	// Label says what a checkpoint that no record speaks of is good for.
+	// Label says what a checkpoint that no record names is for: see Warm.
 	Label string `json:"label,omitempty"`
 }
 
-type manifestPart struct {
+// Part is one file of a checkpoint.
+type Part struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
 	SHA256 string `json:"sha256"`
 }
 
-func (m *manifest) bytes() (sum int64) {
+// Bytes is how large the files are together.
+func (m *Manifest) Bytes() (sum int64) {
 	for _, p := range m.Files {
 		sum += p.Size
 	}
 	return sum
 }
 
-var checkpointForm = regexp.MustCompile(`^c[0-9a-z]{20}$`)
+var form = regexp.MustCompile(`^c[0-9a-z]{20}$`)
 
-// newCheckpointName returns a name nobody has.
-func newCheckpointName() string { return "c" + string(NewID()[1:]) }
+// NewName returns the name of a new checkpoint.
+func NewName() string { return sandboxid.Name('c') }
 
-func (v *vault) path(name string) string { return filepath.Join(v.dir, name) }
+// Path is the folder of a checkpoint.
+func (v *Vault) Path(name string) string { return filepath.Join(v.dir, name) }
 
-// keep has save write a checkpoint and puts it under its name when it is whole
+// Keep has save write a checkpoint and puts it under its name when it is whole
 // and on disk. After an error nothing of it is left.
-func (v *vault) keep(name string, m manifest, save func(dir string) error) (man manifest, err error) {
-	partial := v.path(name) + partialSuffix
+func (v *Vault) Keep(name string, m Manifest, save func(dir string) error) (man Manifest, err error) {
+	partial := v.Path(name) + partialSuffix
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, os.RemoveAll(partial))
 		}
 	}()
 	if err := v.write(partial, save); err != nil {
-		return manifest{}, err
+		return Manifest{}, err
 	}
 	m.Format, m.Created = manifestFormat, time.Now().UTC()
 	if m.Files, err = syncedParts(partial); err != nil {
-		return manifest{}, fmt.Errorf("put the checkpoint on disk: %w", err)
+		return Manifest{}, fmt.Errorf("put the checkpoint on disk: %w", err)
 	}
 	if err := writeManifest(partial, &m); err != nil {
-		return manifest{}, err
+		return Manifest{}, err
 	}
-	if err := os.Rename(partial, v.path(name)); err != nil {
-		return manifest{}, fmt.Errorf("name the checkpoint: %w", err)
+	if err := os.Rename(partial, v.Path(name)); err != nil {
+		return Manifest{}, fmt.Errorf("name the checkpoint: %w", err)
 	}
 	if err := syncDir(v.dir); err != nil {
-		return manifest{}, errors.Join(err, os.RemoveAll(v.path(name)))
+		return Manifest{}, errors.Join(err, os.RemoveAll(v.Path(name)))
 	}
 	return m, nil
 }
 
-// lend has save write a checkpoint that is not to outlive this process, and
-// returns what removes it: it costs no wait for the disk.
-func (v *vault) lend(save func(dir string) error) (dir string, remove func() error, err error) {
-	dir = v.path(newCheckpointName()) + partialSuffix
+// Temporary has save write a checkpoint that is not to outlive this process, and
+// returns what removes it. It does not wait for the disk.
+func (v *Vault) Temporary(save func(dir string) error) (dir string, remove func() error, err error) {
+	dir = v.Path(NewName()) + partialSuffix
 	remove = func() error { return os.RemoveAll(dir) }
 	if err := v.write(dir, save); err != nil {
 		return "", nil, errors.Join(err, remove())
@@ -122,7 +130,25 @@ func (v *vault) lend(save func(dir string) error) (dir string, remove func() err
 	return dir, remove, nil
 }
 
-func (v *vault) write(dir string, save func(dir string) error) error {
+// Copy keeps a checkpoint that has the files of another: they are never written to again.
+func (v *Vault) Copy(name string) (copied string, man Manifest, err error) {
+	read, err := v.Open(name)
+	if err != nil {
+		return "", Manifest{}, err
+	}
+	copied = NewName()
+	man, err = v.Keep(copied, Manifest{Token: read.Token}, func(dir string) error {
+		for _, p := range read.Files {
+			if err := os.Link(filepath.Join(read.Dir, p.Name), filepath.Join(dir, p.Name)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return copied, man, errors.Join(err, read.Close())
+}
+
+func (v *Vault) write(dir string, save func(dir string) error) error {
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {
 		return fmt.Errorf("make the checkpoint's folder: %w", err)
 	}
@@ -132,9 +158,9 @@ func (v *vault) write(dir string, save func(dir string) error) error {
 	return closeToOthers(dir)
 }
 
-// closeToOthers takes the files of a checkpoint, whatever modes the runtime gave them, from
-// everyone else: they hold the memory of a sandbox, secrets and all. The folder keeps
-// others out as well, but not from a copy, as in a backup.
+// closeToOthers makes the files of a checkpoint readable by this user only, whatever modes
+// the runtime gave them: they hold the memory of a sandbox, with its secrets. The folder
+// keeps other users out as well, but a copy of the files, in a backup say, is without it.
 func closeToOthers(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -150,12 +176,12 @@ func closeToOthers(dir string) error {
 
 // syncedParts flushes and digests the files of a folder, all at once: what is
 // read is still in memory while it goes to disk.
-func syncedParts(dir string) ([]manifestPart, error) {
+func syncedParts(dir string) ([]Part, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
 	}
-	parts := make([]manifestPart, len(entries))
+	parts := make([]Part, len(entries))
 	var g errgroup.Group
 	for i, e := range entries {
 		path := filepath.Join(dir, e.Name())
@@ -169,7 +195,7 @@ func syncedParts(dir string) ([]manifestPart, error) {
 }
 
 func syncFile(path string) error {
-	f, err := os.Open(path) // fsync flushes the file, whoever wrote it
+	f, err := os.Open(path) // fsync flushes what any process wrote to the file
 	if err != nil {
 		return err
 	}
@@ -183,18 +209,18 @@ func syncDir(dir string) error {
 	return nil
 }
 
-func digest(path string) (manifestPart, error) {
+func digest(path string) (Part, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return manifestPart{}, err
+		return Part{}, err
 	}
 	defer f.Close()
 	h := sha256.New()
 	n, err := io.Copy(h, f)
-	return manifestPart{Name: filepath.Base(path), Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, err
+	return Part{Name: filepath.Base(path), Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, err
 }
 
-func writeManifest(dir string, m *manifest) error {
+func writeManifest(dir string, m *Manifest) error {
 	b, err := json.Marshal(m)
 	if err != nil {
 		return fmt.Errorf("encode the manifest: %w", err)
@@ -209,35 +235,37 @@ func writeManifest(dir string, m *manifest) error {
 	return nil
 }
 
-// reading is a checkpoint somebody restores from.
-type reading struct {
-	dir string
-	manifest
-	large []manifestPart
-	close func() error
+// Reading is a checkpoint that is being restored from.
+type Reading struct {
+	Dir string
+	Manifest
+	// Close ends the reading; a second time does nothing.
+	Close func() error
+
+	large []Part // compared by Verify
 }
 
-// open starts reading a checkpoint: its files are there, of the size they had,
+// Open starts reading a checkpoint: its files are there, of the size they had,
 // and the small ones, which say what the large ones mean, are unchanged. The
 // caller closes it.
-func (v *vault) open(name string) (_ *reading, err error) {
-	if !checkpointForm.MatchString(name) {
+func (v *Vault) Open(name string) (_ *Reading, err error) {
+	if !form.MatchString(name) {
 		return nil, fmt.Errorf("checkpoint %q: not a checkpoint's name", name)
 	}
 	v.mu.Lock()
 	v.readers[name]++
 	v.mu.Unlock()
-	r := &reading{dir: v.path(name), close: sync.OnceValue(func() error { return v.release(name) })}
+	r := &Reading{Dir: v.Path(name), Close: sync.OnceValue(func() error { return v.closed(name) })}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, r.close())
+			err = errors.Join(err, r.Close())
 		}
 	}()
-	b, err := os.ReadFile(filepath.Join(r.dir, manifestFile))
+	b, err := os.ReadFile(filepath.Join(r.Dir, manifestFile))
 	if err != nil {
 		return nil, damaged(err)
 	}
-	if err := json.Unmarshal(b, &r.manifest); err != nil {
+	if err := json.Unmarshal(b, &r.Manifest); err != nil {
 		return nil, damaged(fmt.Errorf("read the manifest: %w", err))
 	}
 	if r.Format != manifestFormat {
@@ -246,9 +274,9 @@ func (v *vault) open(name string) (_ *reading, err error) {
 	for _, p := range r.Files {
 		if p.Size > smallFile {
 			r.large = append(r.large, p)
-			err = sameSize(filepath.Join(r.dir, p.Name), p.Size)
+			err = sameSize(filepath.Join(r.Dir, p.Name), p.Size)
 		} else {
-			err = unchangedFile(r.dir, p)
+			err = unchangedFile(r.Dir, p)
 		}
 		if err != nil {
 			return nil, damaged(err)
@@ -257,14 +285,14 @@ func (v *vault) open(name string) (_ *reading, err error) {
 	return r, nil
 }
 
-// verify compares the large files with their digests. It reads them as fast as
+// Verify compares the large files with their digests. It reads them as fast as
 // a restore does, so it belongs beside one and not before it.
-func (r *reading) verify(ctx context.Context) error {
+func (r *Reading) Verify(ctx context.Context) error {
 	for _, p := range r.large {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := unchangedFile(r.dir, p); err != nil {
+		if err := unchangedFile(r.Dir, p); err != nil {
 			return damaged(err)
 		}
 	}
@@ -282,7 +310,7 @@ func sameSize(path string, want int64) error {
 	return nil
 }
 
-func unchangedFile(dir string, want manifestPart) error {
+func unchangedFile(dir string, want Part) error {
 	got, err := digest(filepath.Join(dir, want.Name))
 	if err != nil {
 		return err
@@ -298,7 +326,8 @@ func damaged(err error) error {
 	return errs.Wrap(errs.Conflict, err, "its stored memory is damaged or missing on the server's disk: it cannot be restored")
 }
 
-func (v *vault) release(name string) error {
+// closed counts a reading less, and removes what was dropped meanwhile after the last.
+func (v *Vault) closed(name string) error {
 	v.mu.Lock()
 	v.readers[name]--
 	last := v.readers[name] <= 0
@@ -316,9 +345,9 @@ func (v *vault) release(name string) error {
 	return nil
 }
 
-// drop removes a checkpoint, at once or after its last reader. Dropping one
+// Drop removes a checkpoint, at once or after its last reader. Dropping one
 // that is not there is not an error.
-func (v *vault) drop(name string) error {
+func (v *Vault) Drop(name string) error {
 	if name == "" {
 		return nil
 	}
@@ -335,12 +364,12 @@ func (v *vault) drop(name string) error {
 }
 
 // remove takes the name away first, so that what is half removed does not look whole.
-func (v *vault) remove(name string) error {
+func (v *Vault) remove(name string) error {
 	v.mu.Lock()
 	delete(v.sizes, name)
 	v.mu.Unlock()
-	gone := v.path(name) + partialSuffix
-	if err := os.Rename(v.path(name), gone); err != nil && !errors.Is(err, os.ErrNotExist) {
+	gone := v.Path(name) + partialSuffix
+	if err := os.Rename(v.Path(name), gone); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove checkpoint: %w", err)
 	}
 	if err := os.RemoveAll(gone); err != nil {
@@ -349,13 +378,14 @@ func (v *vault) remove(name string) error {
 	return nil
 }
 
-// sweep removes everything but the named checkpoints: what a crash left, and
-// what nobody speaks of any more. Nobody reads or writes meanwhile.
-func (v *vault) sweep(keep map[string]bool) error {
-	entries, err := os.ReadDir(v.dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+// Sweep makes the folder, or removes everything in it but the named checkpoints: what a
+// crash left, and what no record names any more. Call it before all other methods but
+// Warm.Load.
+func (v *Vault) Sweep(keep map[string]bool) error {
+	if err := errors.Join(os.MkdirAll(v.dir, 0o700), os.Chmod(v.dir, 0o700)); err != nil {
+		return fmt.Errorf("make the snapshot directory: %w", err)
 	}
+	entries, err := os.ReadDir(v.dir)
 	if err != nil {
 		return fmt.Errorf("look through the checkpoints: %w", err)
 	}
@@ -363,19 +393,19 @@ func (v *vault) sweep(keep map[string]bool) error {
 	for _, e := range entries {
 		name := e.Name()
 		if keep[name] { // of an earlier version, maybe
-			failed = append(failed, os.Chmod(v.path(name), 0o700), closeToOthers(v.path(name)))
+			failed = append(failed, os.Chmod(v.Path(name), 0o700), closeToOthers(v.Path(name)))
 			continue
 		}
-		if !checkpointForm.MatchString(strings.TrimSuffix(name, partialSuffix)) {
+		if !form.MatchString(strings.TrimSuffix(name, partialSuffix)) {
 			continue
 		}
-		failed = append(failed, os.RemoveAll(v.path(name)))
+		failed = append(failed, os.RemoveAll(v.Path(name)))
 	}
 	return errors.Join(failed...)
 }
 
-// size is how many bytes a checkpoint has; 0 of one that is not there.
-func (v *vault) size(name string) int64 {
+// Size is how many bytes a checkpoint has; 0 of one that is not there.
+func (v *Vault) Size(name string) int64 {
 	v.mu.Lock()
 	n, known := v.sizes[name]
 	v.mu.Unlock()
@@ -388,13 +418,13 @@ func (v *vault) size(name string) int64 {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.sizes[name] = man.bytes()
+	v.sizes[name] = man.Bytes()
 	return v.sizes[name]
 }
 
-// manifestOf reads a checkpoint's manifest without believing the rest.
-func (v *vault) manifestOf(name string) (m manifest, err error) {
-	b, err := os.ReadFile(filepath.Join(v.path(name), manifestFile))
+// manifestOf reads a checkpoint's manifest and compares nothing with it.
+func (v *Vault) manifestOf(name string) (m Manifest, err error) {
+	b, err := os.ReadFile(filepath.Join(v.Path(name), manifestFile))
 	if err != nil {
 		return m, err
 	}
