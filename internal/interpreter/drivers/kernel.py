@@ -112,12 +112,13 @@ class Kernel(IPythonKernel):
 
 
 class App(IPKernelApp):
-    def init_iopub(self, context):
-        super().init_iopub(context)
-        # A full queue makes the sender wait: zmq_setsockopt(3), ZMQ_XPUB_NODROP.
-        socket = self.iopub_thread.socket
-        socket.setsockopt(zmq.XPUB_NODROP, 1)
-        socket.sndhwm = 100
+    def _bind_socket(self, s, port):
+        # A connection has the limits that its socket had when it was bound.
+        if s.socket_type in (zmq.PUB, zmq.XPUB):
+            s.sndhwm = 100
+            # A full queue makes the sender wait: zmq_setsockopt(3), ZMQ_XPUB_NODROP.
+            s.setsockopt(zmq.XPUB_NODROP, 1)
+        return super()._bind_socket(s, port)
 
     def initialize(self, argv=None):
         super().initialize(argv)
