@@ -89,6 +89,7 @@ func TestAnOrderThatFoundNoPlaceIsTriedAgainSoon(t *testing.T) {
 				t.Fatal(err)
 			}
 			<-ord.done
+			synctest.Wait() // done is closed before the rest is noted
 			if !errors.Is(ord.err, errTooMany) || ord.backoff != 0 || time.Until(ord.next) > noPlaceWait {
 				t.Fatalf("got %v, again in %s", ord.err, time.Until(ord.next))
 			}
