@@ -16,18 +16,19 @@ FUZZ ?= .
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-build: ## build bin/cordon, with the agent and the probe inside
+build: ## build bin/cordon with the agent inside, and bin/cordon-lab
 	@scripts/go >/dev/null
-	@mkdir -p bin cmd/cordon/embedded
+	@mkdir -p bin cmd/cordon/embedded cmd/cordon-lab/embedded
 	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-agent ./cmd/cordon-agent
-	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-probe ./internal/conformance/probe/cordon-probe
+	$(GO) build -ldflags='-s -w' -o cmd/cordon-lab/embedded/cordon-probe ./proving/conformance/probe/cordon-probe
 	$(GO) build -ldflags="-s -w -X main.built=$$(scripts/version)" -o bin/cordon ./cmd/cordon
+	$(GO) build -ldflags='-s -w' -o bin/cordon-lab ./cmd/cordon-lab
 
 setup: ## install what demo and test need and the machine lacks
 	@scripts/setup
 
 demo: setup build ## run the main job: a server, a small internet, the documentation's scenarios
-	$(SUDO) bin/cordon demo
+	$(SUDO) bin/cordon-lab demo
 
 test: setup build ## all tests: unit, kernel, gVisor, SDKs; needs root
 	$(SUDO) scripts/test
@@ -56,4 +57,4 @@ gen: ## regenerate what is generated from api/
 	@scripts/gen
 
 clean: ## remove what build made
-	rm -rf bin cmd/cordon/embedded/cordon-agent cmd/cordon/embedded/cordon-probe
+	rm -rf bin cmd/cordon/embedded/cordon-agent cmd/cordon-lab/embedded/cordon-probe

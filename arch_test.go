@@ -38,11 +38,33 @@ var allowed = map[string][]string{
 	"internal/agent/agentctl":      {"internal/agent/proof", "internal/sandbox"},
 	"internal/ingress":             {"internal/share", "internal/auth", "internal/tunnel"},
 	"internal/api":                 {"internal/share", "internal/sandbox", "internal/policy", "internal/flowlog", "internal/auth"},
-	"internal/lab":                 {},
-	"internal/bench":               {"internal/lab", "internal/network", "internal/egress", "internal/resolver", "internal/ingress", "internal/policy", "internal/flowlog", "internal/sandbox", "client"},
-	"internal/conformance":         {"internal/lab", "client"},
 	"internal/tunnel":              {},
 	"client":                       {"internal/tunnel"},
+	"proving/lab":                  {},
+	"proving/stand":                {"proving/lab", "client"},
+	"proving/demo":                 {"proving/lab", "client"},
+	"proving/conformance":          {"proving/lab", "client"},
+	"proving/bench":                {"proving/lab", "internal/network", "internal/egress", "internal/resolver", "internal/ingress", "internal/policy", "internal/flowlog", "internal/sandbox", "client"},
+}
+
+// TestProductLeavesProvingAlone demands that only the proving ground's own program and
+// tests import it, so that no server ships it.
+func TestProductLeavesProvingAlone(t *testing.T) {
+	for dir, files := range packages(t) {
+		if dir == "cmd/cordon-lab" || strings.HasPrefix(dir, "proving/") || strings.HasPrefix(dir, "test/") {
+			continue
+		}
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue // resolver's and others' have the lab
+			}
+			for _, imported := range ours(t, file) {
+				if strings.HasPrefix(imported, "proving/") {
+					t.Errorf("%s imports %s", file, imported)
+				}
+			}
+		}
+	}
 }
 
 // TestImportsPointInward walks every package and checks its imports against the map.
@@ -109,7 +131,7 @@ func lookup(dir string) ([]string, bool) {
 }
 
 // within reports whether both belong to one top package of the map, e.g.
-// internal/lab and internal/lab/recorder.
+// internal/ingress and internal/ingress/relay.
 func within(dir, imported string) bool {
 	for d := dir; d != "."; d = filepath.Dir(d) {
 		if _, ok := allowed[d]; ok {

@@ -171,12 +171,3 @@ func sandboxCAs(c *config, log *slog.Logger) (out certificates, err error) {
 }
 
 func join(parts [][]byte) []byte { return append(bytes.Join(parts, []byte("\n")), '\n') }
-
-// clientTLS trusts the CA that a server with this configuration made for itself.
-func (c *config) clientTLS() (*tls.Config, error) {
-	roots, err := pool(c.caFile())
-	if err != nil {
-		return nil, fmt.Errorf("read cordon's CA: %w", err)
-	}
-	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, nil
-}

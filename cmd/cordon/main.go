@@ -63,18 +63,18 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 
   sudo cordon serve          run the server
   cordon env                 print the lines that point an SDK at it
-  sudo cordon demo           see it work, in a small internet of its own`,
+  cordon create              make a sandbox, and print its name`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version(),
 	}
 	root.PersistentFlags().StringVar(&a.configFile, "config", "", "configuration file (default "+defaultConfigFile+" if it exists)")
 	root.AddCommand(
-		serveCommand(a), envCommand(a), doctorCommand(a), demoCommand(a), benchCommand(a), benchProcessCommand(),
+		serveCommand(a), envCommand(a), doctorCommand(a),
 		keyCommand(a), imageCommand(a), debugCommand(a),
 		createCommand(a), listCommand(a), killCommand(a), pauseCommand(a), resumeCommand(a), forkCommand(a),
 		snapshotCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
-		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a), conformanceCommand(a),
+		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a),
 		versionCommand(a),
 	)
 	explainUsage(root)

@@ -271,3 +271,9 @@ func newLogger(c logConfig, w io.Writer) (*slog.Logger, error) {
 	}
 	return nil, errs.New(errs.Invalid, "configuration: log.format is %q: use text or json", c.Format)
 }
+
+// isTerminal reports whether a person reads what is written to f.
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}

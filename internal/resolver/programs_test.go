@@ -20,8 +20,8 @@ import (
 	"github.com/miekg/dns"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
-	"github.com/cordonhq/cordon/internal/lab"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/proving/lab"
 )
 
 // libc is a C library that a program can be built with.

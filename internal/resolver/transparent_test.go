@@ -21,8 +21,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/cordonhq/cordon/internal/lab"
 	"github.com/cordonhq/cordon/internal/policy"
+	"github.com/cordonhq/cordon/proving/lab"
 )
 
 const testPort = 15353

@@ -16,9 +16,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cordonhq/cordon/internal/lab"
+	"github.com/cordonhq/cordon/proving/lab"
+	"github.com/cordonhq/cordon/proving/stand"
 	"github.com/cordonhq/cordon/test/pebble"
-	"github.com/cordonhq/cordon/test/stand"
 )
 
 // place is the host of a lab.

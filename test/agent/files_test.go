@@ -16,7 +16,7 @@ import (
 
 	pb "github.com/cordonhq/cordon/api/gen/agent/filesystem"
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 func TestFilesInside(t *testing.T) {

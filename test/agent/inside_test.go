@@ -18,7 +18,7 @@ import (
 	pb "github.com/cordonhq/cordon/api/gen/agent/filesystem"
 	"github.com/cordonhq/cordon/api/gen/agent/filesystem/filesystemconnect"
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // run runs a command in the sandbox that must end with a code.

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // live is a server in a lab, and a client of it.

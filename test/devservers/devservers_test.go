@@ -20,7 +20,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // npm and pip list what each project needs, pinned.

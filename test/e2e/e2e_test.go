@@ -17,8 +17,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/cordonhq/cordon/internal/lab"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/lab"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // patience is how long one command of a script may take.
@@ -198,10 +198,10 @@ func runDemo(t *testing.T, with string) string {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, stand.Binary(), "demo", "--client", with)
+	cmd := exec.CommandContext(ctx, "../../bin/cordon-lab", "--cordon", stand.Binary(), "demo", "--client", with)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		t.Errorf("cordon demo: %v", err)
+		t.Errorf("cordon-lab demo: %v", err)
 	}
 	t.Logf("%s", out)
 	return string(out)
@@ -216,7 +216,7 @@ func TestKilledDemo(t *testing.T) {
 	lab.Privileged(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, stand.Binary(), "demo", "--client", "go")
+	cmd := exec.CommandContext(ctx, "../../bin/cordon-lab", "--cordon", stand.Binary(), "demo", "--client", "go")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

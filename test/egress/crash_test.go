@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/lab"
+	"github.com/cordonhq/cordon/proving/lab"
 )
 
 // TestCrash takes the server away under running sandboxes, in three ways.

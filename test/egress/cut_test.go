@@ -12,7 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/lab"
+	"github.com/cordonhq/cordon/proving/lab"
 )
 
 // flow opens a stream in the sandbox.

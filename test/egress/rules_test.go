@@ -6,10 +6,10 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/lab"
+	"github.com/cordonhq/cordon/proving/lab"
 )
 
-// The lab's cast, see internal/lab/world.zone.
+// The lab's cast, see proving/lab/world.zone.
 const (
 	addrA, nameA = "198.51.100.10", "allowed.test"
 	addrB, nameB = "198.51.100.20", "denied.test"

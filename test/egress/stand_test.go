@@ -17,8 +17,8 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/lab"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/lab"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // live is a server in a lab, and a client of it.

@@ -19,7 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // TestKilledSandboxLeavesNothing compares everything that the server holds of the

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // unit is the service of docs/operations.md: its text, and the settings of [Service].

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/lab"
+	"github.com/cordonhq/cordon/proving/lab"
 )
 
 // elsewhere is an address of the lab's internet.

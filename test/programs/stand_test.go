@@ -19,8 +19,8 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/internal/lab"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/lab"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // tools is where the programs are in a sandbox.

@@ -20,7 +20,7 @@ import (
 	"time"
 	"unicode"
 
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // example is a program in README.md or docs.

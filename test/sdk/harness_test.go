@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cordonhq/cordon/internal/lab"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/lab"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // live is a running server with a control server beside it.

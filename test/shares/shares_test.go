@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/cordonhq/cordon/client"
-	"github.com/cordonhq/cordon/test/stand"
+	"github.com/cordonhq/cordon/proving/stand"
 )
 
 // measuring is set to measure: more rounds, and the tail may be twice the quiet one. By

@@ -1,0 +1,67 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cordonhq/cordon/proving/lab"
+)
+
+// processArg starts this test binary as one of the bench's processes.
+const processArg = "bench-process"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == processArg {
+		if err := Process(context.Background(), os.Args[2], os.Args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+func quick(t *testing.T, table string) string {
+	t.Helper()
+	lab.Privileged(t)
+	var out bytes.Buffer
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	o := Options{
+		Tables: []string{table}, Rounds: 1, Each: 20 * time.Millisecond, Sandboxes: 3, CIDRs: 100, Flows: 20, Starts: 1, Burst: 2,
+		Self: []string{os.Args[0], processArg}, Server: []string{server}, Template: "host", CacheDir: t.TempDir(),
+	}
+	if os.Getenv("REQUIRE_PRIVILEGED") != "" { // make test has built it
+		o.Interpreter, o.CacheDir = "code-interpreter-v1", "/var/cache/cordon"
+	}
+	if err := Run(ctx, o, &out, os.Stderr); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	t.Log(out.String())
+	return out.String()
+}
+
+// server is what make build makes.
+const server = "../../bin/cordon"
+
+// TestEveryMeasurementWorks asserts nothing about speed.
+func TestEveryMeasurementWorks(t *testing.T) {
+	for _, table := range Tables() {
+		t.Run(table, func(t *testing.T) {
+			t.Parallel()
+			if _, err := os.Stat(server); err != nil && table == "start" {
+				t.Skip("run make build first: ", err)
+			}
+			for line := range strings.Lines(quick(t, table)) {
+				if strings.Contains(line, "not measured") && !strings.Contains(line, "not installed") {
+					t.Error(line)
+				}
+			}
+		})
+	}
+}
