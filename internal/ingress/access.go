@@ -3,7 +3,9 @@ package ingress
 import (
 	"context"
 	"log/slog"
+	"net/http"
 	"net/netip"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -48,8 +50,15 @@ func (in *Ingress) over(message string, a access, more ...slog.Attr) {
 	}, more...)...)
 }
 
-// end runs when the request is answered, given up or handed to a tunnel.
+// end runs when the request is answered, given up or handed to a tunnel, or its
+// handler panics.
 func (v *visit) end() {
+	if p := recover(); p != nil {
+		if p != http.ErrAbortHandler { //nolint:errorlint // a panic's value, compared as net/http does
+			v.in.log.Error("request handler panicked", "err", p, "stack", string(debug.Stack()))
+		}
+		defer panic(http.ErrAbortHandler)
+	}
 	v.in.metrics.observe(v.code, time.Since(v.access.start))
 	v.access.src = v.info.addr
 	path, _, _ := strings.Cut(v.r.RequestURI, "?")

@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
@@ -20,9 +19,9 @@ type call struct {
 	pass    pass
 	guest   *guest
 
-	host    string     // for the service
-	fields  []h1.Field // that the service gets besides the client's
-	upgrade string     // the protocol to switch to, empty for none
+	host    string        // for the service
+	fields  []relay.Field // that the service gets besides the client's
+	upgrade string        // the protocol to switch to, empty for none
 	held    *heldReader
 }
 
@@ -73,7 +72,7 @@ func (v *visit) forwardHTTP1(c *call) (result relay.Result, tunneled bool) {
 	if cookie, had := stripCookie(v.r.Header); had {
 		drop = privateOrCookie
 		if cookie != "" {
-			fields = append(fields, h1.Field{Name: "Cookie", Value: cookie})
+			fields = append(fields, relay.Field{Name: "Cookie", Value: cookie})
 		}
 	}
 	if c.target.MaskOrigin {
@@ -143,12 +142,12 @@ func (v *visit) abort() {
 }
 
 // present returns what the service sees of where the request came from.
-func (v *visit) present(t *Target, to route) (host string, fields []h1.Field) {
-	fields = make([]h1.Field, 0, 5)
+func (v *visit) present(t *Target, to route) (host string, fields []relay.Field) {
+	fields = make([]relay.Field, 0, 5)
 	if from := v.forwardedFor(); from != "" {
-		fields = append(fields, h1.Field{Name: "X-Forwarded-For", Value: from})
+		fields = append(fields, relay.Field{Name: "X-Forwarded-For", Value: from})
 	}
-	fields = append(fields, h1.Field{Name: "X-Forwarded-Proto", Value: v.scheme()})
+	fields = append(fields, relay.Field{Name: "X-Forwarded-Proto", Value: v.scheme()})
 	mask := t.mask(to.port)
 	switch {
 	case mask == "":
@@ -160,7 +159,7 @@ func (v *visit) present(t *Target, to route) (host string, fields []h1.Field) {
 		}
 		return mask, append(fields, v.maskedOrigins(scheme, mask)...)
 	}
-	return mask, append(fields, h1.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
+	return mask, append(fields, relay.Field{Name: "X-Forwarded-Host", Value: v.r.Host})
 }
 
 func (v *visit) forwardedFor() string {

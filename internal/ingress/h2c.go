@@ -33,6 +33,7 @@ func isGRPC(r *http.Request) bool {
 type h2Call struct {
 	*call
 	rc      *http.ResponseController
+	http1   *watched // the client's connection when it speaks HTTP/1
 	started atomic.Bool
 
 	reading sync.Mutex // held while the client's body is read
@@ -46,7 +47,7 @@ var longAgo = time.Unix(1, 0)
 // forwardHTTP2 sends a request over HTTP/2, in clear ("h2c") but for ports whose
 // services speak TLS.
 func (v *visit) forwardHTTP2(to *call) {
-	c := &h2Call{call: to, rc: http.NewResponseController(v.w)}
+	c := &h2Call{call: to, rc: http.NewResponseController(v.w), http1: v.info.http1}
 	defer c.end()
 	if v.r.ProtoMajor == 1 && v.r.ContentLength != 0 {
 		if err := c.rc.EnableFullDuplex(); err != nil { // or the server reads the body itself before it answers
@@ -84,7 +85,7 @@ func (v *visit) forwardHTTP2(to *call) {
 
 // reset is called when the sandbox ends: it wakes what is blocked on the client.
 func (c *h2Call) reset() {
-	c.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake a blocked read
+	c.cutBody()
 	if c.started.Load() {
 		c.rc.SetWriteDeadline(longAgo) //nolint:errcheck // resets the stream
 	}
@@ -99,7 +100,7 @@ func (c *h2Call) end() {
 // stopReading ends the reading of the client's body, which the transport may be at
 // when it returns; a server of HTTP/1 needs the body before it can end the request.
 func (c *h2Call) stopReading() {
-	c.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake a blocked read
+	c.cutBody()
 	c.reading.Lock()
 	defer c.reading.Unlock()
 }
@@ -119,10 +120,19 @@ func (b callBody) Read(p []byte) (int, error) {
 func (b callBody) Close() error {
 	b.on.mu.Lock()
 	defer b.on.mu.Unlock()
-	if b.on.ended {
-		return nil
+	if !b.on.ended {
+		b.on.cutBody()
 	}
-	return b.on.rc.SetReadDeadline(longAgo)
+	return nil
+}
+
+// cutBody wakes what reads the client's body.
+func (c *h2Call) cutBody() {
+	if c.http1 != nil {
+		c.http1.cut()
+		return
+	}
+	c.rc.SetReadDeadline(longAgo) //nolint:errcheck // only to wake a blocked read
 }
 
 func (c *h2Call) request(r *http.Request) (*http.Request, error) {

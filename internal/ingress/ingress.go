@@ -2,7 +2,8 @@
 // sandbox: which host names which sandbox, who may pass, what the service gets
 // to see of the request, and what the client is told when nobody is there.
 //
-// The way of a request: route (host.go, route.go) → admit (admit.go, token.go) → the
+// Clients are served by net/http (HTTP/1, watched by strict.go) and x/net/http2
+// (http2.go). The way of a request: route (host.go, route.go) → admit (admit.go, token.go) → the
 // sandbox's connections (backend.go) → relay. Every decision is made from memory.
 package ingress
 
@@ -234,7 +235,7 @@ func (l *Limits) fill() {
 		d time.Duration
 	}{
 		{&l.HeaderTimeout, 10 * time.Second}, {&l.IdleTimeout, 2 * time.Minute}, {&l.DrainTimeout, 10 * time.Second},
-		{&l.DialTimeout, 3 * time.Second}, {&l.WakeTimeout, 30 * time.Second},
+		{&l.DialTimeout, 3 * time.Second}, {&l.WakeTimeout, 30 * time.Second}, {&l.Relay.StallTimeout, 5 * time.Minute},
 	} {
 		if *f.v <= 0 {
 			*f.v = f.d
@@ -245,16 +246,28 @@ func (l *Limits) fill() {
 // Handler returns the handler for listeners of the mode. Run uses it; it is
 // there for those who bring their own server. Close ends what it leaves behind.
 func (in *Ingress) Handler(mode Mode) http.Handler {
-	if mode == Redirect {
-		return http.HandlerFunc(in.redirect)
-	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		v := &visit{in: in, w: w, r: r, mode: mode, access: access{start: time.Now()}, info: infoOf(r)}
-		if r.ProtoMajor == 1 {
-			v.info.upgrading = false // requests of HTTP/1 come one by one
-		}
 		defer v.end()
-		bytes, from := headBytes(r), sourceOf(v.caller().addr)
+		if v.info.http1 != nil {
+			v.info.upgrading = false
+			defer v.info.handled()
+			if refused := v.info.http1.admits(r); refused != nil {
+				w.Header().Set("Connection", "close")
+				v.refuse(refused)
+				return
+			}
+		}
+		if mode == Redirect {
+			v.redirect()
+			return
+		}
+		bytes, fields := headSize(r)
+		if fields > fieldsMost {
+			v.refuse(&refusal{Code: http.StatusRequestHeaderFieldsTooLarge, Message: "The request has too many header fields", Limit: fieldsMost})
+			return
+		}
+		from := sourceOf(v.caller().addr)
 		if refused := in.heads.enter(from, bytes); refused != nil {
 			v.refuse(refused)
 			return
@@ -303,7 +316,7 @@ func (v *visit) serve() {
 		return
 	}
 	if to.api {
-		rec := &recorder{ResponseWriter: v.w}
+		rec := &recorder{ResponseWriter: v.w, client: v.info.http1}
 		defer func() { v.code = rec.code }()
 		v.in.cfg.API.ServeHTTP(rec, v.r)
 		return
@@ -396,21 +409,28 @@ func (v *visit) scheme() string {
 // recorder remembers the status of an answer of the API.
 type recorder struct {
 	http.ResponseWriter
-	code int
+	client *watched // nil for HTTP/2
+	code   int
 }
 
 func (r *recorder) WriteHeader(code int) {
 	if r.code < 200 {
-		r.code = code
+		r.begins(code)
 	}
 	r.ResponseWriter.WriteHeader(code)
 }
 
 func (r *recorder) Write(b []byte) (int, error) {
 	if r.code < 200 {
-		r.code = http.StatusOK
+		r.begins(http.StatusOK)
 	}
 	return r.ResponseWriter.Write(b)
+}
+
+func (r *recorder) begins(code int) {
+	if r.code = code; r.client != nil && code >= 200 {
+		r.client.hasten()
+	}
 }
 
 func (r *recorder) Flush() {

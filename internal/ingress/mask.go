@@ -5,7 +5,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cordonhq/cordon/internal/ingress/h1"
+	"github.com/cordonhq/cordon/internal/ingress/relay"
 )
 
 // A service that is behind a mask, or that knows only the address it is bound to,
@@ -29,12 +29,12 @@ func validMask(mask string) bool {
 // maskedOrigins returns Origin and Referer as a service behind the mask is to see
 // them, where they are of the URL that the request is for. Those of other pages stay
 // as they are, so that the service's own check of where a request comes from holds.
-func (v *visit) maskedOrigins(scheme, mask string) []h1.Field {
-	var out []h1.Field
+func (v *visit) maskedOrigins(scheme, mask string) []relay.Field {
+	var out []relay.Field
 	for _, name := range [...]string{"Origin", "Referer"} {
 		if values := v.r.Header[name]; len(values) == 1 {
 			if rest, own := v.afterOwnOrigin(values[0]); own && (rest == "" || name == "Referer") {
-				out = append(out, h1.Field{Name: name, Value: scheme + "://" + mask + rest})
+				out = append(out, relay.Field{Name: name, Value: scheme + "://" + mask + rest})
 			}
 		}
 	}
@@ -55,7 +55,7 @@ func (v *visit) afterOwnOrigin(page string) (rest string, own bool) {
 }
 
 // dropBesides adds to a predicate of field names those of fields.
-func dropBesides(drop func(string) bool, fields []h1.Field) func(string) bool {
+func dropBesides(drop func(string) bool, fields []relay.Field) func(string) bool {
 	return func(name string) bool {
 		for _, f := range fields {
 			if f.Name == name {

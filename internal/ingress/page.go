@@ -192,6 +192,9 @@ func navigates(r *http.Request) bool {
 
 // refuse answers in the service's place: a page for people, JSON for programs.
 func (v *visit) refuse(f *refusal) {
+	if v.info.http1 != nil {
+		v.info.http1.hasten()
+	}
 	h := v.w.Header()
 	body, err := json.Marshal(f)
 	if err != nil {

@@ -100,12 +100,11 @@ func (in *Ingress) underway() (n int64) {
 }
 
 // redirect sends clients of our names to the same URL with https.
-func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
-	if in.cfg.Challenge != nil && in.cfg.Challenge(w, r) {
+func (v *visit) redirect() {
+	in, r := v.in, v.r
+	if in.cfg.Challenge != nil && in.cfg.Challenge(v.w, r) {
 		return
 	}
-	v := &visit{in: in, w: w, r: r, mode: Redirect, access: access{start: time.Now()}, info: infoOf(r)}
-	defer v.end()
 	p, err := in.locate(r.Host)
 	if err != nil {
 		v.refuse(badRequest(err.Error()))
@@ -126,7 +125,7 @@ func (in *Ingress) redirect(w http.ResponseWriter, r *http.Request) {
 	if target == "*" {
 		target = "/"
 	}
-	w.Header().Set("Location", "https://"+host+target)
+	v.w.Header().Set("Location", "https://"+host+target)
 	v.code = http.StatusPermanentRedirect // keeps method and body
-	w.WriteHeader(v.code)
+	v.w.WriteHeader(v.code)
 }

@@ -6,42 +6,49 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/net/http2"
-
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
 
 // server serves one listener.
 type server struct {
 	Listener
-	in  *Ingress
-	h1  *h1.Server  // nil in mode TLSTCP
-	h2  *streams    // nil where HTTP/2 is not spoken
-	tls *tls.Config // of mode TLS
+	in    *Ingress
+	http1 *http.Server // nil in mode TLSTCP
+	hand  *handover    // to http1
+	h2    *streams     // nil where HTTP/2 is not spoken
+	tls   *tls.Config  // of mode TLS
 
 	open sync.WaitGroup // connections that have not been taken over
 
-	mu     sync.Mutex         // guards the fields below
-	conns  map[net.Conn]stage // but for those that h1 serves, which keeps its own
-	ending bool               // no connection comes to be served any more
+	mu     sync.Mutex           // guards the fields below
+	conns  map[net.Conn]serving // but for those that were taken over
+	ending bool                 // no connection comes to be served any more
 }
 
-// stage is how far a connection is.
+// serving is how far a connection is.
+type serving struct {
+	at    stage
+	http1 *watched
+}
+
 type stage uint8
 
 const (
 	greeting   stage = iota // it has not said yet what it speaks
-	speakingH2              // and the server of HTTP/2 knows it, or will in a moment
+	speakingH1              // and http1 has it
+	speakingH2              // and h2 knows it, or will in a moment
 )
 
 func (in *Ingress) server(l Listener) (*server, error) {
-	s := &server{Listener: l, in: in, conns: map[net.Conn]stage{}}
+	s := &server{Listener: l, in: in, conns: map[net.Conn]serving{}}
 	switch l.Mode {
 	case TLS, TLSTCP:
 		if in.cfg.TLS == nil {
@@ -58,17 +65,74 @@ func (in *Ingress) server(l Listener) (*server, error) {
 		s.tls = in.cfg.TLS.Clone()
 		s.tls.MinVersion = max(s.tls.MinVersion, tls.VersionTLS12)
 	}
-	limits, h := in.cfg.Limits, in.Handler(l.Mode)
-	s.h1 = &h1.Server{
-		Handler: h, HeaderBytes: limits.HeaderBytes, HeaderTimeout: limits.HeaderTimeout, IdleTimeout: limits.IdleTimeout, Log: in.log,
-	}
+	h := in.Handler(l.Mode)
+	s.serveHTTP1(h)
 	if l.Mode == Redirect {
 		return s, nil
 	}
 	var err error
-	s.h2, err = newStreams(h, limits, s.tls, in.log)
+	s.h2, err = newStreams(h, in.cfg.Limits, s.tls, in.log)
 	return s, err
 }
+
+// readAhead is what net/http reads beyond Server.MaxHeaderBytes before it refuses.
+const readAhead = 4 << 10
+
+func (s *server) serveHTTP1(h http.Handler) {
+	limits := s.in.cfg.Limits
+	s.hand = &handover{conns: make(chan net.Conn), closed: make(chan struct{}), addr: s.Addr()}
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	s.http1 = &http.Server{
+		Handler: h, Protocols: &protocols, DisableGeneralOptionsHandler: true,
+		ReadHeaderTimeout: limits.HeaderTimeout, IdleTimeout: limits.IdleTimeout, MaxHeaderBytes: max(limits.HeaderBytes-readAhead, 1),
+		BaseContext: func(net.Listener) context.Context { return s.in.base },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return watchedOf(c).info.within(ctx) },
+		ConnState: func(c net.Conn, state http.ConnState) {
+			switch info := watchedOf(c).info; state {
+			case http.StateHijacked:
+				info.taken = true
+			case http.StateClosed:
+				info.release()
+				info.ended()
+			}
+		},
+		ErrorLog: slog.NewLogLogger(s.in.log.Handler(), slog.LevelDebug), // the client's doing
+	}
+}
+
+// handover is the listener of a server whose connections are accepted elsewhere.
+type handover struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+	addr   net.Addr
+}
+
+func (h *handover) Accept() (net.Conn, error) {
+	select {
+	case c := <-h.conns:
+		return c, nil
+	case <-h.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (h *handover) give(c net.Conn) bool {
+	select {
+	case h.conns <- c:
+		return true
+	case <-h.closed:
+		return false
+	}
+}
+
+func (h *handover) Close() error {
+	h.once.Do(func() { close(h.closed) })
+	return nil
+}
+
+func (h *handover) Addr() net.Addr { return h.addr }
 
 // accept serves connections until the listener is closed, which ctx's end does.
 // One that cannot be accepted for want of descriptors is waited for: others will end.
@@ -76,6 +140,9 @@ func (s *server) accept(ctx context.Context) error {
 	defer s.Close()
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
+	if s.http1 != nil {
+		s.open.Go(func() { s.http1.Serve(s.hand) }) //nolint:errcheck // it ends when it is shut down
+	}
 	for wait := time.Duration(0); ; {
 		c, err := s.Accept()
 		var passing interface{ Temporary() bool }
@@ -112,16 +179,17 @@ func (s *server) serve(c net.Conn) {
 		s.in.serveNamed(info, c)
 		return
 	}
-	over := false
+	if !s.begin(c, serving{at: greeting}) {
+		info.release()
+		return
+	}
+	handed := false
 	defer func() {
-		if !over || !info.upgrading { // otherwise with the tunnel
+		if !handed {
+			s.end(c)
 			info.release()
 		}
 	}()
-	if !s.begin(c, greeting) {
-		return
-	}
-	defer s.end(c)
 	ctx := info.within(s.in.base)
 	conn, protocol, err := s.greet(ctx, c)
 	if err != nil {
@@ -130,23 +198,41 @@ func (s *server) serve(c net.Conn) {
 		return
 	}
 	if protocol == http2.NextProtoTLS {
-		if s.begin(c, speakingH2) {
+		if s.begin(c, serving{at: speakingH2}) {
 			s.h2.serve(ctx, conn)
 		}
 		return
 	}
-	var state *tls.ConnectionState
-	if secure, ok := conn.(*tls.Conn); ok {
-		st := secure.ConnectionState()
-		state = &st
-	}
-	s.end(c) // h1 ends it from here on
-	over = s.h1.ServeConn(ctx, conn, state)
+	handed = s.handOver(info, c, conn)
 }
 
-// begin notes that c is at that stage, until end. It returns false, and has closed
-// c, when the server has begun to end.
-func (s *server) begin(c net.Conn, at stage) bool {
+// handOver gives a connection to the server of HTTP/1, which returns it by info.ended.
+// It returns false when that serves no more.
+func (s *server) handOver(info *connInfo, c, conn net.Conn) bool {
+	info.http1 = &watched{Conn: conn, info: info, stall: s.in.cfg.Limits.Relay.StallTimeout}
+	if !s.begin(c, serving{at: speakingH1, http1: info.http1}) {
+		return false
+	}
+	s.open.Add(1)
+	info.ended = sync.OnceFunc(func() {
+		s.end(c)
+		s.open.Done()
+	})
+	var given net.Conn = info.http1
+	if _, secure := conn.(*tls.Conn); secure {
+		given = sealed{info.http1}
+	}
+	if !s.hand.give(given) {
+		info.ended()
+		c.Close()
+		return false
+	}
+	return true
+}
+
+// begin notes how far c is, until end. It returns false, and has closed c, when the
+// server has begun to end.
+func (s *server) begin(c net.Conn, at serving) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ending {
@@ -234,20 +320,21 @@ func preface(c net.Conn) (protocol string, err error) {
 func (s *server) shutdown(ctx context.Context) {
 	s.mu.Lock()
 	s.ending = true
-	for c, at := range s.conns {
-		if at == greeting {
+	for c, is := range s.conns {
+		// http1 waits for five seconds for the first octet of a connection.
+		if is.at == greeting || is.http1 != nil && !is.http1.begun() {
 			c.Close()
 		}
 	}
 	s.mu.Unlock()
-	if s.h1 == nil {
+	if s.http1 == nil {
 		return
 	}
 	var h2 sync.WaitGroup
 	if s.h2 != nil {
 		h2.Go(func() { s.shutdownH2(ctx) })
 	}
-	s.h1.Shutdown(ctx) //nolint:errcheck // ctx has ended: close follows
+	s.http1.Shutdown(ctx) //nolint:errcheck // ctx has ended: close follows
 	h2.Wait()
 }
 
@@ -268,18 +355,24 @@ func (s *server) shutdownH2(ctx context.Context) {
 func (s *server) speaking() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.conns) > 0
+	for _, is := range s.conns {
+		if is.at == speakingH2 {
+			return true
+		}
+	}
+	return false
 }
 
-// close ends every connection at once, and those that are still to come.
+// close ends every connection at once, without a farewell of TLS's, which a client
+// that does not read could hold up, and those that are still to come.
 func (s *server) close() {
-	if s.h1 != nil {
-		s.h1.Close()
-	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.ending = true
 	for c := range s.conns {
 		c.Close()
+	}
+	s.mu.Unlock()
+	if s.http1 != nil {
+		s.http1.Close() //nolint:errcheck // its connections are closed
 	}
 }

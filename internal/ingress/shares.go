@@ -135,13 +135,18 @@ func (h *heads) held() int64 {
 	return h.used
 }
 
-// headBytes is about what the head of a request takes of memory.
-func headBytes(r *http.Request) int64 {
+// fieldsMost is how many fields a request may have.
+const fieldsMost = 1000
+
+// headSize returns about what the head of a request takes of memory, and how many
+// fields it has.
+func headSize(r *http.Request) (bytes int64, fields int) {
 	n := len(r.RequestURI) + len(r.Host) + len(r.Method)
 	for name, values := range r.Header {
+		fields += len(values)
 		for _, v := range values {
 			n += len(name) + len(v) + fieldCost
 		}
 	}
-	return int64(n)
+	return int64(n), fields
 }

@@ -12,14 +12,31 @@ import (
 
 // connInfo is what is known of a client's connection.
 type connInfo struct {
-	conn      net.Conn // nil when the server is not ours
-	addr      netip.Addr
-	from      string // addr as text
-	inside    bool   // a sandbox: addr is its own
-	trusted   bool   // a proxy whose X-Forwarded-* we believe
-	upgrading bool   // its request may take the connection over; set and read by the goroutine that serves it
-	source    *sources
-	once      sync.Once
+	conn    net.Conn // nil when the server is not ours
+	addr    netip.Addr
+	from    string // addr as text
+	inside  bool   // a sandbox: addr is its own
+	trusted bool   // a proxy whose X-Forwarded-* we believe
+	source  *sources
+	once    sync.Once
+
+	// Of connections that speak HTTP/1, to be used by the goroutine that serves them.
+	http1     *watched // nil for others, and when the server is not ours
+	ended     func()   // the server is told that it has ended, or was taken over
+	upgrading bool     // the request may take the connection over
+	taken     bool     // it has
+}
+
+// handled is called when a request of HTTP/1 has been.
+func (c *connInfo) handled() {
+	if !c.taken {
+		c.http1.hasten()
+		return
+	}
+	if !c.upgrading { // otherwise with the tunnel
+		c.release()
+	}
+	c.ended()
 }
 
 // release takes the connection out of its source's count.

@@ -5,14 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
 
 // receive reads the head of the answer and passes interim ones on.
@@ -31,7 +31,7 @@ func (x *exchange) receive() (*http.Response, error) {
 		case code >= 200:
 			return resp, nil
 		case code == http.StatusContinue:
-			x.proceed(true) // reading the body tells the client
+			x.proceed(true)
 		case code < 100:
 			return nil, fmt.Errorf("%w: status %d", ErrAnswer, code)
 		case x.r.ProtoAtLeast(1, 1):
@@ -43,43 +43,24 @@ func (x *exchange) receive() (*http.Response, error) {
 
 // hint passes an interim answer on.
 func (x *exchange) hint(resp *http.Response) {
+	x.interim.Lock()
+	defer x.interim.Unlock()
 	h := x.w.Header()
-	if x.fw != nil {
-		h = http.Header{}
-	}
+	ours := maps.Clone(h)
+	clear(h)
 	copyHeader(h, resp.Header)
 	if x.out.Answer != nil {
 		x.out.Answer(resp.StatusCode, h)
 	}
-	x.sendHead(resp.StatusCode, h)
+	x.w.WriteHeader(resp.StatusCode)
 	clear(h)
+	maps.Copy(h, ours)
 }
 
-// sendHead sends the head of an answer as the service spelled it, when the client
-// speaks a protocol in which that means something.
-func (x *exchange) sendHead(code int, h http.Header) {
-	if x.fw == nil {
-		x.w.WriteHeader(code)
-		return
-	}
-	x.fw.WriteFields(code, h1.Spell(make([]h1.Field, 0, len(x.fields)+2), h, x.fields))
-}
+// fieldsMost is how many fields an answer may have.
+const fieldsMost = 1000
 
-// fieldWriter returns what is below w that keeps the spelling of fields, nil for none.
-func fieldWriter(w http.ResponseWriter) h1.FieldWriter {
-	for {
-		switch t := w.(type) {
-		case h1.FieldWriter:
-			return t
-		case interface{ Unwrap() http.ResponseWriter }:
-			w = t.Unwrap()
-		default:
-			return nil
-		}
-	}
-}
-
-// readHead reads the head of an answer, whose fields as they came are then in x.fields.
+// readHead reads the head of an answer.
 func (x *exchange) readHead() (*http.Response, error) {
 	c := x.conn
 	c.head.left = x.pool.cfg.HeadBytes
@@ -104,15 +85,31 @@ func (x *exchange) readHead() (*http.Response, error) {
 			return nil, ErrHTTP2
 		}
 	}
-	resp, fields, err := h1.ReadResponse(c.br, x.r)
+	resp, err := http.ReadResponse(c.br, x.r)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
+	}
+	fields := 0
+	for name, values := range resp.Header {
+		fields += len(values)
+		if !strings.Contains(name, " ") {
+			continue
+		}
+		// Services have been seen to do it. Readers do not agree on what the name is,
+		// so the field goes no further, and one about the framing spoils the answer.
+		switch http.CanonicalHeaderKey(strings.TrimSpace(name)) {
+		case "Content-Length", "Transfer-Encoding":
+			return nil, fmt.Errorf("%w: blank in the name %q", ErrAnswer, name)
+		}
+		delete(resp.Header, name)
+	}
+	if fields > fieldsMost {
+		return nil, fmt.Errorf("%w: it has %d fields", ErrAnswer, fields)
 	}
 	if slow {
 		c.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
 	}
 	c.head.left = math.MaxInt64
-	x.fields = fields
 	return resp, nil
 }
 
@@ -139,6 +136,30 @@ func copyHeader(dst, src http.Header) {
 
 // deliver sends the answer to the client.
 func (x *exchange) deliver(resp *http.Response) error {
+	h, err := x.begin(resp)
+	if err != nil {
+		return err
+	}
+	announced := len(resp.Trailer)
+	if err := x.copyAnswer(resp); err != nil {
+		return err
+	}
+	if len(resp.Trailer) > 0 && x.r.ProtoMajor == 1 {
+		x.flush() // trailers need chunks
+	}
+	for name, values := range resp.Trailer {
+		if len(resp.Trailer) != announced {
+			name = http.TrailerPrefix + name
+		}
+		h[name] = values
+	}
+	return nil
+}
+
+// begin sends the head of the answer, and returns the header that takes its trailer.
+func (x *exchange) begin(resp *http.Response) (http.Header, error) {
+	x.interim.Lock()
+	defer x.interim.Unlock()
 	h := x.w.Header()
 	copyHeader(h, resp.Header)
 	if _, typed := h["Content-Type"]; !typed {
@@ -147,7 +168,9 @@ func (x *exchange) deliver(resp *http.Response) error {
 	if resp.StatusCode == http.StatusNotModified && x.r.ProtoMajor == 2 {
 		delete(h, "Content-Length") // optional there, and clients written in Go would miss the body
 	}
-	announced := x.announce(h, resp)
+	for _, name := range slices.Sorted(maps.Keys(resp.Trailer)) {
+		h.Add("Trailer", name)
+	}
 	if x.out.Answer != nil {
 		x.out.Answer(resp.StatusCode, h)
 	}
@@ -160,53 +183,11 @@ func (x *exchange) deliver(resp *http.Response) error {
 	if x.pool.closed.Load() { // it may not have seen started
 		x.started.Store(false)
 		clear(h)
-		return ErrReset
+		return nil, ErrReset
 	}
 	x.status = resp.StatusCode
-	x.sendHead(resp.StatusCode, h)
-	if err := x.copyAnswer(resp); err != nil {
-		return err
-	}
-	if announced > 0 && x.r.ProtoMajor == 1 {
-		x.flush() // trailers need chunks
-	}
-	x.sendTrailers(h, resp, announced)
-	return nil
-}
-
-// announce puts the names of the trailer fields that may come into h, and returns
-// how many they are.
-func (x *exchange) announce(h http.Header, resp *http.Response) int {
-	if x.fw == nil {
-		for name := range resp.Trailer {
-			h.Add("Trailer", name)
-		}
-		return len(resp.Trailer)
-	}
-	if len(resp.Trailer) > 0 {
-		for _, f := range x.fields {
-			if strings.EqualFold(f.Name, "Trailer") {
-				h.Add("Trailer", f.Value)
-			}
-		}
-	}
-	return len(resp.Trailer)
-}
-
-// sendTrailers sends the trailer, of which that many fields were announced.
-func (x *exchange) sendTrailers(h http.Header, resp *http.Response, announced int) {
-	if x.fw != nil {
-		if len(resp.Trailer) > 0 {
-			x.fw.WriteTrailers(h1.ResponseTrailers(resp))
-		}
-		return
-	}
-	for name, values := range resp.Trailer {
-		if len(resp.Trailer) != announced {
-			name = http.TrailerPrefix + name
-		}
-		h[name] = values
-	}
+	x.w.WriteHeader(resp.StatusCode)
+	return h, nil
 }
 
 func (x *exchange) flush() {
@@ -224,11 +205,6 @@ func (x *exchange) copyAnswer(resp *http.Response) error {
 	}
 	br := x.conn.br
 	var sent int64
-	defer func() {
-		if x.timed {
-			x.rc.SetWriteDeadline(time.Time{}) //nolint:errcheck // a dead connection shows in the next write
-		}
-	}()
 	for {
 		if br.Buffered() == 0 && sent != resp.ContentLength {
 			if sent > 0 || resp.ContentLength < 0 {
@@ -242,7 +218,6 @@ func (x *exchange) copyAnswer(resp *http.Response) error {
 		if end || err != nil {
 			return err
 		}
-		x.timed = x.r.ProtoMajor == 1
 	}
 }
 
@@ -251,9 +226,6 @@ func (x *exchange) copyPiece(body io.Reader) (n int64, end bool, err error) {
 	defer buffers.Put(buf)
 	got, rerr := body.Read(buf[:])
 	if got > 0 {
-		if x.timed {
-			x.rc.SetWriteDeadline(time.Now().Add(x.pool.cfg.StallTimeout)) //nolint:errcheck // where it is not supported the connection's own limits hold
-		}
 		if _, err := x.w.Write(buf[:got]); err != nil {
 			return int64(got), false, fmt.Errorf("%w: %w", ErrClient, err)
 		}
@@ -281,16 +253,12 @@ func keepHint(h http.Header) time.Duration {
 	return 0
 }
 
-// switched is the header of a switch of protocols as the service spelled it, with the
-// two fields it needs.
-func (x *exchange) switched(resp *http.Response) []h1.Field {
+// switched is the header of a switch of protocols, with the two fields it needs.
+func (x *exchange) switched(resp *http.Response) http.Header {
 	h := http.Header{}
 	copyHeader(h, resp.Header)
 	delete(h, "Content-Length")
 	h["Connection"] = []string{"Upgrade"}
-	if v := resp.Header["Connection"]; len(v) == 1 && strings.EqualFold(v[0], "upgrade") {
-		h["Connection"] = v
-	}
 	h["Upgrade"] = resp.Header["Upgrade"][:1] // the one asked for; see receive
-	return h1.Spell(nil, h, x.fields)
+	return h
 }

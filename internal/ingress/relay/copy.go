@@ -20,6 +20,13 @@ type side struct {
 }
 
 func sideOf(c net.Conn) side {
+	for { // what a server has put around a connection is not needed any more
+		outer, ok := c.(interface{ NetConn() net.Conn })
+		if _, secure := c.(*tls.Conn); secure || !ok {
+			break
+		}
+		c = outer.NetConn()
+	}
 	s := side{Conn: c}
 	on := c
 	if secure, ok := c.(*tls.Conn); ok {

@@ -5,14 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
 
 // Out says how a request is sent to the service. The rest of it (method, body,
@@ -24,9 +24,8 @@ type Out struct {
 	// Drop reports header names, in canonical form, that are not sent. The
 	// hop-by-hop ones of RFC 9110, section 7.6.1 never are.
 	Drop func(name string) bool
-	// Set are header fields sent besides the client's, at most 32. One whose name is
-	// dropped from the client's comes in its place.
-	Set []h1.Field
+	// Set are header fields sent besides the client's.
+	Set []Field
 	// Upgrade is the protocol to switch to, empty for none.
 	Upgrade string
 	// Stream is what the client sends after the switch when it asked for it on an
@@ -81,27 +80,25 @@ type exchange struct {
 	r       *http.Request
 	out     *Out
 	rc      *http.ResponseController
-	fw      h1.FieldWriter // what w can do besides; nil: no spelling is kept
 	conn    *conn
-	fields  []h1.Field // of the latest answer's head, as the service sent them
 	status  int
 	started atomic.Bool // the answer's head is being sent to the client
 
 	upload   chan error  // result of sendBody; nil when the body is not sent beside the answer
 	goAhead  chan bool   // whether the service wants the body; nil when it need not be asked
+	interim  sync.Mutex  // held while something is sent before the answer's body
 	read     atomic.Bool // the whole body is read from the client
 	uploaded bool        // and sent
 	detached bool        // a tunnel took over
 	octets   Octets      // In is the upload's until it has ended
 	answered time.Time   // when the head of the answer was there
-	timed    bool        // writes to the client have a deadline
 }
 
 // Forward sends the client's request to the service and the answer to the
 // client. It returns when the answer is complete, or with the switch to a
 // tunnel, which then lives until either side closes it.
 func (p *Pool) Forward(w http.ResponseWriter, r *http.Request, out *Out) Result {
-	x := &exchange{pool: p, w: w, r: r, out: out, rc: http.NewResponseController(w), fw: fieldWriter(w)}
+	x := &exchange{pool: p, w: w, r: r, out: out, rc: http.NewResponseController(w)}
 	began := time.Now()
 	err := x.try(false)
 	if errors.Is(err, errStale) {
@@ -257,12 +254,31 @@ func (x *exchange) sendBody() {
 			}
 		case <-t.C:
 		}
+		x.sayContinue()
 	}
 	err := x.copyBody()
 	if errors.Is(err, ErrBody) {
 		hangUp(x.conn) // the service would wait for the rest, and we for its answer
 	}
 	x.upload <- err
+}
+
+// sayContinue tells a client of HTTP/1 to send its body. Its server would do so when
+// the body is read, and not take care that no other interim answer is on its way.
+func (x *exchange) sayContinue() {
+	if x.r.ProtoMajor != 1 {
+		return
+	}
+	x.interim.Lock()
+	defer x.interim.Unlock()
+	if x.started.Load() {
+		return
+	}
+	h := x.w.Header()
+	ours := maps.Clone(h)
+	clear(h)
+	x.w.WriteHeader(http.StatusContinue)
+	maps.Copy(h, ours)
 }
 
 // copyBody sends the request's body and, when it is chunked, its trailers.

@@ -1,12 +1,15 @@
 package relay
 
 import (
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
+
+// Field is a field of a header. Its name is canonical.
+type Field struct{ Name, Value string }
 
 // HopByHop reports the fields that belong to one connection (RFC 9110, section
 // 7.6.1) and those that are written from what the server parsed.
@@ -45,210 +48,65 @@ func appendField(b []byte, name, value string) []byte {
 	return append(b, "\r\n"...)
 }
 
-// appendHead appends the request's head. Method, names and values are free of
-// line breaks: the server checked them.
+// appendHead appends the request's head, its fields sorted by name. Method, names and
+// values are free of line breaks: the server checked them. A size under 0 is not known.
 func (x *exchange) appendHead(b []byte, size int64, expect bool) []byte {
-	r := x.r
+	r, out := x.r, x.out
 	b = append(b, r.Method...)
 	b = append(b, ' ')
-	b = append(b, x.out.Target...)
+	b = append(b, out.Target...)
 	b = append(b, " HTTP/1.1\r\n"...)
-	h := head{r: r, out: x.out, size: size, expect: expect, listed: ConnectionListed(r.Header)}
-	fields := h1.Fields(r)
-	if !names(fields, "Host") { // HTTP/2, HTTP/1.0, or somebody else's server
-		b = h.host(b, "Host")
-	}
-	if fields != nil {
-		for _, f := range fields {
-			b = h.field(b, f)
-		}
-	} else {
-		for name, values := range r.Header {
-			for _, v := range values {
-				b = h.field(b, h1.Field{Name: name, Value: v})
-			}
-		}
-	}
-	return append(h.rest(b), "\r\n"...)
-}
-
-func names(fields []h1.Field, name string) bool {
-	for _, f := range fields {
-		if strings.EqualFold(f.Name, name) {
-			return true
-		}
-	}
-	return false
-}
-
-// head is a request's header on its way to the service: the client's fields in their
-// order and spelling, and what we say in the place where the client said it, or last.
-type head struct {
-	r      *http.Request
-	out    *Out
-	size   int64 // of the body; under 0: not known
-	expect bool
-	listed map[string]bool // by the Connection header
-
-	named, framed, switched, upgraded, announced bool // the field is written
-	set                                          uint // bits of out.Set that are written
-}
-
-// field appends one field of the client's, or what stands in its place.
-func (h *head) field(b []byte, f h1.Field) []byte {
-	name := http.CanonicalHeaderKey(f.Name)
-	if HopByHop(name) {
-		return h.own(b, name, f)
-	}
-	if h.out.Drop != nil && h.out.Drop(name) {
-		return h.instead(b, name, f.Name)
-	}
-	if h.listed[name] || name == "Expect" && !h.expect {
-		return b
-	}
-	return appendField(b, f.Name, f.Value)
-}
-
-// own appends a field that concerns the connection to the service.
-func (h *head) own(b []byte, name string, f h1.Field) []byte {
-	switch name {
-	case "Host":
-		return h.host(b, f.Name)
-	case "Content-Length":
-		if h.size >= 0 && (h.size > 0 || f.Value == "0") {
-			return h.length(b, f.Name)
-		}
-	case "Transfer-Encoding":
-		if h.size < 0 {
-			return h.length(b, f.Name)
-		}
-	case "Connection":
-		return h.connection(b, f)
-	case "Upgrade":
-		return h.upgrade(b, f.Name)
-	case "Te":
-		if strings.EqualFold(strings.TrimSpace(f.Value), "trailers") {
-			return appendField(b, f.Name, f.Value)
-		}
-	case "Trailer":
-		return h.announce(b, f)
-	}
-	return b
-}
-
-// instead appends what we say in place of a field that is not passed on.
-func (h *head) instead(b []byte, name, spelled string) []byte {
-	for i, f := range h.out.Set {
-		if h.set&(1<<i) == 0 && http.CanonicalHeaderKey(f.Name) == name {
-			h.set |= 1 << i
-			return appendField(b, spelled, f.Value)
-		}
-	}
-	return b
-}
-
-func (h *head) host(b []byte, spelled string) []byte {
-	if h.named {
-		return b
-	}
-	h.named = true
-	return appendField(b, spelled, h.out.Host)
-}
-
-// length says how the body is framed.
-func (h *head) length(b []byte, spelled string) []byte {
-	if h.framed {
-		return b
-	}
-	h.framed = true
-	if h.size < 0 {
-		return appendField(b, spelled, "chunked")
-	}
-	return appendField(b, spelled, strconv.FormatInt(h.size, 10))
-}
-
-func (h *head) connection(b []byte, f h1.Field) []byte {
-	if h.out.Upgrade == "" || h.switched {
-		return b
-	}
-	h.switched = true
-	if !strings.EqualFold(f.Value, "upgrade") {
-		f.Value = "Upgrade"
-	}
-	return appendField(b, f.Name, f.Value)
-}
-
-func (h *head) upgrade(b []byte, spelled string) []byte {
-	if h.out.Upgrade == "" || h.upgraded {
-		return b
-	}
-	h.upgraded = true
-	return appendField(b, spelled, h.out.Upgrade)
-}
-
-// announce appends the names of trailer fields that may follow the body.
-func (h *head) announce(b []byte, f h1.Field) []byte {
-	if h.size >= 0 {
-		return b
-	}
-	h.announced = true
-	var kept []string
-	all := true
-	for name := range strings.SplitSeq(f.Value, ",") {
-		name = strings.TrimSpace(name)
-		if name == "" || forbiddenTrailer(http.CanonicalHeaderKey(name), h.out) {
-			all = false
+	b = appendField(b, "Host", out.Host)
+	listed := ConnectionListed(r.Header)
+	var few [32]string
+	for _, name := range sortedNames(few[:0], r.Header) {
+		switch {
+		case HopByHop(name), listed[name], out.drops(name), name == "Expect" && !expect:
 			continue
 		}
-		kept = append(kept, name)
-	}
-	switch {
-	case all:
-		return appendField(b, f.Name, f.Value)
-	case len(kept) > 0:
-		return appendField(b, f.Name, strings.Join(kept, ", "))
-	}
-	return b
-}
-
-// rest appends what we say and the client did not.
-func (h *head) rest(b []byte) []byte {
-	for i, f := range h.out.Set {
-		if h.set&(1<<i) == 0 {
-			b = appendField(b, f.Name, f.Value)
+		for _, v := range r.Header[name] {
+			b = appendField(b, name, v)
 		}
 	}
-	b = h.connection(b, h1.Field{Name: "Connection", Value: "Upgrade"})
-	b = h.upgrade(b, "Upgrade")
-	switch method := h.r.Method; {
-	case h.size < 0:
-		b = h.length(b, "Transfer-Encoding")
-	case h.size > 0, method == http.MethodPost, method == http.MethodPut, method == http.MethodPatch:
-		b = h.length(b, "Content-Length")
-	}
-	if h.announced || h.size >= 0 {
-		return b
-	}
-	for name := range h.r.Trailer {
-		if !forbiddenTrailer(name, h.out) {
-			b = appendField(b, "Trailer", name)
-		}
-	}
-	return b
-}
-
-// forbiddenTrailer reports trailer fields that a service might merge into the
-// header and then trust.
-func forbiddenTrailer(name string, out *Out) bool {
-	if UnsafeTrailer(name) || out.Drop != nil && out.Drop(name) {
-		return true
+	if te := r.Header["Te"]; len(te) == 1 && strings.EqualFold(strings.TrimSpace(te[0]), "trailers") {
+		b = appendField(b, "Te", "trailers")
 	}
 	for _, f := range out.Set {
-		if strings.EqualFold(f.Name, name) {
-			return true
-		}
+		b = appendField(b, f.Name, f.Value)
 	}
-	return false
+	if out.Upgrade != "" {
+		b = appendField(b, "Connection", "Upgrade")
+		b = appendField(b, "Upgrade", out.Upgrade)
+	}
+	switch {
+	case size < 0:
+		b = appendField(b, "Transfer-Encoding", "chunked")
+		for _, name := range slices.Sorted(maps.Keys(r.Trailer)) {
+			if !out.forbidsTrailer(name) {
+				b = appendField(b, "Trailer", name)
+			}
+		}
+	case size > 0, r.Method == http.MethodPost, r.Method == http.MethodPut, r.Method == http.MethodPatch, r.Header["Content-Length"] != nil:
+		b = append(b, "Content-Length: "...)
+		b = append(strconv.AppendInt(b, size, 10), "\r\n"...)
+	}
+	return append(b, "\r\n"...)
+}
+
+func sortedNames(names []string, h http.Header) []string {
+	for name := range h {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+func (o *Out) drops(name string) bool { return o.Drop != nil && o.Drop(name) }
+
+// forbidsTrailer reports trailer fields that a service might merge into the
+// header and then trust.
+func (o *Out) forbidsTrailer(name string) bool {
+	return UnsafeTrailer(name) || o.drops(name) || slices.ContainsFunc(o.Set, func(f Field) bool { return strings.EqualFold(f.Name, name) })
 }
 
 // UnsafeTrailer reports trailer fields that have a meaning of their own in a header.
@@ -266,23 +124,15 @@ func UnsafeTrailer(name string) bool {
 // appendTrailers appends the last chunk and the trailers, which are known now.
 func (x *exchange) appendTrailers(b []byte) []byte {
 	b = append(b, "0\r\n"...)
-	if fields := h1.Trailers(x.r); fields != nil {
-		for _, f := range fields {
-			b = x.appendTrailer(b, f)
+	for _, name := range slices.Sorted(maps.Keys(x.r.Trailer)) {
+		if x.out.forbidsTrailer(name) {
+			continue
 		}
-		return append(b, "\r\n"...)
-	}
-	for name, values := range x.r.Trailer {
-		for _, v := range values {
-			b = x.appendTrailer(b, h1.Field{Name: name, Value: v})
+		for _, v := range x.r.Trailer[name] {
+			if !strings.ContainsAny(v, "\r\n\x00") {
+				b = appendField(b, name, v)
+			}
 		}
 	}
 	return append(b, "\r\n"...)
-}
-
-func (x *exchange) appendTrailer(b []byte, f h1.Field) []byte {
-	if forbiddenTrailer(http.CanonicalHeaderKey(f.Name), x.out) || strings.ContainsAny(f.Value, "\r\n\x00") {
-		return b
-	}
-	return appendField(b, f.Name, f.Value)
 }

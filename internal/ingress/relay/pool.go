@@ -1,13 +1,12 @@
 // Package relay hides HTTP/1.1 towards the services of one sandbox: connections
-// and their reuse, framing, interim answers, upgrades, and what must happen to
-// both ends when either side, or the sandbox itself, goes away.
+// and their reuse, interim answers, upgrades, and what must happen to both ends when
+// either side, or the sandbox itself, goes away. Answers are read by net/http.
 //
-// It is used instead of net/http's Transport for three reasons. The request
-// target reaches the service byte for byte, which a URL cannot promise. The
-// request is written and the answer read on the goroutine that serves the
-// client, which saves two goroutine switches per request. And every connection
-// belongs to one sandbox, so that killing it resets all of them at once and an
-// address used again never meets a connection of its former owner.
+// It is used instead of net/http's Transport, which cannot do three things. It hands a
+// request and its answer to goroutines of their own, which costs two switches; here both
+// are on the goroutine that serves the client. It keeps no time for an answer's head
+// that begins and does not end. And it does not hand over the connection behind a switch of
+// protocols, which a tunnel needs bare, to wait on its socket without a buffer.
 package relay
 
 import (

@@ -10,8 +10,6 @@ import (
 	"net/http"
 	"sync/atomic"
 	"syscall"
-
-	"github.com/cordonhq/cordon/internal/ingress/h1"
 )
 
 // tunnel is a connection after a switch of protocols: bytes both ways, nothing
@@ -68,14 +66,10 @@ func (x *exchange) tunnel(resp *http.Response) error {
 
 // handshake writes the 101 and returns what the client and the service have
 // already sent beyond their heads.
-func (t *tunnel) handshake(rw *bufio.ReadWriter, service *bufio.Reader, fields []h1.Field) (early, late []byte, err error) {
-	head := []byte("HTTP/1.1 101 Switching Protocols\r\n")
-	for _, f := range fields { // as h1 reads them: no name or value breaks the line
-		head = appendField(head, f.Name, f.Value)
-	}
-	if _, err := rw.Write(append(head, "\r\n"...)); err != nil {
-		return nil, nil, err
-	}
+func (t *tunnel) handshake(rw *bufio.ReadWriter, service *bufio.Reader, h http.Header) (early, late []byte, err error) {
+	rw.WriteString("HTTP/1.1 101 Switching Protocols\r\n") //nolint:errcheck // shows in the flush
+	h.Write(rw)                                            //nolint:errcheck // as above
+	rw.WriteString("\r\n")                                 //nolint:errcheck // as above
 	if err := rw.Flush(); err != nil {
 		return nil, nil, err
 	}

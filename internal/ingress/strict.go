@@ -1,0 +1,396 @@
+package ingress
+
+import (
+	"bytes"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// net/http's server takes four things that another reader of the same octets may
+// understand differently (RFC 9112, section 11.2): Content-Length beside
+// Transfer-Encoding, Content-Length twice, Transfer-Encoding in HTTP/1.0, and folded
+// fields; and its handlers do not see that they were there. A proxy in front of us
+// that takes one of them otherwise would mistake whose request follows. So the
+// connection looks at the octets that net/http reads, follows where messages begin
+// and end, and tells the handler of such a request, which is refused. It changes
+// nothing, and where it does not understand, it refuses what comes next.
+
+// watched is a client's connection of HTTP/1 on its way into net/http.
+type watched struct {
+	net.Conn
+	info  *connInfo
+	stall time.Duration // for the client to take a piece of an answer
+
+	mu      sync.Mutex // guards the fields below
+	octets  framing
+	readBy  time.Time // deadline for reading
+	hurry   bool      // and hasten has set it
+	writeBy time.Time // deadline for writing, as Write last set it
+	told    bool      // the handler has set one
+}
+
+// sealed is one in TLS, as net/http wants to be told.
+type sealed struct{ *watched }
+
+func (s sealed) ConnectionState() tls.ConnectionState {
+	return s.Conn.(*tls.Conn).ConnectionState()
+}
+
+func watchedOf(c net.Conn) *watched {
+	if s, ok := c.(sealed); ok {
+		return s.watched
+	}
+	return c.(*watched)
+}
+
+// restTime is how long a client may take for the rest of a body that nothing reads.
+const restTime = 5 * time.Second
+
+func (w *watched) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	if n > 0 {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.octets.feed(b[:n])
+		if w.hurry && !w.octets.midway() {
+			w.hurry, w.readBy = false, time.Time{}
+			w.Conn.SetReadDeadline(w.readBy) //nolint:errcheck // a dead connection shows in the read
+		}
+	}
+	return n, err
+}
+
+// hasten gives the client restTime for the rest of its body, if some of it has not
+// come: before an answer goes out, net/http reads what the handler has left.
+func (w *watched) hasten() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	by := time.Now().Add(restTime)
+	if !w.octets.midway() || !w.readBy.IsZero() && w.readBy.Before(by) {
+		return
+	}
+	w.hurry, w.readBy = true, by
+	w.Conn.SetReadDeadline(by) //nolint:errcheck // a dead connection shows in the read
+}
+
+// cut ends the reading of a body of which some has not come. Nothing may do so to
+// the reading behind it, by which net/http notices that the client has left.
+func (w *watched) cut() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.octets.midway() {
+		w.hurry, w.readBy = false, longAgo
+		w.Conn.SetReadDeadline(longAgo) //nolint:errcheck // a dead connection shows in the read
+	}
+}
+
+// SetReadDeadline takes the place of hasten's.
+func (w *watched) SetReadDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.hurry, w.readBy = false, t
+	return w.Conn.SetReadDeadline(t)
+}
+
+// writePiece is what a client has stall for.
+const writePiece = 64 << 10
+
+// Write gives a client that does not read some time. Setting a deadline costs more than
+// looking at the clock: it is moved only when it would come too early, and then a
+// little too far.
+func (w *watched) Write(b []byte) (n int, err error) {
+	for {
+		w.limitWrite()
+		var taken int
+		taken, err = w.Conn.Write(b[n:min(len(b), n+writePiece)])
+		if n += taken; err != nil || n == len(b) {
+			return n, err
+		}
+	}
+}
+
+func (w *watched) limitWrite() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if now := time.Now(); !w.told && w.writeBy.Before(now.Add(w.stall)) {
+		w.writeBy = now.Add(w.stall + w.stall/16)
+		w.Conn.SetWriteDeadline(w.writeBy) //nolint:errcheck // a dead connection shows in the write
+	}
+}
+
+// SetWriteDeadline is the handler's, or takes it back.
+func (w *watched) SetWriteDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.told = !t.IsZero(); !w.told && w.writeBy.After(time.Now().Add(w.stall)) {
+		return nil // Write's own is good
+	}
+	w.writeBy = time.Time{}
+	return w.Conn.SetWriteDeadline(t)
+}
+
+// SetDeadline is for what takes the connection over.
+func (w *watched) SetDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.hurry, w.readBy, w.told, w.writeBy = false, t, !t.IsZero(), time.Time{}
+	return w.Conn.SetDeadline(t)
+}
+
+// NetConn returns the connection itself, for what takes it over.
+func (w *watched) NetConn() net.Conn { return w.Conn }
+
+// CloseWrite is for net/http, which ends some connections that way.
+func (w *watched) CloseWrite() error {
+	if half, ok := w.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
+
+// begun reports whether anything has come.
+func (w *watched) begun() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.octets.begun
+}
+
+// admits is called once for each request, by its handler.
+func (w *watched) admits(r *http.Request) *refusal {
+	w.mu.Lock()
+	why := w.octets.next()
+	w.mu.Unlock()
+	switch {
+	case r.ProtoMajor != 1 || r.ProtoMinor > 1:
+		return &refusal{Code: http.StatusHTTPVersionNotSupported, Message: "HTTP/1.0, HTTP/1.1 and HTTP/2 are spoken here"}
+	case why != "":
+		return &refusal{Code: http.StatusBadRequest, Message: "The request is malformed: " + why + "."}
+	}
+	return nil
+}
+
+// framing follows the messages of a connection.
+type framing struct {
+	begun bool
+	at    phase
+	left  uint64 // octets of a body or chunk
+	line  []byte // the beginning of a line whose end has not come
+	late  []byte // what followed a request for another protocol; not looked at yet
+
+	head   headSeen // of the message under way
+	heads  int      // complete ones
+	taken  int      // by next
+	wrong  int      // the number of the head that is refused first, from 1; 0: none
+	reason string
+}
+
+// phase is what the next octet belongs to.
+type phase uint8
+
+const (
+	inHead phase = iota
+	inBody
+	inChunkSize
+	inChunk
+	afterChunk // its line end
+	inTrailer
+	inDoubt // another protocol, if the service agrees to it
+	lost
+)
+
+// headSeen is what counts of a head.
+type headSeen struct {
+	lines, lengths, codings int
+	length                  string
+	old                     bool // HTTP/1.0
+	upgrade                 bool
+}
+
+const (
+	// lineMost is how much of a line is kept; net/http gives up a header before.
+	lineMost = 1 << 20
+	// lateMost is how much may follow a request for another protocol before that is
+	// answered; net/http reads less ahead.
+	lateMost = 64 << 10
+)
+
+// next takes the next request.
+func (f *framing) next() string {
+	f.taken++
+	if f.taken > f.heads && f.at == inDoubt { // the service has not switched
+		late := f.late
+		f.late, f.at = nil, inHead
+		f.feed(late)
+	}
+	if f.wrong != 0 && f.taken >= f.wrong {
+		return f.reason
+	}
+	return ""
+}
+
+// midway reports whether a part of a body has not come.
+func (f *framing) midway() bool { return f.at > inHead && f.at < inDoubt }
+
+// feed takes the octets that come next.
+func (f *framing) feed(b []byte) {
+	f.begun = true
+	for len(b) > 0 {
+		switch f.at {
+		case inHead, inChunkSize, afterChunk, inTrailer:
+			line, rest, whole := f.cut(b)
+			if b = rest; whole {
+				f.take(line)
+			}
+		case inBody, inChunk:
+			n := min(uint64(len(b)), f.left)
+			b = b[n:]
+			if f.left -= n; f.left > 0 {
+				return
+			}
+			if f.at == inChunk {
+				f.at = afterChunk
+			} else {
+				f.end()
+			}
+		case inDoubt:
+			if f.late = append(f.late, b...); len(f.late) > lateMost {
+				f.lose("too much follows a request for another protocol")
+			}
+			return
+		case lost:
+			return
+		}
+	}
+}
+
+// cut takes a line off b, with its end.
+func (f *framing) cut(b []byte) (line, rest []byte, whole bool) {
+	i := bytes.IndexByte(b, '\n')
+	if i < 0 {
+		if len(f.line)+len(b) > lineMost {
+			f.lose("its header is too long")
+			return nil, nil, false
+		}
+		f.line = append(f.line, b...)
+		return nil, nil, false
+	}
+	line, rest = b[:i+1], b[i+1:]
+	if len(f.line) > 0 {
+		line = append(f.line, line...)
+		f.line = nil
+	}
+	return line, rest, true
+}
+
+func (f *framing) take(line []byte) {
+	crlf := len(line) > 1 && line[len(line)-2] == '\r'
+	text := bytes.TrimSuffix(line[:len(line)-1], []byte("\r"))
+	switch f.at {
+	case inChunkSize:
+		f.chunkSize(text, crlf)
+	case afterChunk:
+		if f.at = inChunkSize; len(text) > 0 || !crlf {
+			f.lose("a chunk before it does not end where it says")
+		}
+	case inTrailer:
+		switch {
+		case !crlf, len(text) > 0 && isBlank(text[0]):
+			f.lose("the trailer before it is malformed")
+		case len(text) == 0:
+			f.end()
+		}
+	default:
+		f.headLine(text)
+	}
+}
+
+func (f *framing) headLine(text []byte) {
+	h := &f.head
+	switch {
+	case len(text) == 0 && h.lines == 0:
+		return // a line end before a request: net/http decides
+	case len(text) == 0:
+		f.headEnd()
+		return
+	case h.lines == 0:
+		h.lines, h.old = 1, bytes.HasSuffix(text, []byte(" HTTP/1.0"))
+		return
+	case isBlank(text[0]):
+		f.lose("a field of it goes on in a second line")
+		return
+	}
+	i := bytes.IndexByte(text, ':')
+	if i < 0 {
+		return // net/http refuses it
+	}
+	switch name := bytes.TrimRight(text[:i], " \t"); {
+	case bytes.EqualFold(name, []byte("Content-Length")):
+		h.lengths++
+		h.length = string(bytes.Trim(text[i+1:], " \t"))
+	case bytes.EqualFold(name, []byte("Transfer-Encoding")):
+		h.codings++
+	case bytes.EqualFold(name, []byte("Upgrade")):
+		h.upgrade = true
+	}
+}
+
+func isBlank(c byte) bool { return c == ' ' || c == '\t' }
+
+func (f *framing) headEnd() {
+	switch h := f.head; {
+	case h.codings > 0 && h.lengths > 0:
+		f.lose("it has both Transfer-Encoding and Content-Length")
+	case h.codings > 0 && h.old:
+		f.lose("it has Transfer-Encoding in HTTP/1.0")
+	case h.lengths > 1:
+		f.lose("it has more than one Content-Length")
+	case h.codings > 0:
+		f.at = inChunkSize // net/http takes no other coding
+	case h.lengths == 0:
+		f.end()
+	default:
+		n, err := strconv.ParseUint(h.length, 10, 63)
+		if err != nil {
+			f.lose("its Content-Length is malformed")
+		} else if f.at, f.left = inBody, n; n == 0 {
+			f.end()
+		}
+	}
+	if f.at != lost {
+		f.heads++
+	}
+}
+
+func (f *framing) chunkSize(text []byte, crlf bool) {
+	size, _, _ := bytes.Cut(text, []byte(";"))
+	n, err := strconv.ParseUint(string(bytes.TrimRight(size, " \t")), 16, 63)
+	switch {
+	case !crlf, err != nil, bytes.IndexByte(text, '\r') >= 0:
+		f.lose("a chunk's size before it is malformed")
+	case n == 0:
+		f.at = inTrailer
+	default:
+		f.at, f.left = inChunk, n
+	}
+}
+
+// end begins the next message.
+func (f *framing) end() {
+	upgrade := f.head.upgrade
+	f.head = headSeen{}
+	if f.at = inHead; upgrade {
+		f.at = inDoubt
+	}
+}
+
+// lose has the request whose head is not complete refused, and all behind it.
+func (f *framing) lose(why string) {
+	if f.wrong == 0 {
+		f.wrong, f.reason = f.heads+1, why
+	}
+	f.at, f.line, f.late = lost, nil, nil
+}
