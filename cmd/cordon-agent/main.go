@@ -1,4 +1,4 @@
-// Cordon-agent is the first process of a sandbox: it starts commands, moves
+// Command cordon-agent is the first process of a sandbox: it starts commands, moves
 // files and reaps orphans on behalf of the SDKs and the host. As "cordon-agent
 // interpreter" it is the server of the code-interpreter templates, which the first
 // starts as the sandbox's user.

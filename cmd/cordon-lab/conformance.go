@@ -28,7 +28,7 @@ With --against it runs against another server (API key in CORDON_API_KEY); cases
 that need the recorder are then skipped.`,
 		Example: `  sudo cordon-lab conformance
   sudo cordon-lab conformance --case 1,15,60 --json`,
-		Args: noArguments,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.conformanceOptions(&o); err != nil {
 				return err

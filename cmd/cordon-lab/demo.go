@@ -21,7 +21,7 @@ leaves the machine and nothing is left behind; the image and the package are
 kept for the next time.`,
 		Example: `  sudo cordon-lab demo
   sudo cordon-lab demo --client go`,
-		Args: noArguments,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if !slices.Contains([]string{demo.Auto, demo.JS, demo.Go}, o.Client) {
 				return errs.New(errs.Invalid, "--client is %q: use auto, js or go", o.Client)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cordonhq/cordon/internal/cli/usage"
 	"github.com/cordonhq/cordon/internal/errs"
 )
 
@@ -64,10 +65,8 @@ to the world. The machine's own network is not touched.`,
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().StringVar(&a.binary, "cordon", "", "the cordon program to run (default the one beside this program)")
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return errs.New(errs.Invalid, "%v: see %s --help", err, cmd.CommandPath())
-	})
 	root.AddCommand(demoCommand(a), conformanceCommand(a), benchCommand(a), benchProcessCommand())
+	usage.Explain(root)
 	return root
 }
 
@@ -93,14 +92,6 @@ func (a *app) cacheDir() string {
 		return dir
 	}
 	return "/var/cache/cordon"
-}
-
-// noArguments refuses arguments as bad input.
-func noArguments(cmd *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return errs.New(errs.Invalid, "%s takes no arguments, but was given %q: see %[1]s --help", cmd.CommandPath(), args)
-	}
-	return nil
 }
 
 // errNotRoot is the one sentence for verbs that change the machine.

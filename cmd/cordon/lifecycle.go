@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cordonhq/cordon/api/gen/control"
+	"github.com/cordonhq/cordon/internal/errs"
 )
 
 func pauseCommand(a *app) *cobra.Command {
@@ -145,4 +146,15 @@ func snapshotListCommand(a *app) *cobra.Command {
 			return w.Flush()
 		},
 	}
+}
+
+// positive refuses durations that were given and are not above nothing: to the
+// API they would mean its default.
+func positive(cmd *cobra.Command, names ...string) error {
+	for _, name := range names {
+		if d, err := cmd.Flags().GetDuration(name); err != nil || cmd.Flags().Changed(name) && d <= 0 {
+			return errs.New(errs.Invalid, "--%s is %v: use a duration such as 90s or 24h", name, d)
+		}
+	}
+	return nil
 }

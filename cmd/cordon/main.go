@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cordonhq/cordon/internal/cli/usage"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/runtime/gvisor"
 )
@@ -77,6 +78,6 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a),
 		versionCommand(a),
 	)
-	explainUsage(root)
+	usage.Explain(root)
 	return root
 }

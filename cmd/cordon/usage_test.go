@@ -24,7 +24,6 @@ func TestWrongUsageIsSaid(t *testing.T) {
 		"no time at all":                             {"create --timeout 0s", `--timeout is 0s: use a duration such as 90s or 24h`},
 		"a signed URL that has expired":              {"url --signed --ttl -1h iabc 3000", `--ttl is -1h0m0s: use a duration such as 90s or 24h`},
 		"a number that is none":                      {"key create ci --max-paused x", `--max-paused is "x": use a whole number`},
-		"one number of several that is none":         {"conformance --case 1,x", `--case is "1,x": use whole numbers with commas between`},
 		"a variable without value":                   {"create --env A", `--env is "A": use KEY=VALUE`},
 		"a limit that shows nothing":                 {"flows --limit -5 iabc", `--limit is -5: use 1 or more; the server keeps 4096`},
 		"explain without a sandbox":                  {"network explain example.com", `--sandbox is missing: name the sandbox whose rules decide (cordon list)`},

@@ -1,4 +1,5 @@
-package main
+// Package usage says what is wrong with the arguments of a command line.
+package usage
 
 import (
 	"regexp"
@@ -10,12 +11,12 @@ import (
 	"github.com/cordonhq/cordon/internal/errs"
 )
 
-// explainUsage makes every verb below cmd say what is wrong with its arguments in
+// Explain makes every verb below cmd say what is wrong with its arguments in
 // a sentence that names the value and the fix, with the exit code of bad input.
-func explainUsage(cmd *cobra.Command) {
+func Explain(cmd *cobra.Command) {
 	cmd.SetFlagErrorFunc(flagError)
 	for _, c := range cmd.Commands() {
-		explainUsage(c)
+		Explain(c)
 	}
 	switch valid := cmd.Args; {
 	case valid != nil:
@@ -75,15 +76,4 @@ func flagError(cmd *cobra.Command, err error) error {
 		return errs.New(errs.Invalid, "%v: see %s --help", err, cmd.CommandPath())
 	}
 	return errs.New(errs.Invalid, "--%s is %q: use %s", m[2], m[1], form)
-}
-
-// positive refuses durations that were given and are not above nothing: to the
-// API they would mean its default.
-func positive(cmd *cobra.Command, names ...string) error {
-	for _, name := range names {
-		if d, err := cmd.Flags().GetDuration(name); err != nil || cmd.Flags().Changed(name) && d <= 0 {
-			return errs.New(errs.Invalid, "--%s is %v: use a duration such as 90s or 24h", name, d)
-		}
-	}
-	return nil
 }
