@@ -133,21 +133,30 @@ func (s *server) makeFlows(context.Context) (err error) {
 	return err
 }
 
-func (s *server) makeNetwork(context.Context) (err error) {
-	n := s.cfg.Network
+// forNetwork is what the network package is told of the server.
+func forNetwork(cfg *config) (network.Config, error) {
+	n := cfg.Network
 	ports, err := network.ParseSourcePorts(n.SourcePorts)
+	if err != nil {
+		return network.Config{}, err
+	}
+	return network.Config{
+		Name: cfg.Name, RunDir: cfg.RunDir, Subnet4: n.Subnet4,
+		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup, SourcePorts: ports,
+		PublicAddresses: n.public(),
+		Sandboxes:       cfg.Sandboxes.Max,
+		MaxFlows:        clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
+		MaxQueries: max(network.DefaultQueries, clamp32(4*n.Limits.DNSQueries)),
+	}, nil
+}
+
+func (s *server) makeNetwork(context.Context) error {
+	c, err := forNetwork(&s.cfg)
 	if err != nil {
 		return err
 	}
-	s.network, err = network.New(network.Config{
-		Name: s.cfg.Name, RunDir: s.cfg.RunDir, Subnet4: n.Subnet4,
-		ProxyPort: n.ProxyPort, DNSPort: n.DNSPort, NFLogGroup: n.LogGroup, SourcePorts: ports,
-		PublicAddresses: n.public(),
-		Sandboxes:       s.cfg.Sandboxes.Max,
-		MaxFlows:        clamp32(n.Limits.Connections), MaxNewFlows: clamp32(n.Limits.NewConnections), MaxBytesOut: uint64(n.Limits.BytesOut),
-		MaxQueries: max(network.DefaultQueries, clamp32(4*n.Limits.DNSQueries)),
-		Flows:      s.flows, Lost: s.flows.Lost, Log: s.log,
-	})
+	c.Flows, c.Lost, c.Log = s.flows, s.flows.Lost, s.log
+	s.network, err = network.New(c)
 	if err == nil {
 		s.pools = append(s.pools, s.network.Pools()...)
 		s.operator.DeniedAddr = s.network.Denied
@@ -182,16 +191,22 @@ func operatorPolicy(cfg *config) *policy.Operator {
 	}
 }
 
+// forRuntime is what the runtime is told of the server.
+func forRuntime(cfg *config, log *slog.Logger) gvisor.Config {
+	return gvisor.Config{
+		StateDir: filepath.Join(cfg.RunDir, "gvisor"), DataDir: filepath.Join(cfg.StateDir, "layers"),
+		CgroupParent: "/cordon/" + cfg.Name, LogDir: filepath.Join(cfg.StateDir, "log"), Log: log,
+	}
+}
+
 func (s *server) makeManager(context.Context) error {
 	all, err := gvisor.All(s.cfg.Sandboxes.ReserveMemoryMB << 20)
 	if err != nil {
 		return err
 	}
-	run, err := gvisor.New(gvisor.Config{
-		All:      all,
-		StateDir: filepath.Join(s.cfg.RunDir, "gvisor"), DataDir: filepath.Join(s.cfg.StateDir, "layers"),
-		CgroupParent: "/cordon/" + s.cfg.Name, LogDir: filepath.Join(s.cfg.StateDir, "log"), Log: s.log,
-	})
+	c := forRuntime(&s.cfg, s.log)
+	c.All = all
+	run, err := gvisor.New(c)
 	if err != nil {
 		return err
 	}

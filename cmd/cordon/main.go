@@ -76,7 +76,7 @@ published novita-sandbox and e2b SDKs work against it unmodified.
 		createCommand(a), listCommand(a), killCommand(a), pauseCommand(a), resumeCommand(a), forkCommand(a),
 		snapshotCommand(a), execCommand(a), urlCommand(a), forwardCommand(a),
 		domainCommand(a), trustCommand(a), networkCommand(a), flowsCommand(a),
-		versionCommand(a),
+		versionCommand(a), uninstallCommand(a),
 	)
 	usage.Explain(root)
 	return root

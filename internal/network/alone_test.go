@@ -39,7 +39,7 @@ func TestTwoServersDoNotShareASubnet(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer func() {
-				if err := n.Teardown(context.Background()); err != nil {
+				if err := n.Uninstall(context.Background()); err != nil {
 					t.Error(err)
 				}
 				n.Close()

@@ -47,7 +47,7 @@ func fill(b *testing.B, w *world) {
 func BenchmarkCreateSlot(b *testing.B) {
 	w := start(b)
 	for b.Loop() {
-		if _, err := w.prepare(); err != nil { // Teardown deletes them: deleting would hold the kernel's lock
+		if _, err := w.prepare(); err != nil { // Uninstall deletes them: deleting would hold the kernel's lock
 			b.Fatal(err)
 		}
 	}

@@ -140,7 +140,7 @@ func start(t testing.TB, change ...func(*Config)) *world {
 			return
 		}
 		w.halt()
-		if err := w.Teardown(context.Background()); err != nil {
+		if err := w.Uninstall(context.Background()); err != nil {
 			t.Error("tear down:", err)
 		}
 		if err := w.Close(); err != nil {

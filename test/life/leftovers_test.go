@@ -3,11 +3,11 @@ package life
 
 import (
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -254,78 +254,64 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// uninstallScript is the commands of docs/operations.md, without the line that says
-// where the server is.
-func uninstallScript(t *testing.T) string {
-	t.Helper()
-	text, err := os.ReadFile("../../docs/operations.md")
-	must(t, err)
-	_, section, _ := strings.Cut(string(text), "\n## Uninstall\n")
-	_, script, _ := strings.Cut(section, "\n```sh\nname=0 ")
-	_, script, found := strings.Cut(script, "\n")
-	script, _, closed := strings.Cut(script, "\n```")
-	if !found || !closed {
-		t.Fatal("docs/operations.md says nothing of how to uninstall")
-	}
-	return script
-}
-
-// TestUninstallRemovesTheCgroups runs the commands that are about cgroups on a tree of
-// plain folders: the machine's own is shared with other servers.
-func TestUninstallRemovesTheCgroups(t *testing.T) {
-	script := uninstallScript(t)
-	i := strings.Index(script, "find /sys/fs/cgroup ")
-	if i < 0 {
-		t.Fatal("docs/operations.md says nothing of cgroups")
-	}
-	for _, c := range []struct {
-		name        string
-		before, end []string
-	}{
-		{"version 2", []string{"cordon/0/spares/i1", "cordon/0/k1", "system.slice"}, []string{"system.slice"}},
-		{"version 1", []string{"cpu/cordon/0/k1/i1", "memory/cordon/0/k1/i1", "pids/cordon/0"}, []string{"cpu", "memory", "pids"}},
-		{"another server with a longer name", []string{"cordon/0/k1", "cordon/0x/k1/i1"}, []string{"cordon", "cordon/0x", "cordon/0x/k1", "cordon/0x/k1/i1"}},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			root := t.TempDir()
-			for _, dir := range c.before {
-				must(t, os.MkdirAll(filepath.Join(root, dir), 0o755))
-			}
-			cmd := exec.CommandContext(t.Context(), "bash", "-eu", "-c", strings.ReplaceAll(script[i:], "/sys/fs/cgroup", root))
-			cmd.Env = append(os.Environ(), "name=0")
-			if out, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			var left []string
-			must(t, filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
-				if path != root {
-					left = append(left, strings.TrimPrefix(path, root+"/"))
-				}
-				return err
-			}))
-			if !slices.Equal(left, c.end) {
-				t.Errorf("left: %v, want %v", left, c.end)
-			}
-		})
-	}
-}
-
-// TestUninstallRemovesEverything runs the commands of docs/operations.md.
+// TestUninstallRemovesEverything runs cordon uninstall with a sandbox that runs, one that
+// is paused and a snapshot.
 func TestUninstallRemovesEverything(t *testing.T) {
 	if testing.Short() {
-		t.Skip("starts a server and a sandbox")
+		t.Skip("starts a server and sandboxes")
 	}
-	script := uninstallScript(t)
 	s := stand.New(t, stand.Options{})
 	must(t, s.Lab.HostCommand(t.Context(), "sh", "-c", "echo 8080,52100 >/proc/sys/net/ipv4/ip_local_reserved_ports").Run())
 	before := look(t, s)
 	must(t, s.Start(t.Context()))
-	liveOnce(t, s)
+	user := s.User(t)
+	paused, err := user.Create(t.Context(), client.CreateOptions{Timeout: 10 * time.Minute})
+	must(t, err)
+	_, err = paused.Snapshot(t.Context(), "")
+	must(t, err)
+	must(t, paused.Pause(t.Context()))
+	_, err = user.Create(t.Context(), client.CreateOptions{Timeout: 10 * time.Minute})
+	must(t, err)
+
+	cache := filepath.Join(s.Dir, "cache") // not the machine's, which other tests use
+	must(t, os.MkdirAll(filepath.Join(cache, "images"), 0o755))
+	uninstall := func(args ...string) (string, error) {
+		cmd := s.Command(t.Context(), append([]string{"uninstall"}, args...)...)
+		cmd.Env = append(os.Environ(), "CORDON_CACHE_DIR="+cache)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	if out, err := uninstall("--yes"); err == nil || !strings.Contains(out, "the server "+s.Name+" runs: stop it first") {
+		t.Fatalf("with the server running: %v\n%s", err, out)
+	}
 	s.Stop(t, syscall.SIGTERM)
-	cmd := s.Lab.HostCommand(t.Context(), "bash", "-eu", "-c", script)
-	cmd.Env = append(os.Environ(), "name="+s.Name, "state="+filepath.Join(s.Dir, "state"), "run="+filepath.Join(s.Dir, "run"), "cache="+t.TempDir())
-	if out, err := cmd.CombinedOutput(); err != nil {
+	running := look(t, s)
+	if out, err := uninstall(); err != nil || !strings.Contains(out, "Add --yes") {
+		t.Fatalf("without --yes: %v\n%s", err, out)
+	}
+	if now := look(t, s); !slices.Equal(now, running) {
+		t.Errorf("without --yes it changed\n%s\nto\n%s", strings.Join(running, "\n"), strings.Join(now, "\n"))
+	}
+	if out, err := uninstall("--yes", "--keep-data"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, dir := range []string{filepath.Join(s.Dir, "state", "store"), filepath.Join(s.Dir, "state", "snapshots"), filepath.Join(cache, "images")} {
+		if _, err := os.Stat(dir); err != nil {
+			t.Errorf("with --keep-data: %v", err)
+		}
+	}
+	if out, err := uninstall("--yes"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	same(t, s, before)
+	for _, dir := range []string{filepath.Join(s.Dir, "state"), filepath.Join(s.Dir, "run")} {
+		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup/cordon/", "/sys/fs/cgroup/*/cordon/"} {
+		if left, err := filepath.Glob(pattern + s.Name); err != nil || len(left) > 0 {
+			t.Errorf("cgroups are left: %v %v", left, err)
+		}
+	}
 }

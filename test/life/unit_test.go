@@ -14,16 +14,12 @@ import (
 	"github.com/cordonhq/cordon/proving/stand"
 )
 
-// unit is the service of docs/operations.md: its text, and the settings of [Service].
+// unit is the service of the packages: its text, and the settings of [Service].
 func unit(t *testing.T) (text string, settings map[string]string) {
 	t.Helper()
-	page, err := os.ReadFile("../../docs/operations.md")
+	b, err := os.ReadFile("../../packaging/cordon.service")
 	must(t, err)
-	_, text, _ = strings.Cut(string(page), "```ini\n")
-	text, _, found := strings.Cut(text, "```")
-	if !found {
-		t.Fatal("docs/operations.md has no unit")
-	}
+	text = string(b)
 	_, service, _ := strings.Cut(text, "[Service]\n")
 	service, _, _ = strings.Cut(service, "\n[")
 	settings = map[string]string{}
@@ -42,7 +38,7 @@ func TestTheUnitIsWhatSystemdTakes(t *testing.T) {
 	}
 	text, _ := unit(t)
 	file := filepath.Join(t.TempDir(), "cordon.service")
-	must(t, os.WriteFile(file, []byte(strings.ReplaceAll(text, "/usr/local/bin/cordon", "/bin/true")), 0o644))
+	must(t, os.WriteFile(file, []byte(strings.ReplaceAll(text, "/usr/bin/cordon", "/bin/true")), 0o644))
 	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--man=no", file).CombinedOutput()
 	if err != nil || strings.Contains(string(out), file) {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)

@@ -12,9 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Teardown removes everything: sandboxes' namespaces and links, the table, routing
-// rules, as the commands for uninstalling in docs/operations.md do. Run must have ended.
-func (n *Network) Teardown(_ context.Context) error {
+// Uninstall removes everything that a server of this Config's name made in the kernel:
+// sandboxes' namespaces and links, the table, routing rules, and the reservation of
+// source ports. What another server of the machine needs as well stays. Run must have
+// ended, or never have begun.
+func (n *Network) Uninstall(_ context.Context) error {
 	links, err := n.ourLinks()
 	if err != nil {
 		return err
