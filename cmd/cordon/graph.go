@@ -245,13 +245,14 @@ func (s *server) makeManager(context.Context) error {
 		StartTimeout: s.cfg.Sandboxes.StartTimeout,
 		MaxSnapshots: s.cfg.Sandboxes.MaxSnapshots, MinFree: s.cfg.Sandboxes.MinFreeDiskMB << 20,
 		MaxPaused: s.cfg.Sandboxes.MaxPaused, Allowance: s.allowance,
-		AccessChanged: func(id sandbox.ID) { s.ingress.Recheck(string(id)) },
-		InUse:         func(id sandbox.ID) bool { return s.ingress.InUse(string(id)) },
-		PolicyChanged: func(id sandbox.ID) { s.egress.Revoke(string(id)) },
-		Refuse:        s.refuse,
-		Stopped:       func(id sandbox.ID) { s.egress.Cut(string(id)) },
-		Gone:          func(id sandbox.ID) { s.flows.Forget(string(id)) },
-		Log:           s.log,
+		InUse:  func(id sandbox.ID) bool { return s.ingress.InUse(string(id)) },
+		Refuse: s.refuse,
+		Log:    s.log,
+	})
+	s.manager.Subscribe(func(id sandbox.ID, c sandbox.Change) {
+		if c == sandbox.Gone {
+			s.flows.Forget(string(id))
+		}
 	})
 	s.pools = append(s.pools, s.manager.Pools()...)
 	return nil
@@ -459,10 +460,19 @@ func (s *server) makeEgress(context.Context) (err error) {
 		Limits:   s.cfg.Network.Limits.proxy(egressLimits(s.descriptors)),
 		Flows:    s.flows, Log: s.log,
 	})
-	if err == nil {
-		s.pools = append(s.pools, s.egress.Pools()...)
+	if err != nil {
+		return err
 	}
-	return err
+	s.pools = append(s.pools, s.egress.Pools()...)
+	s.manager.Subscribe(func(id sandbox.ID, c sandbox.Change) {
+		switch c {
+		case sandbox.PolicyChanged:
+			s.egress.Revoke(string(id))
+		case sandbox.Stopped:
+			s.egress.Cut(string(id))
+		}
+	})
+	return nil
 }
 
 func (s *server) makeCertificates(context.Context) (err error) {
@@ -514,10 +524,16 @@ func (s *server) makeIngress(ctx context.Context) (err error) {
 		Limits: s.cfg.Listen.ingressLimits(s.descriptors),
 		API:    s.api(), TLS: s.tls, HTTPSPort: s.httpsPort(), Log: s.log, Metrics: s.metrics,
 	})
-	if err == nil {
-		s.pools = append(s.pools, s.ingress.Pools()...)
+	if err != nil {
+		return err
 	}
-	return err
+	s.pools = append(s.pools, s.ingress.Pools()...)
+	s.manager.Subscribe(func(id sandbox.ID, c sandbox.Change) {
+		if c == sandbox.AccessChanged {
+			s.ingress.Recheck(string(id))
+		}
+	})
+	return nil
 }
 
 func (s *server) httpsPort() uint16 {

@@ -30,7 +30,7 @@ const (
 const maxSources = 1000
 
 // ParseSources reads a list of addresses and CIDRs; field is what to call it in an
-// error. Nil stays nil, which stands for everybody; an empty list is nobody.
+// error. Nil stays nil, which allows every source; an empty list allows none.
 func ParseSources(field string, list []string) ([]netip.Prefix, error) {
 	if list == nil {
 		return nil, nil
@@ -93,7 +93,7 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, req LinkR
 	if req.Life < time.Second || req.Life > MaxLinkLife {
 		return Record{}, Link{}, errs.New(errs.Invalid, "ttl is %d seconds, it must be 1 to %d", int64(req.Life.Seconds()), int64(MaxLinkLife.Seconds()))
 	}
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return Record{}, Link{}, err
 	}
@@ -121,7 +121,7 @@ func (m *Manager) CreateLink(ctx context.Context, owner string, id ID, req LinkR
 
 // Links returns a sandbox's links that are in force.
 func (m *Manager) Links(_ context.Context, owner string, id ID) ([]Link, error) {
-	v, err := m.owned(owner, id)
+	v, err := m.table.find(owner, id)
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +131,7 @@ func (m *Manager) Links(_ context.Context, owner string, id ID) ([]Link, error) 
 // RevokeLinks takes one link back, or all when link is empty. When it returns nil
 // they open nothing any more, and what was open through them is ended.
 func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link string) error {
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -144,7 +144,7 @@ func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link str
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
 		return err
 	}
-	m.cfg.AccessChanged(id)
+	m.publish(id, AccessChanged)
 	m.cfg.Log.Info("links revoked", "sandbox", id, "link", link)
 	return nil
 }
@@ -152,7 +152,7 @@ func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link str
 // Wake resumes a paused sandbox that a request arrived for, for its idle time if it
 // has one, else for the lifetime it was made with.
 func (m *Manager) Wake(ctx context.Context, id ID, by Waker) error {
-	v, err := m.lookup(id)
+	v, err := m.table.find("", id)
 	if err != nil {
 		return err
 	}
@@ -167,18 +167,18 @@ func (m *Manager) Wake(ctx context.Context, id ID, by Waker) error {
 // may be waiting for it.
 const touchPatience = 2 * time.Second
 
-// Touch tells that somebody uses a sandbox: one with an idle time lives at least
+// Touch tells that a sandbox is in use: one with an idle time lives at least
 // that long from now. The record is written when a tenth of the idle time would be
 // gained, so that traffic costs few writes. It reports whether the sandbox's end is
 // that far away now.
 func (m *Manager) Touch(ctx context.Context, id ID) bool {
-	v, err := m.lookup(id)
+	v, err := m.table.find("", id)
 	if err != nil || v.rec.IdleTimeout == 0 || v.rec.State != Running {
 		return false
 	}
-	e, err := m.entry(id)
+	e, err := m.table.entry(id)
 	if err != nil || time.Until(v.rec.Expires) > v.rec.IdleTimeout*9/10 || !e.op.TryLock() {
-		return err == nil // somebody is busy with it: pausing it, say, or doing the same
+		return err == nil // another call is changing it: it pauses it, say, or does the same
 	}
 	defer e.op.Unlock()
 	next := *e.view.Load()
@@ -186,7 +186,7 @@ func (m *Manager) Touch(ctx context.Context, id ID) bool {
 	if next.rec.State != Running || !until.After(next.rec.Expires) {
 		return next.rec.State == Running
 	}
-	if _, err := m.entry(id); err != nil {
+	if _, err := m.table.entry(id); err != nil {
 		return false
 	}
 	next.rec.Expires = until
@@ -197,10 +197,4 @@ func (m *Manager) Touch(ctx context.Context, id ID) bool {
 		return false
 	}
 	return true
-}
-
-// stays reports whether a sandbox at the end of its time goes on, because somebody
-// is using it.
-func (m *Manager) stays(ctx context.Context, rec *Record) bool {
-	return rec.IdleTimeout > 0 && m.cfg.InUse(rec.ID) && m.Touch(ctx, rec.ID)
 }

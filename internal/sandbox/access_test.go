@@ -60,7 +60,12 @@ func TestSourcesAreReadOrRefusedByName(t *testing.T) {
 func TestLinksAreDurableAndRevoked(t *testing.T) {
 	w := newWorld()
 	var changed atomic.Int32
-	m := newManager(t, w, func(c *Config) { c.AccessChanged = func(ID) { changed.Add(1) } })
+	m := newManager(t, w)
+	m.Subscribe(func(_ ID, c Change) {
+		if c == AccessChanged {
+			changed.Add(1)
+		}
+	})
 	runManager(t, m)
 	ctx := t.Context()
 	rec, err := m.Create(ctx, private())
@@ -290,10 +295,10 @@ func TestAKeysLimitsAreItsOwn(t *testing.T) {
 	if err != nil || q.MaxSandboxes != 20 || q.Sandboxes != 4 || q.Paused != 1 {
 		t.Errorf("the server's quota %+v, %v", q, err)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if len(m.reserved)+len(m.pausing) != 0 {
-		t.Errorf("places are held for nobody: %v %v", m.reserved, m.pausing)
+	m.table.mu.Lock()
+	defer m.table.mu.Unlock()
+	if r := m.table.reserved; len(r[Running])+len(r[Paused]) != 0 {
+		t.Errorf("room is still reserved: %v", r)
 	}
 }
 

@@ -34,3 +34,11 @@ func (c *Cleanup) Run(ctx context.Context) error {
 	c.steps = nil
 	return errors.Join(errs...)
 }
+
+// OnError undoes everything if *err is set, also when ctx has ended, and joins to *err
+// what could not be undone. Functions whose steps are undone together defer it first.
+func (c *Cleanup) OnError(ctx context.Context, err *error) {
+	if *err != nil {
+		*err = errors.Join(*err, c.Run(context.WithoutCancel(ctx)))
+	}
+}

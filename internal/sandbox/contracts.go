@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/netip"
 	"time"
 
@@ -93,7 +92,7 @@ type RuntimeSpec struct {
 type Bind struct {
 	Host  string // absolute path on the host
 	Guest string // absolute path in the sandbox
-	// Sealed: nobody has a reason to write there, so the private layer may be
+	// Sealed: there is no reason to write there, so the private layer may be
 	// tiny and takes nothing from the disk quota.
 	Sealed bool
 }
@@ -120,9 +119,6 @@ type Network interface {
 	// Acquire takes a ready slot for id: a namespace with addresses and routes,
 	// no policy.
 	Acquire(ctx context.Context, id ID) (Lease, error)
-	// Rearm puts addresses and routes back into the slot's namespace, which the
-	// runtime takes away at each start; call it before a restore.
-	Rearm(ctx context.Context, l Lease) error
 	// Own says whose API key the sandbox in a slot is; call it before the first Apply.
 	Own(l Lease, owner string) error
 	// Apply puts a policy in force atomically and cuts live flows it refuses.
@@ -250,12 +246,9 @@ type Agents interface {
 	// Init hands the agent its sandbox's identity. It may be called again, also
 	// after a restore: it then replaces what it set before.
 	Init(ctx context.Context, a AgentAddr, in AgentInit) error
-	// Start runs an image's start command in a sandbox nobody owns yet, and
+	// Start runs an image's start command in a sandbox that has no owner yet, and
 	// returns when it is ready, or the context's error with what is amiss.
 	Start(ctx context.Context, a AgentAddr, s AgentStart) error
-	// DialPort opens a connection to a TCP port on the sandbox's own loopback,
-	// where services bound to 127.0.0.1 or ::1 listen.
-	DialPort(ctx context.Context, a AgentAddr, port uint16) (net.Conn, error)
 	// Metrics reads resource use as seen inside.
 	Metrics(ctx context.Context, a AgentAddr) (Metrics, error)
 	// Kills returns what the agent had to kill after the kill of that number, oldest

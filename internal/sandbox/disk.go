@@ -42,7 +42,7 @@ func (m *Manager) diskUse() map[string]*stored {
 		}
 		return use[owner]
 	}
-	for _, e := range m.entries() {
+	for _, e := range m.table.all() {
 		rec := &e.view.Load().rec
 		s := of(rec.Owner)
 		for _, labels := range []map[string]string{rec.Metadata, rec.EnvVars} {
@@ -51,7 +51,7 @@ func (m *Manager) diskUse() map[string]*stored {
 			}
 		}
 		if rec.State != Running {
-			s.bytes += m.vault.Size(rec.Checkpoint)
+			s.bytes += m.launch.vault.Size(rec.Checkpoint)
 			continue
 		}
 		layer := m.history.layer(rec.ID)
@@ -61,21 +61,10 @@ func (m *Manager) diskUse() map[string]*stored {
 			s.largest, s.layer = e, layer
 		}
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, snap := range m.snapshots {
+	for _, snap := range m.snapshots.all() {
 		of(snap.Owner).bytes += snap.Bytes
 	}
 	return use
-}
-
-// footprint is about how large a checkpoint of a sandbox becomes.
-func (m *Manager) footprint(ctx context.Context, id ID) int64 {
-	s, err := m.cfg.Runtime.Stats(ctx, id)
-	if err != nil {
-		return 0 // the checkpoint will tell
-	}
-	return s.MemoryBytes + s.DiskBytes
 }
 
 // worthwhile is how large an owner's layers must be together for their end to make room.
@@ -84,7 +73,7 @@ const worthwhile = 64 << 20
 // guardDisk kills a sandbox of the owner that uses most while the disk is about to be
 // full: the one with the largest layer.
 func (m *Manager) guardDisk(ctx context.Context) {
-	free, keep, err := m.space.Free()
+	free, keep, err := m.launch.space.Free()
 	if err != nil || free >= keep/4 {
 		return
 	}

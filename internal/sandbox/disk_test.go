@@ -26,7 +26,7 @@ func onADisk(t *testing.T, free *int64) (*Manager, map[ID]int64) {
 	m := newManager(t, w, func(c *Config) {
 		c.Runtime, c.MinFree = layered{fakeRuntime{w}, layers}, 4<<30
 	})
-	m.space.Stat = func(string) (int64, int64, error) { return *free, 200 << 30, nil }
+	m.launch.space.Stat = func(string) (int64, int64, error) { return *free, 200 << 30, nil }
 	runManager(t, m)
 	return m, layers
 }
@@ -109,10 +109,10 @@ func TestKeysCannotFillTheStore(t *testing.T) {
 			if snap, err = m.CreateSnapshot(t.Context(), owner, rec.ID, ""); err != nil {
 				break
 			}
-			m.mu.Lock()
+			m.snapshots.mu.Lock()
 			snap.Bytes = 1 << 30
-			m.snapshots[snap.ID] = snap
-			m.mu.Unlock()
+			m.snapshots.byID[snap.ID] = snap
+			m.snapshots.mu.Unlock()
 			free -= 1 << 30
 		}
 		if !errs.Is(err, errs.Exhausted) && !errs.Is(err, errs.Unavailable) {

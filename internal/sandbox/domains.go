@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
@@ -20,17 +21,31 @@ type Domain struct {
 // MaxDomains is how many one sandbox may have: each is a certificate to be had.
 const MaxDomains = 16
 
+// domains is where custom domains lead, and whose names were until lately.
+type domains struct {
+	proof    *DomainProof // nil: binding demands none
+	operator *policy.Operator
+
+	mu       sync.RWMutex // guards the others
+	bound    map[string]bound
+	released map[string]released
+}
+
 // bound is where a custom domain leads; the zero value is nowhere.
 type bound struct {
 	id   ID
 	port uint16
 }
 
+func newDomains(proof *DomainProof, operator *policy.Operator) *domains {
+	return &domains{proof: proof, operator: operator, bound: map[string]bound{}, released: map[string]released{}}
+}
+
 // Bind makes a custom domain lead to a port of a sandbox, running or paused, until
 // the sandbox ends. A name that leads to the same sandbox already gets the new
 // port; another's is errs.Conflict.
 func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Domain, error) {
-	name, err := m.validDomain(d.Name)
+	name, err := m.domains.valid(d.Name)
 	if err != nil {
 		return Domain{}, err
 	}
@@ -38,7 +53,7 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 	if d.Port == 0 || d.Port == AgentPort {
 		return Domain{}, errs.New(errs.Invalid, "port is %d: use 1 to 65535, but not %d, which is the agent's", d.Port, AgentPort)
 	}
-	v, err := m.owned(owner, id)
+	v, err := m.table.find(owner, id)
 	if err != nil {
 		return Domain{}, err
 	}
@@ -46,11 +61,11 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 	// that what a record shows here is true whatever happens meanwhile.
 	shown := false
 	if !slices.ContainsFunc(v.rec.Domains, func(o Domain) bool { return o.Name == d.Name }) {
-		if shown, err = m.prove(ctx, v.rec.Owner, d.Name); err != nil {
+		if shown, err = m.domains.prove(ctx, v.rec.Owner, d.Name); err != nil {
 			return Domain{}, err
 		}
 	}
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return Domain{}, err
 	}
@@ -61,12 +76,12 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 		return Domain{}, errs.New(errs.Exhausted, "Sandbox %q has its limit of %d domains: remove one first", string(id), MaxDomains)
 	}
 	next.rec.Domains = append(next.rec.Domains, d)
-	former, err := m.claimDomain(d, id, v.rec.Owner, shown)
+	former, err := m.domains.claim(d, id, v.rec.Owner, shown)
 	if err != nil {
 		return Domain{}, err
 	}
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
-		m.restoreDomain(d.Name, former)
+		m.domains.restore(d.Name, former)
 		return Domain{}, err
 	}
 	m.cfg.Log.Info("domain bound", "sandbox", id, "host", d.Name, "port", d.Port)
@@ -76,7 +91,7 @@ func (m *Manager) Bind(ctx context.Context, owner string, id ID, d Domain) (Doma
 // Unbind ends what Bind began. A name that is not the sandbox's is errs.NotFound.
 func (m *Manager) Unbind(ctx context.Context, owner string, id ID, name string) error {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -89,29 +104,31 @@ func (m *Manager) Unbind(ctx context.Context, owner string, id ID, name string) 
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
 		return err
 	}
-	m.releaseDomains(&Record{Owner: next.rec.Owner, Domains: []Domain{{Name: name}}})
+	m.domains.release(&Record{Owner: next.rec.Owner, Domains: []Domain{{Name: name}}})
 	m.cfg.Log.Info("domain released", "sandbox", id, "host", name)
 	return nil
 }
 
 // ByDomain looks a custom domain up in memory; name is lower-case.
-func (m *Manager) ByDomain(name string) (ID, uint16, bool) {
-	m.domainMu.RLock()
-	defer m.domainMu.RUnlock()
-	b, ok := m.domains[name]
+func (m *Manager) ByDomain(name string) (ID, uint16, bool) { return m.domains.find(name) }
+
+func (d *domains) find(name string) (ID, uint16, bool) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	b, ok := d.bound[name]
 	return b.id, b.port, ok
 }
 
-// validDomain returns the canonical form of a name that may be bound: one that the
+// valid returns the canonical form of a name that may be bound: one that the
 // public DNS could hold and that is not the server's own.
-func (m *Manager) validDomain(given string) (string, error) {
+func (d *domains) valid(given string) (string, error) {
 	name, ok := policy.PublicName(given)
 	if _, err := netip.ParseAddr(given); !ok || err == nil || !strings.Contains(name, ".") {
 		return "", errs.New(errs.Invalid, "domain is %q: use a host name such as app.example.com, without scheme, port or wildcard", given)
 	}
 	own := []string{"localhost"}
-	if m.cfg.Operator != nil {
-		own = append(own, m.cfg.Operator.SelfDomains...)
+	if d.operator != nil {
+		own = append(own, d.operator.SelfDomains...)
 	}
 	for _, o := range own {
 		if name == o || strings.HasSuffix(name, "."+o) {
@@ -121,48 +138,49 @@ func (m *Manager) validDomain(given string) (string, error) {
 	return name, nil
 }
 
-// claimDomain makes a name lead to an owner's sandbox, and returns where it led before.
+// claim makes a name lead to an owner's sandbox, and returns where it led before.
 // Without a record that was shown, the name must not be kept for another key.
-func (m *Manager) claimDomain(d Domain, id ID, owner string, shown bool) (former bound, err error) {
-	m.domainMu.Lock()
-	defer m.domainMu.Unlock()
-	former, had := m.domains[d.Name]
+func (d *domains) claim(to Domain, id ID, owner string, shown bool) (former bound, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	former, had := d.bound[to.Name]
 	if had && former.id != id {
-		return former, errs.New(errs.Conflict, "domain %q is bound to another sandbox", d.Name)
+		return former, errs.New(errs.Conflict, "domain %q is bound to another sandbox", to.Name)
 	}
-	if !had && !shown && m.keptFrom(owner, d.Name) {
-		record, text := m.cfg.Proof.Record(owner, d.Name)
-		return former, errs.New(errs.Conflict, "domain %q was another key's until lately: set a TXT record at %s with the text %s and try again", d.Name, record, text)
+	if !had && !shown && d.keptFrom(owner, to.Name) {
+		record, text := d.proof.Record(owner, to.Name)
+		return former, errs.New(errs.Conflict, "domain %q was another key's until lately: set a TXT record at %s with the text %s and try again", to.Name, record, text)
 	}
-	m.domains[d.Name] = bound{id, d.Port}
+	d.bound[to.Name] = bound{id, to.Port}
 	return former, nil
 }
 
-func (m *Manager) restoreDomain(name string, former bound) {
-	m.domainMu.Lock()
-	defer m.domainMu.Unlock()
+// restore takes a claim back.
+func (d *domains) restore(name string, former bound) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if former == (bound{}) {
-		delete(m.domains, name)
+		delete(d.bound, name)
 		return
 	}
-	m.domains[name] = former
+	d.bound[name] = former
 }
 
-// indexDomains makes the domains of a record found.
-func (m *Manager) indexDomains(rec *Record) {
-	m.domainMu.Lock()
-	defer m.domainMu.Unlock()
-	for _, d := range rec.Domains {
-		m.domains[d.Name] = bound{rec.ID, d.Port}
+// add makes the domains of a record found.
+func (d *domains) add(rec *Record) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, to := range rec.Domains {
+		d.bound[to.Name] = bound{rec.ID, to.Port}
 	}
 }
 
-// releaseDomains makes the domains of a sandbox free, for its owner's others at first.
-func (m *Manager) releaseDomains(rec *Record) {
-	m.domainMu.Lock()
-	defer m.domainMu.Unlock()
-	for _, d := range rec.Domains {
-		delete(m.domains, d.Name)
-		m.keepReleased(rec.Owner, d.Name)
+// release makes the domains of a sandbox free, for its owner's others at first.
+func (d *domains) release(rec *Record) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, to := range rec.Domains {
+		delete(d.bound, to.Name)
+		d.keepReleased(rec.Owner, to.Name)
 	}
 }

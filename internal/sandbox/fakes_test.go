@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -251,8 +250,6 @@ func (n fakeNetwork) Acquire(_ context.Context, id ID) (Lease, error) {
 	return Lease{Sandbox: id, Addr4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, n.nextIP}), 30)}, nil
 }
 
-func (n fakeNetwork) Rearm(context.Context, Lease) error { return nil }
-
 func (n fakeNetwork) Own(Lease, string) error { return nil }
 
 func (n fakeNetwork) Apply(_ context.Context, l Lease, p *policy.Compiled) error {
@@ -397,10 +394,6 @@ func (a fakeAgents) Init(_ context.Context, addr AgentAddr, in AgentInit) error 
 
 func (a fakeAgents) Start(context.Context, AgentAddr, AgentStart) error {
 	return a.step("start command")
-}
-
-func (fakeAgents) DialPort(context.Context, AgentAddr, uint16) (net.Conn, error) {
-	return nil, errBroken
 }
 
 func (a fakeAgents) Metrics(context.Context, AgentAddr) (Metrics, error) {

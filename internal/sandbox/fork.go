@@ -17,20 +17,20 @@ import (
 // original goes on; it is stopped only while its memory is copied. A paused one
 // can be copied too, and stays paused. The results are in no order.
 func (m *Manager) Fork(ctx context.Context, owner string, id ID, req ForkRequest) ([]Forked, error) {
-	d, err := m.timeout(req.Timeout)
+	d, err := m.cfg.lifetime(req.Timeout)
 	if err != nil {
 		return nil, err
 	}
 	began := time.Now()
-	src, o, err := m.photograph(ctx, owner, id)
+	src, o, err := m.original(ctx, owner, id)
 	if err != nil {
 		return nil, err
 	}
-	defer m.finish(o)
+	defer o.close()
 	out := make([]Forked, req.Count)
 	var wg sync.WaitGroup
 	for i := range out {
-		wg.Go(func() { out[i].Record, out[i].Err = m.twin(ctx, &src, o, d) })
+		wg.Go(func() { out[i].Record, out[i].Err = m.duplicate(ctx, &src, o, d) })
 	}
 	wg.Wait()
 	if req.Strict {
@@ -42,84 +42,85 @@ func (m *Manager) Fork(ctx context.Context, owner string, id ID, req ForkRequest
 	return out, nil
 }
 
-// photograph makes a checkpoint of a sandbox that lasts until it is finished
-// with. Nobody but this process ever reads it, so it need not reach the disk.
-func (m *Manager) photograph(ctx context.Context, owner string, id ID) (Record, *origin, error) {
-	e, err := m.hold(owner, id)
+// original is the origin of a sandbox's copies: a checkpoint that lasts until it is
+// closed. Only this process reads it, so it need not reach the disk.
+func (m *Manager) original(ctx context.Context, owner string, id ID) (Record, *origin, error) {
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return Record{}, nil, err
 	}
 	defer e.op.Unlock()
 	rec := e.view.Load().rec
 	if rec.State != Running {
-		o, err := m.paused(ctx, &rec)
+		o, err := m.launch.fromPaused(ctx, &rec)
 		return rec, o, err
 	}
-	place, err := m.reserve(rec.Owner) // else nobody would get the copy
+	room, err := m.reserve(rec.Owner, Running) // else there may be no copy to make a checkpoint for
 	if err != nil {
 		return Record{}, nil, err
 	}
-	defer place.release()
-	size := m.footprint(ctx, id)
-	written, err := m.space.Reserve(rec.Owner, size)
+	defer room.release()
+	size := m.launch.footprint(ctx, id)
+	written, err := m.launch.space.Reserve(rec.Owner, size)
 	if err != nil {
 		return Record{}, nil, err
 	}
 	defer written()
-	img, err := m.imageOf(ctx, rec.image(), rec.ImageRef)
+	img, err := m.launch.imageOf(ctx, rec.image(), rec.ImageRef)
 	if err != nil {
 		return Record{}, nil, cannot(err, "Sandbox %q cannot be copied", string(id))
 	}
-	leave, err := turn(ctx, m.starts, rec.Owner)
+	leave, err := turn(ctx, m.launch.starts, rec.Owner)
 	if err != nil {
 		return Record{}, nil, err
 	}
 	defer leave()
-	dir, remove, err := m.vault.Temporary(func(dir string) error {
+	dir, remove, err := m.launch.vault.Temporary(func(dir string) error {
 		return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir)
 	})
 	if err != nil {
-		return Record{}, nil, m.space.Explain(err)
+		return Record{}, nil, m.launch.space.Explain(err)
 	}
-	return rec, &origin{owner: rec.Owner, img: img, resources: rec.Resources, dir: dir, memory: size, token: rec.ControlToken, pins: m.cfg.Network.Pins(id), close: remove}, nil
+	return rec, &origin{
+		launcher: m.launch, owner: rec.Owner, img: img, resources: rec.Resources,
+		dir: dir, memory: size, token: rec.ControlToken, pins: m.cfg.Network.Pins(id), release: remove,
+	}, nil
 }
 
-// twin starts one copy.
-func (m *Manager) twin(ctx context.Context, src *Record, o *origin, d time.Duration) (rec Record, err error) {
-	place, err := m.reserve(src.Owner)
+// duplicate starts one copy.
+func (m *Manager) duplicate(ctx context.Context, src *Record, o *origin, lifetime time.Duration) (rec Record, err error) {
+	room, err := m.reserve(src.Owner, Running)
 	if err != nil {
 		return Record{}, err
 	}
-	defer place.release()
+	defer room.release()
 	p, err := policy.Compile(src.Egress, m.cfg.Operator, 1)
 	if err != nil {
 		return Record{}, err
 	}
-	up, err := m.boot(ctx, sandboxid.New(), o, p)
+	var undo Cleanup
+	defer undo.OnError(ctx, &err)
+	up, err := o.Start(ctx, sandboxid.New(), p)
 	if err != nil {
-		return Record{}, m.space.Explain(err)
+		return Record{}, m.launch.space.Explain(err)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.discard(context.WithoutCancel(ctx), up))
-		}
-	}()
-	rec = twinRecord(src, up)
-	rec.Timeout, rec.Expires = d, time.Now().Add(d).UTC()
+	undo.Add("sandbox", up.discard)
+	rec = copiedRecord(src, up)
+	rec.Timeout, rec.Expires = lifetime, time.Now().Add(lifetime).UTC()
 	rec.Runtime = m.cfg.Runtime.Name()
-	if err := m.claim(ctx, &rec, up, claimed{o.img, p, o.pins}); err != nil {
+	if err := up.claim(ctx, &rec, p); err != nil {
 		return Record{}, err
 	}
-	if err := m.open(ctx, &rec, p, place); err != nil {
+	if err := m.record(ctx, &rec, p, room); err != nil {
 		return Record{}, err
 	}
-	m.event(ctx, &rec, Event{Name: "fork", Detail: "of " + string(src.ID)})
+	m.announce(ctx, &rec, Event{Name: "fork", Detail: "of " + string(src.ID)})
 	return rec, nil
 }
 
-// twinRecord is a copy's record: what users gave is the original's, what names
+// copiedRecord is a copy's record: what users gave is the original's, what names
 // or opens a sandbox is new.
-func twinRecord(src *Record, up *started) Record {
+func copiedRecord(src *Record, up *started) Record {
 	now := time.Now().UTC()
 	rec := *src
 	rec.Revision, rec.ID, rec.Lease, rec.Checkpoint = 0, up.id, up.lease, ""

@@ -90,7 +90,7 @@ func (h *history) forget(id ID) {
 
 // sample notes what every running sandbox uses.
 func (m *Manager) sample(ctx context.Context) {
-	for _, e := range m.entries() {
+	for _, e := range m.table.all() {
 		rec := e.view.Load().rec
 		if rec.State != Running || ctx.Err() != nil {
 			continue

@@ -60,7 +60,7 @@ func turn(ctx context.Context, g *share.Gate, owner string) (leave func(), err e
 
 // Pools are the counts of what sandboxes share, for metrics.
 func (m *Manager) Pools() (pools []*share.Pool) {
-	pools = []*share.Pool{m.starts.Pool(), m.updates.Pool(), m.space.Pool()}
+	pools = []*share.Pool{m.launch.starts.Pool(), m.updates.Pool(), m.launch.space.Pool()}
 	for _, meter := range []*share.Meter{m.meters.memory, m.meters.threads} {
 		if meter != nil {
 			pools = append(pools, meter.Pool())
@@ -104,7 +104,7 @@ func (m *Manager) balance(ctx context.Context) {
 		return
 	}
 	owners := map[string]Use{}
-	for _, e := range m.entries() {
+	for _, e := range m.table.all() {
 		if rec := &e.view.Load().rec; rec.State == Running {
 			owners[rec.Owner] = Use{}
 		}
@@ -154,7 +154,7 @@ func ceiling(r share.Resource, held, used int64, owners int) int64 {
 // that of the spares, which costs its owner nothing, so the caller does not wait for it.
 func (m *Manager) assign(ctx context.Context, id ID, owner string) {
 	err := m.cfg.Runtime.Assign(ctx, id, owner)
-	if _, gone := m.lookup(id); err != nil && gone == nil && ctx.Err() == nil {
+	if _, gone := m.table.entry(id); err != nil && gone == nil && ctx.Err() == nil {
 		m.cfg.Log.Error("sandbox not in its key's group: its use of the host counts for no key", "sandbox", id, "key", owner, "err", err)
 	}
 }

@@ -13,7 +13,7 @@ import (
 
 // Kill ends a sandbox and frees all it held. A second kill is errs.NotFound.
 func (m *Manager) Kill(ctx context.Context, owner string, id ID) error {
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -21,11 +21,11 @@ func (m *Manager) Kill(ctx context.Context, owner string, id ID) error {
 	return m.removeHeld(ctx, e, Event{Name: "kill"})
 }
 
-// remove takes a sandbox out of the world: first its record, so that a crash in
+// remove ends a sandbox: first its record, so that a crash in
 // the middle leaves an orphan the next start destroys and never a record without
 // a sandbox; then its network, so that nothing more leaves it; then its processes.
 func (m *Manager) remove(ctx context.Context, id ID, why Event) error {
-	e, err := m.hold("", id)
+	e, err := m.table.hold("", id)
 	if err != nil {
 		return err
 	}
@@ -39,23 +39,20 @@ func (m *Manager) removeHeld(ctx context.Context, e *entry, why Event) (err erro
 	ctx = context.WithoutCancel(ctx)
 	v := e.view.Load()
 	id := v.rec.ID
-	unwritten := m.deleteRecord(ctx, id)
-	if unwritten == nil {
-		m.forget(id)
-	}
-	closeOnce(v.done)
-	err = m.free(ctx, v)
+	unwritten := m.deleteRecord(ctx, &v.rec)
+	v.end()
+	err = errors.Join(m.stop(ctx, v), m.launch.vault.Drop(v.rec.Checkpoint))
+	m.history.forget(id)
 	if unwritten != nil {
 		// A store that cannot write, on a full disk say, must not keep a sandbox alive,
 		// which may be what filled it. Its files are gone now: the record may follow.
 		// If not, the call fails and can be repeated.
-		if again := m.deleteRecord(ctx, id); again != nil {
+		if again := m.deleteRecord(ctx, &v.rec); again != nil {
 			return errors.Join(fmt.Errorf("delete record: %w", again), err)
 		}
-		m.forget(id)
 	}
-	m.cfg.Gone(id)
-	m.event(ctx, &v.rec, why)
+	m.publish(id, Gone)
+	m.events.add(ctx, &v.rec, why)
 	m.cfg.Log.Info("sandbox ended", "sandbox", id, "why", why.Name, "lived", time.Since(v.rec.Created))
 	return err
 }
@@ -63,17 +60,16 @@ func (m *Manager) removeHeld(ctx context.Context, e *entry, why Event) (err erro
 // storePatience bounds a write that must not hold up the end of a sandbox.
 const storePatience = 5 * time.Second
 
-func (m *Manager) deleteRecord(ctx context.Context, id ID) error {
+// deleteRecord takes a sandbox out of the store and then out of sight.
+func (m *Manager) deleteRecord(ctx context.Context, rec *Record) error {
 	ctx, cancel := context.WithTimeout(ctx, storePatience)
 	defer cancel()
-	return m.cfg.Store.DeleteSandbox(ctx, id)
-}
-
-// free gives back everything a sandbox holds outside the store.
-func (m *Manager) free(ctx context.Context, v *view) error {
-	err := m.stop(ctx, v)
-	m.history.forget(v.rec.ID)
-	return errors.Join(err, m.vault.Drop(v.rec.Checkpoint))
+	if err := m.cfg.Store.DeleteSandbox(ctx, rec.ID); err != nil {
+		return err
+	}
+	m.domains.release(rec)
+	m.table.remove(rec.ID)
+	return nil
 }
 
 // stop withdraws the network and destroys the processes; what one step cannot
@@ -84,7 +80,7 @@ func (m *Manager) stop(ctx context.Context, v *view) error {
 		if err := m.cfg.Network.Release(ctx, v.rec.Lease); err != nil {
 			failed = append(failed, fmt.Errorf("release network: %w", err))
 		}
-		m.cfg.Stopped(v.rec.ID)
+		m.publish(v.rec.ID, Stopped)
 	}
 	if err := m.cfg.Runtime.Destroy(ctx, v.rec.ID); err != nil {
 		failed = append(failed, fmt.Errorf("destroy: %w", err))
@@ -92,22 +88,13 @@ func (m *Manager) stop(ctx context.Context, v *view) error {
 	return errors.Join(failed...)
 }
 
-// closeOnce closes done unless it is closed; callers hold the entry's op.
-func closeOnce(done chan struct{}) {
-	select {
-	case <-done:
-	default:
-		close(done)
-	}
-}
-
 // SetTimeout lets a sandbox live for d from now, longer or shorter than before.
 func (m *Manager) SetTimeout(ctx context.Context, owner string, id ID, d time.Duration) error {
-	d, err := m.timeout(d)
+	d, err := m.cfg.lifetime(d)
 	if err != nil {
 		return err
 	}
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -121,7 +108,7 @@ func (m *Manager) SetTimeout(ctx context.Context, owner string, id ID, d time.Du
 // who may reach its ports. When it returns nil the new rules are stored and in
 // force, also for live flows; on an error the old ones are both.
 func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in NetworkUpdate) error {
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -146,9 +133,9 @@ func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in Networ
 		return err
 	}
 	if in.AllowIn != nil {
-		m.cfg.AccessChanged(id)
+		m.publish(id, AccessChanged)
 	}
-	m.event(ctx, &next.rec, Event{Name: "network", Detail: fmt.Sprintf("generation %d", next.rec.Generation)})
+	m.events.add(ctx, &next.rec, Event{Name: "network", Detail: fmt.Sprintf("generation %d", next.rec.Generation)})
 	m.cfg.Log.Info("network rules replaced", "sandbox", id, "generation", next.rec.Generation)
 	return nil
 }
@@ -169,30 +156,17 @@ func (m *Manager) replacePolicy(ctx context.Context, e *entry, next view) error 
 		old.rec.Revision = e.view.Load().rec.Revision
 		return errors.Join(fmt.Errorf("apply policy: %w", err), m.save(ctx, e, old))
 	}
-	m.cfg.PolicyChanged(next.rec.ID)
+	m.publish(next.rec.ID, PolicyChanged)
 	return nil
-}
-
-// expired returns the running sandboxes whose time is over and that nobody is
-// busy with: what takes longer than a tick must not be waited for at each.
-func (m *Manager) expired(now time.Time) []ID {
-	var out []ID
-	for _, e := range m.entries() {
-		if v := e.view.Load(); v.rec.State == Running && !now.Before(v.rec.Expires) && e.op.TryLock() {
-			e.op.Unlock()
-			out = append(out, v.rec.ID)
-		}
-	}
-	return out
 }
 
 // expire does what the sandbox asked for at the end of its time.
 func (m *Manager) expire(ctx context.Context, id ID) {
-	v, err := m.lookup(id)
+	v, err := m.table.find("", id)
 	if err != nil || v.rec.State != Running || time.Now().Before(v.rec.Expires) {
 		return // killed, paused or prolonged meanwhile
 	}
-	if m.stays(ctx, &v.rec) {
+	if v.rec.IdleTimeout > 0 && m.cfg.InUse(id) && m.Touch(ctx, id) {
 		return
 	}
 	if v.rec.OnTimeout == PauseOnTimeout {
@@ -200,7 +174,7 @@ func (m *Manager) expire(ctx context.Context, id ID) {
 		if err == nil || errs.Is(err, errs.NotFound) || errs.Is(err, errs.Conflict) {
 			return
 		}
-		if errs.Is(err, errs.Exhausted) && m.postpone(ctx, id) { // its work is not lost for want of room
+		if errs.Is(err, errs.Exhausted) && m.SetTimeout(ctx, "", id, min(pauseAgain, m.cfg.MaxTimeout)) == nil { // its work is not lost for want of room
 			m.cfg.Log.Warn("no room to pause at the end of its time; trying again", "sandbox", id, "err", err)
 			return
 		}
@@ -213,20 +187,3 @@ func (m *Manager) expire(ctx context.Context, id ID) {
 
 // pauseAgain is when a sandbox that could not be paused for want of room is tried again.
 const pauseAgain = time.Minute
-
-func (m *Manager) postpone(ctx context.Context, id ID) bool {
-	return m.SetTimeout(ctx, "", id, min(pauseAgain, m.cfg.MaxTimeout)) == nil
-}
-
-// owned looks a sandbox up for a caller: a key sees the sandboxes it made, an
-// admin key, whose owner is "", sees all. Another's sandbox does not exist.
-func (m *Manager) owned(owner string, id ID) (*view, error) {
-	v, err := m.lookup(id)
-	if err != nil {
-		return nil, err
-	}
-	if owner != "" && owner != v.rec.Owner {
-		return nil, NotFound(id)
-	}
-	return v, nil
-}

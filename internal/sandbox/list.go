@@ -17,7 +17,7 @@ const pageSize = 100
 
 // Get returns a sandbox's record.
 func (m *Manager) Get(_ context.Context, owner string, id ID) (Record, error) {
-	v, err := m.owned(owner, id)
+	v, err := m.table.find(owner, id)
 	if err != nil {
 		return Record{}, err
 	}
@@ -32,12 +32,12 @@ func (m *Manager) List(_ context.Context, req ListRequest) (page []Record, next 
 	if err != nil {
 		return nil, "", err
 	}
-	order := func(a, b Record) int { return position(a).compare(position(b)) }
+	order := func(a, b Record) int { return a.position().compare(b.position()) }
 	if !req.Ascending {
-		order = func(a, b Record) int { return position(b).compare(position(a)) }
+		order = func(a, b Record) int { return b.position().compare(a.position()) }
 	}
 	var all []Record
-	for _, e := range m.entries() {
+	for _, e := range m.table.all() {
 		rec := e.view.Load().rec
 		if req.matches(&rec) && (after == nil || order(rec, after.record()) > 0) {
 			all = append(all, rec)
@@ -47,7 +47,7 @@ func (m *Manager) List(_ context.Context, req ListRequest) (page []Record, next 
 	limit := cmp.Or(max(req.Limit, 0), pageSize)
 	if len(all) > limit {
 		all = all[:limit]
-		next = position(all[limit-1]).cursor()
+		next = all[limit-1].position().cursor()
 	}
 	return all, next, nil
 }
@@ -70,25 +70,25 @@ func (req *ListRequest) matches(rec *Record) bool {
 	return req.StartedAfter.IsZero() || rec.Started.After(req.StartedAfter)
 }
 
-// place is where a sandbox or a snapshot stands in the order of a list.
-type place struct {
+// position is where a sandbox or a snapshot stands in the order of a list.
+type position struct {
 	started time.Time
 	id      string
 }
 
-func position(rec Record) place { return place{rec.Started, string(rec.ID)} }
+func (r *Record) position() position { return position{r.Started, string(r.ID)} }
 
-func (p place) record() Record { return Record{Started: p.started, ID: ID(p.id)} }
+func (p position) record() Record { return Record{Started: p.started, ID: ID(p.id)} }
 
-func (p place) compare(q place) int {
+func (p position) compare(q position) int {
 	return cmp.Or(p.started.Compare(q.started), cmp.Compare(p.id, q.id))
 }
 
-func (p place) cursor() string {
+func (p position) cursor() string {
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%s %s", p.started.Format(time.RFC3339Nano), p.id))
 }
 
-func parseCursor(s string, valid func(id string) bool) (*place, error) {
+func parseCursor(s string, valid func(id string) bool) (*position, error) {
 	if s == "" {
 		return nil, nil
 	}
@@ -98,13 +98,13 @@ func parseCursor(s string, valid func(id string) bool) (*place, error) {
 	if err != nil || !ok || timeErr != nil || !valid(id) {
 		return nil, errs.New(errs.Invalid, "nextToken %q is not one this server gave: start again without it", s)
 	}
-	return &place{t, id}, nil
+	return &position{t, id}, nil
 }
 
 // Metrics returns a sandbox's resource use over the last hour, oldest first, and
 // where it runs, as its agent sees it now.
 func (m *Manager) Metrics(ctx context.Context, owner string, id ID) ([]Metrics, error) {
-	v, err := m.owned(owner, id)
+	v, err := m.table.find(owner, id)
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +153,7 @@ func (m *Manager) Quota(_ context.Context, owner string) (Quota, error) {
 		allowed := m.cfg.Allowance(owner)
 		q.MaxSandboxes, q.MaxPaused = limited(q.MaxSandboxes, allowed.Sandboxes), limited(q.MaxPaused, allowed.Paused)
 	}
-	for _, e := range m.entries() {
+	for _, e := range m.table.all() {
 		v := e.view.Load()
 		switch {
 		case owner != "" && owner != v.rec.Owner:

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/checkpoint"
@@ -80,16 +79,6 @@ type Config struct {
 	// StartTimeout is how long a sandbox may take until its agent answers; 0 means 30 s.
 	StartTimeout time.Duration
 
-	// PolicyChanged is called after a new policy is in force, Stopped after a
-	// sandbox's network was withdrawn, because it was paused or has ended: proxies
-	// judge their live flows anew, or cut them. Gone is called when it has ended for
-	// good, paused or not: what was kept about it can go. Each may be nil.
-	PolicyChanged func(ID)
-	Stopped       func(ID)
-	Gone          func(ID)
-	// AccessChanged is called when who may reach a sandbox has changed: whoever
-	// speaks to it is judged anew. May be nil.
-	AccessChanged func(ID)
 	// InUse reports whether a request to a sandbox is under way, which keeps one
 	// with an idle time from ending. May be nil.
 	InUse func(ID) bool
@@ -106,20 +95,8 @@ func (c *Config) setDefaults() {
 	c.ParallelStarts = cmp.Or(c.ParallelStarts, max(4, 2*runtime.NumCPU()))
 	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
-	if c.PolicyChanged == nil {
-		c.PolicyChanged = func(ID) {}
-	}
 	if c.Refuse == nil {
 		c.Refuse = func(string) error { return nil }
-	}
-	if c.Stopped == nil {
-		c.Stopped = func(ID) {}
-	}
-	if c.Gone == nil {
-		c.Gone = func(ID) {}
-	}
-	if c.AccessChanged == nil {
-		c.AccessChanged = func(ID) {}
 	}
 	if c.InUse == nil {
 		c.InUse = func(ID) bool { return false }
@@ -129,47 +106,23 @@ func (c *Config) setDefaults() {
 	}
 }
 
-// Manager owns every sandbox's life. Its methods are safe for concurrent use;
+// Manager makes, changes and ends sandboxes. Its methods are safe for concurrent use;
 // Run must be running for sandboxes to expire and for crashes to be noticed.
 type Manager struct {
-	cfg     Config
-	starts  *share.Gate // of starts, restores and checkpoints
-	updates *share.Gate // of rules
-	tasks   chan func(context.Context)
-	ended   chan struct{} // closed when Run has returned
-	spares  *spares
-	vault   *checkpoint.Vault
-	warm    *checkpoint.Warm
-	history *history
-	meters  meters
-	space   *checkpoint.Space
+	cfg         Config
+	subscribers []func(ID, Change)
+	updates     *share.Gate // of rules
+	tasks       chan func(context.Context)
+	ended       chan struct{} // closed when Run has returned
 
-	mu        sync.Mutex             // guards naming to keeping
-	naming    map[string]*sync.Mutex // by owner; each is held while a snapshot's name or record changes hands, before mu
-	live      map[ID]*entry
-	snapshots map[string]Snapshot // by ID
-	reserved  map[string]int      // creations and resumes under way, by owner
-	pausing   map[string]int      // pauses under way, by owner
-	keeping   map[string]int      // snapshots under way, by owner
-
-	released map[string]released // by name; guarded by domainMu
-	domainMu sync.RWMutex        // guards domains
-	domains  map[string]bound    // custom domains of live, by name
-}
-
-// entry is one sandbox. Lookups read view without a lock; a change holds op
-// from the first step to the last, so that changes of one sandbox are serialised.
-type entry struct {
-	op   sync.Mutex
-	view atomic.Pointer[view]
-}
-
-// view is an immutable picture of a sandbox.
-type view struct {
-	rec    Record
-	policy *policy.Compiled
-	// done is closed when this run of the sandbox ends: it was killed, paused or crashed.
-	done chan struct{}
+	launch    *launcher
+	table     *table
+	snapshots *snapshots
+	domains   *domains
+	spares    *spares
+	history   *history
+	events    *events
+	meters    meters
 }
 
 // New returns a Manager that has started nothing yet: call Reconcile, then Run.
@@ -177,17 +130,20 @@ func New(cfg Config) *Manager {
 	cfg.setDefaults()
 	m := &Manager{
 		cfg:     cfg,
-		starts:  share.NewGate(share.Starts.Of(int64(cfg.ParallelStarts), 0), startQueue, startWait),
 		updates: share.NewGate(share.RuleUpdates.Of(parallelUpdates, 0), startQueue, startWait),
 		tasks:   make(chan func(context.Context)),
 		ended:   make(chan struct{}),
-		live:    map[ID]*entry{}, snapshots: map[string]Snapshot{}, domains: map[string]bound{}, released: map[string]released{},
-		reserved: map[string]int{}, pausing: map[string]int{}, keeping: map[string]int{}, naming: map[string]*sync.Mutex{},
-		spares: newSpares(cfg.Spares), vault: checkpoint.NewVault(cfg.SnapshotDir), history: newHistory(),
-		meters: newMeters(cfg.Host),
+		table:   newTable(), domains: newDomains(cfg.Proof, cfg.Operator), history: newHistory(),
+		events: &events{store: cfg.Store, log: cfg.Log}, meters: newMeters(cfg.Host),
 	}
-	m.warm = checkpoint.NewWarm(m.vault)
-	m.space = checkpoint.NewSpace(cfg.SnapshotDir, cfg.MinFree, m.diskShares)
+	vault := checkpoint.NewVault(cfg.SnapshotDir)
+	m.snapshots = newSnapshots(cfg.Store, vault, cfg.Log)
+	m.launch = &launcher{
+		cfg: &m.cfg, fit: m.fit, vault: vault, warm: checkpoint.NewWarm(vault),
+		starts: share.NewGate(share.Starts.Of(int64(cfg.ParallelStarts), 0), startQueue, startWait),
+		space:  checkpoint.NewSpace(cfg.SnapshotDir, cfg.MinFree, m.diskShares),
+	}
+	m.spares = newSpares(m.launch, m.table.starting)
 	return m
 }
 
@@ -198,11 +154,11 @@ func (m *Manager) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
 	defer close(m.ended)
-	owned.Go(func() { m.fillSpares(ctx) })
+	owned.Go(func() { m.spares.run(ctx) })
 	owned.Go(func() { every(ctx, sampleEvery, m.sample) })
 	owned.Go(func() { every(ctx, guardTick, m.guardDisk) })
 	owned.Go(func() { every(ctx, balanceEvery, m.balance) })
-	for _, e := range m.entries() {
+	for _, e := range m.table.all() {
 		if v := e.view.Load(); v.rec.State == Running {
 			owned.Go(func() { m.watch(ctx, v.rec.ID) })
 		}
@@ -216,7 +172,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		case task := <-m.tasks:
 			owned.Go(func() { task(ctx) })
 		case now := <-tick.C:
-			for _, id := range m.expired(now) {
+			for _, id := range m.table.expired(now) {
 				owned.Go(func() { m.expire(ctx, id) })
 			}
 		}
@@ -228,7 +184,7 @@ func (m *Manager) Run(ctx context.Context) error {
 const expiryTick = 200 * time.Millisecond
 
 // spawn hands a task to Run, which owns the goroutine. Once Run has returned
-// there is nobody to own it: the next server's Run watches what it adopts.
+// the task is not run: the next server's Run watches what it adopts.
 func (m *Manager) spawn(task func(context.Context)) {
 	select {
 	case m.tasks <- task:
@@ -238,7 +194,7 @@ func (m *Manager) spawn(task func(context.Context)) {
 
 // watch waits for a sandbox to end by itself and then clears away what is left.
 func (m *Manager) watch(ctx context.Context, id ID) {
-	v, err := m.lookup(id)
+	v, err := m.table.find("", id)
 	if err != nil {
 		return
 	}
@@ -246,7 +202,7 @@ func (m *Manager) watch(ctx context.Context, id ID) {
 	defer reports.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	reports.Go(func() { m.reportKills(ctx, v) })
+	reports.Go(func() { reportKills(ctx, m.cfg.Agents, m.events, v) })
 	err = m.cfg.Runtime.Wait(ctx, id)
 	detail := "the sandbox's processes ended unexpectedly"
 	switch {
@@ -264,7 +220,7 @@ func (m *Manager) watch(ctx context.Context, id ID) {
 	}
 	m.cfg.Log.Error("sandbox ended by itself", "sandbox", id, "err", err)
 	if errors.Is(err, ErrOutOfMemory) {
-		m.event(ctx, &v.rec, Event{Name: "oom", Detail: detail})
+		m.events.add(ctx, &v.rec, Event{Name: "oom", Detail: detail})
 	}
 	if err := m.remove(ctx, id, Event{Name: "exit", Detail: detail}); err != nil && !errs.Is(err, errs.NotFound) {
 		m.cfg.Log.Error("sandbox clean-up", "sandbox", id, "err", err)
@@ -282,7 +238,7 @@ type Endpoint struct {
 // Endpoint looks a sandbox up in memory; the second result is false when there
 // is none. A paused sandbox has an endpoint whose Done is closed.
 func (m *Manager) Endpoint(id ID) (Endpoint, bool) {
-	v, err := m.lookup(id)
+	v, err := m.table.find("", id)
 	if err != nil {
 		return Endpoint{}, false
 	}
@@ -291,85 +247,11 @@ func (m *Manager) Endpoint(id ID) (Endpoint, bool) {
 
 // Policy returns the policy in force for a sandbox.
 func (m *Manager) Policy(id ID) (*policy.Compiled, bool) {
-	v, err := m.lookup(id)
+	v, err := m.table.find("", id)
 	if err != nil {
 		return nil, false
 	}
 	return v.policy, true
-}
-
-func (m *Manager) lookup(id ID) (*view, error) {
-	e, err := m.entry(id)
-	if err != nil {
-		return nil, err
-	}
-	return e.view.Load(), nil
-}
-
-func (m *Manager) entry(id ID) (*entry, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	e, ok := m.live[id]
-	if !ok {
-		return nil, NotFound(id)
-	}
-	return e, nil
-}
-
-// NotFound is the error for a sandbox that is not there, in the wording the
-// SDKs' users know.
-func NotFound(id ID) error {
-	return errs.New(errs.NotFound, "Sandbox %q doesn't exist or you don't have access to it", string(id))
-}
-
-// hold locks an owner's sandbox for a change, see owned; the caller unlocks the
-// entry's op. Nobody waits for another's. The second look-up is for a call that
-// removed the sandbox while we waited.
-func (m *Manager) hold(owner string, id ID) (*entry, error) {
-	if _, err := m.owned(owner, id); err != nil {
-		return nil, err
-	}
-	e, err := m.entry(id)
-	if err != nil {
-		return nil, err
-	}
-	e.op.Lock()
-	if _, err := m.entry(id); err != nil {
-		e.op.Unlock()
-		return nil, err
-	}
-	return e, nil
-}
-
-// entries returns all sandboxes, in no order.
-func (m *Manager) entries() []*entry {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	out := make([]*entry, 0, len(m.live))
-	for _, e := range m.live {
-		out = append(out, e)
-	}
-	return out
-}
-
-// admit turns a reservation, if there was one, into a sandbox others can find.
-func (m *Manager) admit(rec Record, p *policy.Compiled, place *reservation) {
-	e := &entry{}
-	e.view.Store(&view{rec: rec, policy: p, done: make(chan struct{})})
-	m.indexDomains(&rec)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.live[rec.ID] = e
-	place.drop()
-}
-
-func (m *Manager) forget(id ID) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if e, ok := m.live[id]; ok {
-		m.releaseDomains(&e.view.Load().rec)
-	}
-	delete(m.live, id)
 }
 
 // save stores a changed record and shows it to everyone. done is kept unless
@@ -384,14 +266,35 @@ func (m *Manager) save(ctx context.Context, e *entry, next view) error {
 	return nil
 }
 
-// event records a step in a sandbox's life; a lost event is worth a warning, not
-// a failed call.
-func (m *Manager) event(ctx context.Context, rec *Record, ev Event) {
+// restate writes a record again after a write that failed, for a write that
+// failed may have reached the disk all the same.
+func (m *Manager) restate(ctx context.Context, e *entry, v view) error {
+	all, err := m.cfg.Store.Sandboxes(ctx)
+	if err != nil {
+		return fmt.Errorf("read records: %w", err)
+	}
+	for _, stored := range all {
+		if stored.ID == v.rec.ID && stored.Revision != v.rec.Revision {
+			v.rec.Revision = stored.Revision
+			return m.save(ctx, e, v)
+		}
+	}
+	return nil
+}
+
+// events is the record of steps in sandboxes' lives.
+type events struct {
+	store Store
+	log   *slog.Logger
+}
+
+// add records a step; a lost event is worth a warning, not a failed call.
+func (s *events) add(ctx context.Context, rec *Record, ev Event) {
 	ev.ID, ev.Time, ev.Sandbox, ev.Owner, ev.Template = sandboxid.NewToken(), time.Now().UTC(), rec.ID, rec.Owner, rec.Template
 	if ev.State == "" {
 		ev.State = rec.State
 	}
-	if err := m.cfg.Store.AppendEvent(ctx, ev); err != nil {
-		m.cfg.Log.Warn("lifecycle event not kept", "sandbox", rec.ID, "err", err)
+	if err := s.store.AppendEvent(ctx, ev); err != nil {
+		s.log.Warn("lifecycle event not kept", "sandbox", rec.ID, "err", err)
 	}
 }

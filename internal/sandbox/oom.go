@@ -17,7 +17,7 @@ const (
 // reportKills makes what a sandbox's agent kills for want of memory events of its
 // life, until this run of the sandbox ends or ctx does. What is killed while no
 // server runs is not reported.
-func (m *Manager) reportKills(ctx context.Context, v *view) {
+func reportKills(ctx context.Context, agents Agents, to *events, v *view) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := make(chan struct{})
@@ -32,10 +32,10 @@ func (m *Manager) reportKills(ctx context.Context, v *view) {
 	pause, seen := killPause, int64(-1)
 	for ctx.Err() == nil {
 		asked := time.Now()
-		kills, latest, err := m.cfg.Agents.Kills(ctx, v.rec.Agent(), seen)
+		kills, latest, err := agents.Kills(ctx, v.rec.Agent(), seen)
 		switch {
 		case len(kills) > 0:
-			m.reportKill(ctx, v, kills)
+			reportKill(ctx, to, v, kills)
 			pause = min(2*pause, killPauseMax)
 		case err != nil || time.Since(asked) < killPauseMax/2:
 			pause = min(2*pause, killPauseMax)
@@ -53,7 +53,7 @@ func (m *Manager) reportKills(ctx context.Context, v *view) {
 }
 
 // reportKill makes one event of some kills.
-func (m *Manager) reportKill(ctx context.Context, v *view, kills []Kill) {
+func reportKill(ctx context.Context, to *events, v *view, kills []Kill) {
 	last := kills[len(kills)-1]
 	detail := fmt.Sprintf("out of memory: process %d (%s) was the biggest, with %d MiB, and was killed", last.PID, last.Command, last.Bytes>>20)
 	if last.Processes > 1 {
@@ -62,6 +62,6 @@ func (m *Manager) reportKill(ctx context.Context, v *view, kills []Kill) {
 	if n := len(kills) - 1; n > 0 {
 		detail += fmt.Sprintf("; so were %d before it", n)
 	}
-	m.cfg.Log.Warn("process of a sandbox killed, memory is short", "sandbox", v.rec.ID, "pid", last.PID, "command", last.Command, "bytes", last.Bytes)
-	m.event(ctx, &v.rec, Event{Name: "oom", Detail: detail})
+	to.log.Warn("process of a sandbox killed, memory is short", "sandbox", v.rec.ID, "pid", last.PID, "command", last.Command, "bytes", last.Bytes)
+	to.add(ctx, &v.rec, Event{Name: "oom", Detail: detail})
 }

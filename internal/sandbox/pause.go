@@ -17,10 +17,10 @@ import (
 // The processes are stopped first and never run again here: what a checkpoint
 // does not hold has not happened. The record changes when the checkpoint is on
 // disk; a server that is killed before leaves a stopped sandbox, which the next
-// one lets go on, and a server that is killed after leaves processes that
-// nobody's record speaks of, which the next one destroys.
+// one lets go on, and a server that is killed after leaves processes without a
+// running sandbox's record, which the next one destroys.
 func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return err
 	}
@@ -30,17 +30,17 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 	if v.rec.State != Running {
 		return errs.New(errs.Conflict, "Sandbox %q is already %s", string(id), v.rec.State)
 	}
-	place, err := m.reservePaused(v.rec.Owner)
+	room, err := m.reserve(v.rec.Owner, Paused)
 	if err != nil {
 		return err
 	}
-	defer place.release()
-	leave, err := turn(ctx, m.starts, v.rec.Owner)
+	defer room.release()
+	leave, err := turn(ctx, m.launch.starts, v.rec.Owner)
 	if err != nil {
 		return err
 	}
 	defer leave()
-	written, err := m.space.Reserve(v.rec.Owner, m.footprint(ctx, id))
+	written, err := m.launch.space.Reserve(v.rec.Owner, m.launch.footprint(ctx, id))
 	if err != nil {
 		return err
 	}
@@ -49,12 +49,12 @@ func (m *Manager) Pause(ctx context.Context, owner string, id ID) error {
 	if err != nil {
 		return err
 	}
-	closeOnce(v.done)
+	v.end()
 	if err := m.stop(ctx, v); err != nil {
 		m.cfg.Log.Error("paused sandbox not freed", "sandbox", id, "err", err)
 	}
 	rec := e.view.Load().rec
-	m.event(ctx, &rec, Event{Name: "pause"})
+	m.events.add(ctx, &rec, Event{Name: "pause"})
 	m.cfg.Log.Info("sandbox paused", "sandbox", id, "bytes", size, "took", time.Since(began))
 	return nil
 }
@@ -68,16 +68,12 @@ func (m *Manager) suspend(ctx context.Context, e *entry) (size int64, err error)
 	}
 	var undo Cleanup
 	undo.Add("stop", func(ctx context.Context) error { return m.cfg.Runtime.Resume(ctx, v.rec.ID) })
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, undo.Run(ctx))
-		}
-	}()
-	name, size, err := m.checkpoint(ctx, &v.rec)
+	defer undo.OnError(ctx, &err)
+	name, size, err := m.launch.checkpoint(ctx, v.rec.ID, checkpoint.Manifest{Token: v.rec.ControlToken})
 	if err != nil {
 		return 0, err
 	}
-	undo.Add("checkpoint", func(context.Context) error { return m.vault.Drop(name) })
+	undo.Add("checkpoint", func(context.Context) error { return m.launch.vault.Drop(name) })
 	next := *v
 	next.rec.State, next.rec.Lease, next.rec.Checkpoint = Paused, Lease{}, name
 	next.rec.Pins = m.cfg.Network.Pins(next.rec.ID)
@@ -85,29 +81,4 @@ func (m *Manager) suspend(ctx context.Context, e *entry) (size int64, err error)
 		return 0, errors.Join(err, m.restate(ctx, e, *v))
 	}
 	return size, nil
-}
-
-// checkpoint puts a sandbox's memory, processes and files on disk.
-func (m *Manager) checkpoint(ctx context.Context, rec *Record) (name string, size int64, err error) {
-	name = checkpoint.NewName()
-	man, err := m.vault.Keep(name, checkpoint.Manifest{Token: rec.ControlToken}, func(dir string) error {
-		return m.cfg.Runtime.Checkpoint(ctx, rec.ID, dir)
-	})
-	return name, man.Bytes(), m.space.Explain(err)
-}
-
-// restate writes a record again after a write that failed, for a write that
-// failed may have reached the disk all the same.
-func (m *Manager) restate(ctx context.Context, e *entry, v view) error {
-	all, err := m.cfg.Store.Sandboxes(ctx)
-	if err != nil {
-		return fmt.Errorf("read records: %w", err)
-	}
-	for _, stored := range all {
-		if stored.ID == v.rec.ID && stored.Revision != v.rec.Revision {
-			v.rec.Revision = stored.Revision
-			return m.save(ctx, e, v)
-		}
-	}
-	return nil
 }

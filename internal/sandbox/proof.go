@@ -89,64 +89,64 @@ func (p *DomainProof) check(ctx context.Context, owner, name string) error {
 // Proven reports whether the key that has a domain bound may have a certificate for
 // it ordered: the proof must still stand. The error says which record to set.
 func (m *Manager) Proven(ctx context.Context, name string) error {
-	id, _, ok := m.ByDomain(name)
+	id, _, ok := m.domains.find(name)
 	if !ok {
 		return errs.New(errs.NotFound, "domain %q is not bound to a sandbox", name)
 	}
-	v, err := m.lookup(id)
-	if err != nil || m.cfg.Proof == nil || m.cfg.Proof.free(name) {
+	v, err := m.table.find("", id)
+	if err != nil || m.domains.proof == nil || m.domains.proof.free(name) {
 		return err
 	}
-	return m.cfg.Proof.check(ctx, v.rec.Owner, name)
+	return m.domains.proof.check(ctx, v.rec.Owner, name)
 }
 
 // prove decides whether a key may bind a name to a sandbox that does not have it yet.
 // It reports whether the key has shown a record, which holds whatever becomes of the
-// name meanwhile; claimDomain decides the rest.
-func (m *Manager) prove(ctx context.Context, owner, name string) (shown bool, err error) {
-	if m.cfg.Proof == nil {
+// name meanwhile; claim decides the rest.
+func (d *domains) prove(ctx context.Context, owner, name string) (shown bool, err error) {
+	if d.proof == nil {
 		return true, nil
 	}
-	m.domainMu.RLock()
-	kept := m.keptFrom(owner, name)
-	m.domainMu.RUnlock()
-	if m.cfg.Proof.free(name) && !kept {
+	d.mu.RLock()
+	kept := d.keptFrom(owner, name)
+	d.mu.RUnlock()
+	if d.proof.free(name) && !kept {
 		return false, nil
 	}
-	return true, m.cfg.Proof.check(ctx, owner, name)
+	return true, d.proof.check(ctx, owner, name)
 }
 
-// keptFrom reports whether a name was another key's until lately. It needs domainMu.
-func (m *Manager) keptFrom(owner, name string) bool {
-	former, kept := m.released[name]
+// keptFrom reports whether a name was another key's until lately. It needs mu.
+func (d *domains) keptFrom(owner, name string) bool {
+	former, kept := d.released[name]
 	return kept && former.owner != owner && !time.Now().After(former.until)
 }
 
 // keepReleased remembers whose a name was. Where that would be too much, a name of the
 // key that released most is forgotten, so that none makes another's be. It needs
-// domainMu.
-func (m *Manager) keepReleased(owner, name string) {
+// mu.
+func (d *domains) keepReleased(owner, name string) {
 	now := time.Now()
-	if len(m.released) >= maxReleased {
-		m.forgetReleased(now)
+	if len(d.released) >= maxReleased {
+		d.forgetReleased(now)
 	}
-	m.released[name] = released{owner, now.Add(releaseGrace)}
+	d.released[name] = released{owner, now.Add(releaseGrace)}
 }
 
 // forgetReleased makes room for one more name.
-func (m *Manager) forgetReleased(now time.Time) {
+func (d *domains) forgetReleased(now time.Time) {
 	count := map[string]int{}
 	most, of := "", ""
-	for name, r := range m.released {
+	for name, r := range d.released {
 		if now.After(r.until) {
-			delete(m.released, name)
+			delete(d.released, name)
 			continue
 		}
 		if count[r.owner]++; count[r.owner] > count[of] || r.owner == of {
 			most, of = name, r.owner
 		}
 	}
-	if len(m.released) >= maxReleased {
-		delete(m.released, most)
+	if len(d.released) >= maxReleased {
+		delete(d.released, most)
 	}
 }

@@ -202,7 +202,7 @@ func TestABindThatWaitsDoesNotOutrunTheGrace(t *testing.T) {
 	if _, err := m.Bind(t.Context(), "alice", a.ID, Domain{name, 3000}); err != nil {
 		t.Fatal(err)
 	}
-	busy, err := m.hold("bob", b.ID)
+	busy, err := m.table.hold("bob", b.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,11 +225,11 @@ func TestABindThatWaitsDoesNotOutrunTheGrace(t *testing.T) {
 func TestAKeyThatReleasesManyNamesTakesNoOthersGrace(t *testing.T) {
 	m := freely(t)
 	a, b := mustCreate(t, m, "alice"), mustCreate(t, m, "bob")
-	m.domainMu.Lock()
+	m.domains.mu.Lock()
 	for i := range 2 * maxReleased {
-		m.keepReleased("mallory", fmt.Sprintf("n%d.lab.example", i))
+		m.domains.keepReleased("mallory", fmt.Sprintf("n%d.lab.example", i))
 	}
-	m.domainMu.Unlock()
+	m.domains.mu.Unlock()
 	const name = "x.lab.example"
 	if _, err := m.Bind(t.Context(), "alice", a.ID, Domain{name, 3000}); err != nil {
 		t.Fatal(err)
@@ -237,14 +237,14 @@ func TestAKeyThatReleasesManyNamesTakesNoOthersGrace(t *testing.T) {
 	if err := m.Unbind(t.Context(), "alice", a.ID, name); err != nil {
 		t.Fatal(err)
 	}
-	m.domainMu.Lock()
+	m.domains.mu.Lock()
 	for i := range 100 {
-		m.keepReleased("mallory", fmt.Sprintf("m%d.lab.example", i))
+		m.domains.keepReleased("mallory", fmt.Sprintf("m%d.lab.example", i))
 	}
-	if n := len(m.released); n > maxReleased {
+	if n := len(m.domains.released); n > maxReleased {
 		t.Errorf("%d names are remembered", n)
 	}
-	m.domainMu.Unlock()
+	m.domains.mu.Unlock()
 	if _, err := m.Bind(t.Context(), "bob", b.ID, Domain{name, 3000}); !errs.Is(err, errs.Conflict) {
 		t.Errorf("got %v", err)
 	}

@@ -17,10 +17,10 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read records: %w", err)
 	}
-	if err := m.loadSnapshots(ctx, records); err != nil {
+	if err := m.loadCheckpoints(ctx, records); err != nil {
 		return err
 	}
-	running, err := m.runningIDs(ctx)
+	running, err := runningIDs(ctx, m.cfg.Runtime)
 	if err != nil {
 		return err
 	}
@@ -36,8 +36,11 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 			m.lost(ctx, rec)
 			continue
 		}
-		m.adopt(rec, p)
-		if rec.State == Running {
+		m.domains.add(&rec)
+		v := m.table.add(rec, p, nil)
+		if rec.State != Running {
+			v.end()
+		} else {
 			kept[rec.ID] = Held{Lease: rec.Lease, Owner: rec.Owner, Policy: p}
 			delete(running, rec.ID)
 		}
@@ -45,13 +48,13 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	if err := m.cfg.Network.Reconcile(ctx, kept); err != nil {
 		return fmt.Errorf("reconcile network: %w", err)
 	}
-	m.thaw(ctx, kept)
+	thaw(ctx, &m.cfg, kept)
 	for _, rec := range records {
 		if _, ok := kept[rec.ID]; ok {
 			m.assign(ctx, rec.ID, rec.Owner) // it is no news but after an upgrade or a crash
 		}
 	}
-	// What is left is nobody's: spares, half-made sandboxes, half-killed ones.
+	// What is left has no record: spares, half-made sandboxes, half-killed ones.
 	var failed []error
 	for id := range running {
 		m.cfg.Log.Info("orphan destroyed", "sandbox", id)
@@ -65,20 +68,20 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 
 // thaw lets sandboxes go on that an earlier server had stopped for a checkpoint
 // it did not finish.
-func (m *Manager) thaw(ctx context.Context, kept map[ID]Held) {
+func thaw(ctx context.Context, cfg *Config, kept map[ID]Held) {
 	for id := range kept {
-		switch err := m.cfg.Runtime.Resume(ctx, id); {
+		switch err := cfg.Runtime.Resume(ctx, id); {
 		case errs.Is(err, errs.Conflict): // it runs
 		case err != nil:
-			m.cfg.Log.Error("adopted sandbox may be stopped", "sandbox", id, "err", err)
+			cfg.Log.Error("adopted sandbox may be stopped", "sandbox", id, "err", err)
 		default:
-			m.cfg.Log.Info("sandbox goes on after a pause that was broken off", "sandbox", id)
+			cfg.Log.Info("sandbox goes on after a pause that was broken off", "sandbox", id)
 		}
 	}
 }
 
-func (m *Manager) runningIDs(ctx context.Context) (map[ID]bool, error) {
-	ids, err := m.cfg.Runtime.List(ctx)
+func runningIDs(ctx context.Context, r Runtime) (map[ID]bool, error) {
+	ids, err := r.List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list sandboxes: %w", err)
 	}
@@ -89,14 +92,20 @@ func (m *Manager) runningIDs(ctx context.Context) (map[ID]bool, error) {
 	return out, nil
 }
 
-func (m *Manager) adopt(rec Record, p *policy.Compiled) {
-	m.admit(rec, p, nil)
-	if rec.State != Running {
-		e, err := m.entry(rec.ID)
-		if err == nil {
-			closeOnce(e.view.Load().done)
-		}
+// loadCheckpoints reads the records of snapshots, and removes the checkpoints that no
+// record names.
+func (m *Manager) loadCheckpoints(ctx context.Context, records []Record) error {
+	keep := m.launch.warm.Load(m.cfg.Runtime.Restorable)
+	for i := range records {
+		keep[records[i].Checkpoint] = true
 	}
+	if err := m.snapshots.load(ctx); err != nil {
+		return err
+	}
+	for _, s := range m.snapshots.all() {
+		keep[s.Checkpoint] = true
+	}
+	return m.launch.vault.Sweep(keep)
 }
 
 // lost drops the record of a sandbox that no longer exists.
@@ -105,6 +114,6 @@ func (m *Manager) lost(ctx context.Context, rec Record) {
 		m.cfg.Log.Error("record of a lost sandbox not deleted", "sandbox", rec.ID, "err", err)
 		return
 	}
-	m.event(ctx, &rec, Event{Name: "exit", Detail: "gone when the server started"})
+	m.events.add(ctx, &rec, Event{Name: "exit", Detail: "gone when the server started"})
 	m.cfg.Log.Warn("sandbox is gone", "sandbox", rec.ID)
 }

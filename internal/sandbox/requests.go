@@ -26,7 +26,7 @@ type CreateRequest struct {
 	MaskRequestHost    string         // already checked with ValidMaskHost
 	MaskOrigin         bool           // MaskRequestHost counts for Origin and Referer too
 	HTTPSPorts         []uint16       // whose services speak TLS; of ParseHTTPSPorts
-	AllowIn            []netip.Prefix // of ParseSources; nil: everybody
+	AllowIn            []netip.Prefix // of ParseSources; nil: every source
 	OnTimeout          OnTimeout
 	AutoResume         bool
 	AutoResumeOn       AutoResumeOn

@@ -70,14 +70,14 @@ func TestWhatIsWrittenAtATimeFitsTheDiskTogether(t *testing.T) {
 			w := newWorld()
 			r := slowRuntime{fakeRuntime{w}, free / 3, make(chan ID), make(chan struct{})}
 			m := newManager(t, w, func(c *Config) { c.Runtime, c.MinFree = r, free/2 })
-			m.space.Stat = func(string) (int64, int64, error) { return free, free, nil }
+			m.launch.space.Stat = func(string) (int64, int64, error) { return free, free, nil }
 			runManager(t, m)
 			a, b := create(t, m, CreateRequest{Owner: "me"}), create(t, m, CreateRequest{Owner: "me"})
 			err := concurrently(t, r, func() error { return tt.call(m, a.ID) }, func() error { return tt.call(m, b.ID) })
 			if !errs.Is(err, errs.Unavailable) {
 				t.Errorf("a second that does not fit beside the first: %v", err)
 			}
-			release, err := m.space.Reserve("", free/2)
+			release, err := m.launch.space.Reserve("", free/2)
 			if err != nil {
 				t.Fatalf("afterwards the room is still reserved: %v", err)
 			}
@@ -106,8 +106,8 @@ func TestSnapshotsUnderWayCount(t *testing.T) {
 			if err := concurrently(t, r, take, take); !errs.Is(err, errs.Exhausted) {
 				t.Errorf("a second beside the first: %v", err)
 			}
-			if page, _, _ := m.ListSnapshots(t.Context(), SnapshotsRequest{}); len(page) != 1 || len(m.keeping) != 0 {
-				t.Errorf("%d snapshots, places held: %v", len(page), m.keeping)
+			if page, _, _ := m.ListSnapshots(t.Context(), SnapshotsRequest{}); len(page) != 1 || len(m.snapshots.reserved) != 0 {
+				t.Errorf("%d snapshots, room reserved: %v", len(page), m.snapshots.reserved)
 			}
 		})
 	}

@@ -17,11 +17,11 @@ import (
 // so is the sandbox, and the error says so. A copy of a sandbox starts over from
 // what the original was made from.
 func (m *Manager) Reset(ctx context.Context, owner string, id ID, req ResetRequest) (Record, error) {
-	d, err := m.timeout(req.Timeout)
+	lifetime, err := m.cfg.lifetime(req.Timeout)
 	if err != nil {
 		return Record{}, err
 	}
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return Record{}, err
 	}
@@ -37,88 +37,11 @@ func (m *Manager) Reset(ctx context.Context, owner string, id ID, req ResetReque
 	if err != nil {
 		return Record{}, err
 	}
-	defer m.finish(o)
-	rec, err := m.startOver(context.WithoutCancel(ctx), e, startOver{o, d, req.AllowPublicTraffic})
-	if err != nil {
-		return Record{}, err
-	}
-	m.event(ctx, &rec, Event{Name: "reset"})
-	m.cfg.Log.Info("sandbox reset", "sandbox", id, "template", rec.Template, "took", time.Since(began))
-	return rec, nil
-}
-
-// startOver is what a sandbox becomes by a reset.
-type startOver struct {
-	from     *origin
-	lifetime time.Duration
-	public   *bool // nil: as it was
-}
-
-// beginning is the origin a sandbox once started from.
-func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
-	if err := m.space.Check(rec.Owner); err != nil {
-		return nil, err
-	}
-	if rec.Image == "" {
-		return m.from(ctx, rec.Owner, rec.Template)
-	}
-	snap, ok := m.snapshot(rec.Owner, rec.TemplateID)
-	if !ok {
-		return nil, errs.New(errs.Conflict, "Sandbox %q cannot start over: the snapshot it was made from (%s) was deleted", string(rec.ID), rec.TemplateID)
-	}
-	return m.fromSnapshot(ctx, rec.Owner, snap)
-}
-
-// startOver replaces the processes of a sandbox. A paused one is given up only
-// when the new ones run.
-func (m *Manager) startOver(ctx context.Context, e *entry, to startOver) (rec Record, err error) {
-	next := *e.view.Load()
-	id, wasRunning := next.rec.ID, next.rec.State == Running
-	if next.policy, err = policy.Compile(next.rec.Egress, m.cfg.Operator, next.rec.Generation); err != nil {
-		return Record{}, err
-	}
-	if !wasRunning {
-		place, err := m.reserve(next.rec.Owner)
-		if err != nil {
-			return Record{}, err
-		}
-		defer place.release()
-	} else {
-		closeOnce(next.done)
-		if err := m.stop(ctx, &next); err != nil {
-			return Record{}, errors.Join(fmt.Errorf("end the former processes: %w", err), m.lose(ctx, e))
-		}
-	}
-	used := next.rec.Checkpoint
-	if err := m.rerun(ctx, e, &next, to); err != nil {
-		if wasRunning {
-			err = errors.Join(cannot(err, "Sandbox %q could not be started over and is gone", string(id)), m.lose(ctx, e))
-		}
-		return Record{}, err
-	}
-	if err := m.vault.Drop(used); err != nil {
-		m.cfg.Log.Warn("former checkpoint not removed", "sandbox", id, "err", err)
-	}
-	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
-	return e.view.Load().rec, nil
-}
-
-// rerun starts a sandbox's ID anew and records that.
-func (m *Manager) rerun(ctx context.Context, e *entry, next *view, to startOver) (err error) {
-	o := to.from
-	up, err := m.startFrom(ctx, next.rec.ID, o, next.policy)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.discard(ctx, up))
-		}
-	}()
-	next.rec.ImageRef, next.rec.Runtime, next.rec.Resources = o.img.Digest, m.cfg.Runtime.Name(), up.resources
-	next.rec.ControlToken = newControlToken(up.controlToken)
-	if to.public != nil {
-		next.rec.AllowPublicTraffic = to.public
+	defer o.close()
+	next := *v
+	next.rec.ImageRef, next.rec.Runtime = o.img.Digest, m.cfg.Runtime.Name()
+	if req.AllowPublicTraffic != nil {
+		next.rec.AllowPublicTraffic = req.AllowPublicTraffic
 		switch {
 		case next.rec.Public():
 			next.rec.TrafficToken = ""
@@ -126,14 +49,73 @@ func (m *Manager) rerun(ctx context.Context, e *entry, next *view, to startOver)
 			next.rec.TrafficToken = sandboxid.NewToken()
 		}
 	}
-	m.revive(next, up, to.lifetime)
-	if err := m.claim(ctx, &next.rec, up, claimed{o.img, next.policy, o.pins}); err != nil {
+	ctx = context.WithoutCancel(ctx)
+	if err := m.startOver(ctx, e, &next, o, lifetime); err != nil {
+		return Record{}, err
+	}
+	if err := m.launch.vault.Drop(v.rec.Checkpoint); err != nil {
+		m.cfg.Log.Warn("former checkpoint not removed", "sandbox", id, "err", err)
+	}
+	rec := e.view.Load().rec
+	m.announce(ctx, &rec, Event{Name: "reset"})
+	m.cfg.Log.Info("sandbox reset", "sandbox", id, "template", rec.Template, "took", time.Since(began))
+	return rec, nil
+}
+
+// beginning is the origin a sandbox once started from.
+func (m *Manager) beginning(ctx context.Context, rec *Record) (*origin, error) {
+	if err := m.launch.space.Check(rec.Owner); err != nil {
+		return nil, err
+	}
+	if rec.Image == "" {
+		return m.origin(ctx, rec.Owner, rec.Template)
+	}
+	snap, ok := m.snapshots.find(rec.Owner, rec.TemplateID)
+	if !ok {
+		return nil, errs.New(errs.Conflict, "Sandbox %q cannot start over: the snapshot it was made from (%s) was deleted", string(rec.ID), rec.TemplateID)
+	}
+	return m.launch.fromSnapshot(ctx, rec.Owner, snap)
+}
+
+// startOver ends the processes of a sandbox and starts new ones. A running one whose new
+// processes do not start is gone; a paused one is given up only when they run.
+func (m *Manager) startOver(ctx context.Context, e *entry, next *view, o *origin, lifetime time.Duration) (err error) {
+	if next.policy, err = policy.Compile(next.rec.Egress, m.cfg.Operator, next.rec.Generation); err != nil {
+		return err
+	}
+	if next.rec.State != Running {
+		room, err := m.reserve(next.rec.Owner, Running)
+		if err != nil {
+			return err
+		}
+		defer room.release()
+		return m.rerun(ctx, e, next, o, lifetime)
+	}
+	next.end()
+	if err = m.stop(ctx, next); err != nil {
+		err = fmt.Errorf("end the former processes: %w", err)
+	} else if err = m.rerun(ctx, e, next, o, lifetime); err != nil {
+		err = cannot(err, "Sandbox %q could not be started over and is gone", string(next.rec.ID))
+	}
+	if err != nil {
+		return errors.Join(err, m.removeHeld(ctx, e, Event{Name: "exit", Detail: "it could not be started over"}))
+	}
+	return nil
+}
+
+// rerun starts a sandbox's ID anew and records that.
+func (m *Manager) rerun(ctx context.Context, e *entry, next *view, o *origin, lifetime time.Duration) (err error) {
+	var undo Cleanup
+	defer undo.OnError(ctx, &err)
+	up, err := o.Start(ctx, next.rec.ID, next.policy)
+	if err != nil {
+		return err
+	}
+	undo.Add("sandbox", up.discard)
+	next.rec.Resources, next.rec.ControlToken = up.resources, newControlToken(up.controlToken)
+	next.run(up, lifetime)
+	if err := up.claim(ctx, &next.rec, next.policy); err != nil {
 		return err
 	}
 	return m.save(ctx, e, *next)
-}
-
-// lose drops a sandbox whose processes are gone. The caller holds it.
-func (m *Manager) lose(ctx context.Context, e *entry) error {
-	return m.removeHeld(ctx, e, Event{Name: "exit", Detail: "it could not be started over"})
 }

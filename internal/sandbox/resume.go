@@ -18,11 +18,11 @@ func (m *Manager) Connect(ctx context.Context, owner string, id ID, timeout time
 
 // connect is Connect by a request that arrived for the sandbox, nil for an API call.
 func (m *Manager) connect(ctx context.Context, owner string, id ID, timeout time.Duration, by *Waker) (rec Record, resumed bool, err error) {
-	d, err := m.timeout(timeout)
+	d, err := m.cfg.lifetime(timeout)
 	if err != nil {
 		return Record{}, false, err
 	}
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return Record{}, false, err
 	}
@@ -43,85 +43,68 @@ func (m *Manager) connect(ctx context.Context, owner string, id ID, timeout time
 
 // resume restores a paused sandbox into a fresh network slot, under its stored
 // rules from the first packet on. When it fails the sandbox stays paused.
-func (m *Manager) resume(ctx context.Context, e *entry, next view, d time.Duration, by *Waker) (rec Record, err error) {
-	began, id := time.Now(), next.rec.ID
-	o, err := m.paused(ctx, &next.rec)
+func (m *Manager) resume(ctx context.Context, e *entry, next view, lifetime time.Duration, by *Waker) (rec Record, err error) {
+	began, id, used := time.Now(), next.rec.ID, next.rec.Checkpoint
+	o, err := m.launch.fromPaused(ctx, &next.rec)
 	if err != nil {
 		return Record{}, err
 	}
-	defer m.finish(o)
-	if err := m.space.Check(next.rec.Owner); err != nil {
+	defer o.close()
+	if err := m.launch.space.Check(next.rec.Owner); err != nil {
 		return Record{}, err
 	}
-	place, err := m.reserve(next.rec.Owner)
+	room, err := m.reserve(next.rec.Owner, Running)
 	if err != nil {
 		return Record{}, err
 	}
-	defer place.release()
+	defer room.release()
 	if next.policy, err = policy.Compile(next.rec.Egress, m.cfg.Operator, next.rec.Generation); err != nil {
 		return Record{}, err
 	}
-	up, err := m.boot(ctx, id, o, next.policy)
+	var undo Cleanup
+	defer undo.OnError(ctx, &err)
+	up, err := o.Start(ctx, id, next.policy)
 	if err != nil {
 		return Record{}, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.discard(context.WithoutCancel(ctx), up))
-		}
-	}()
-	if err := m.initAgent(ctx, &next.rec, up.lease.agent(up.controlToken), o.img); err != nil {
+	undo.Add("sandbox", up.discard)
+	if err := up.claim(ctx, &next.rec, next.policy); err != nil {
 		return Record{}, err
 	}
-	used := next.rec.Checkpoint
-	m.revive(&next, up, d)
+	next.run(up, lifetime)
 	if err := m.save(ctx, e, next); err != nil {
 		old := *e.view.Load()
 		return Record{}, errors.Join(err, m.restate(context.WithoutCancel(ctx), e, old))
 	}
-	if err := m.vault.Drop(used); err != nil {
+	if err := m.launch.vault.Drop(used); err != nil {
 		m.cfg.Log.Warn("used checkpoint not removed", "sandbox", id, "err", err)
 	}
-	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
 	rec = e.view.Load().rec
-	m.event(ctx, &rec, Event{Name: "resume", By: by})
+	m.announce(ctx, &rec, Event{Name: "resume", By: by})
 	m.cfg.Log.Info("sandbox resumed", "sandbox", rec.ID, "took", time.Since(began))
 	return rec, nil
 }
 
-// revive makes a view that of a sandbox that runs from now on for d.
-func (m *Manager) revive(next *view, up *started, d time.Duration) {
+// run makes a view that of a sandbox that runs from now on for a lifetime.
+func (v *view) run(up *started, lifetime time.Duration) {
 	now := time.Now().UTC()
-	next.rec.Lease, next.rec.Checkpoint, next.rec.Pins = up.lease, "", nil
-	next.rec.State, next.rec.Started, next.rec.Expires = Running, now, now.Add(d)
-	next.done = make(chan struct{})
+	v.rec.Lease, v.rec.Checkpoint, v.rec.Pins = up.lease, "", nil
+	v.rec.State, v.rec.Started, v.rec.Expires = Running, now, now.Add(lifetime)
+	v.done = make(chan struct{})
 }
 
-// paused is the origin of a paused sandbox. It says why one cannot be resumed
+// fromPaused is the origin of a paused sandbox. It says why one cannot be resumed
 // here before anything is tried.
-func (m *Manager) paused(ctx context.Context, rec *Record) (*origin, error) {
-	img, err := m.imageOf(ctx, rec.image(), rec.ImageRef)
+func (l *launcher) fromPaused(ctx context.Context, rec *Record) (*origin, error) {
+	img, err := l.imageOf(ctx, rec.image(), rec.ImageRef)
 	if err == nil {
 		var o *origin
-		if o, err = m.kept(img, rec.Checkpoint, rec.Resources); err == nil {
-			o.owner, o.pins = rec.Owner, rec.Pins
+		if o, err = l.fromCheckpoint(rec.Owner, img, rec.Resources, rec.Checkpoint); err == nil {
+			o.pins = rec.Pins
 			return o, nil
 		}
 	}
 	return nil, cannot(err, "Sandbox %q cannot be resumed", string(rec.ID))
-}
-
-// imageOf returns a template's image if it is still the build that a checkpoint
-// was made over: a checkpoint holds what differs from it, and open files of it.
-func (m *Manager) imageOf(ctx context.Context, template, digest string) (Image, error) {
-	img, err := m.cfg.Images.Resolve(ctx, template)
-	if err != nil {
-		return Image{}, err
-	}
-	if img.Digest != digest {
-		return Image{}, errs.New(errs.Conflict, "it was made on another build of template %q (%s, now %s)", template, digest, img.Digest)
-	}
-	return img, nil
 }
 
 // cannot puts what cannot be done before why, where the why is for the user.

@@ -75,7 +75,7 @@ type Record struct {
 	MaskOrigin         bool           `json:"maskOrigin,omitempty"`
 	HTTPSPorts         []uint16       `json:"httpsPorts,omitempty"`
 	TrafficToken       string         `json:"trafficToken,omitempty"` // issued when public traffic is off
-	AllowIn            []netip.Prefix `json:"allowIn,omitzero"`       // who may reach its ports; nil: everybody, empty: nobody
+	AllowIn            []netip.Prefix `json:"allowIn,omitzero"`       // who may reach its ports; nil: every source, empty: none
 	LinkKey            string         `json:"linkKey,omitempty"`      // signs its URLs; made with the first
 	Links              []Link         `json:"links,omitempty"`        // signed URLs in force
 	AccessToken        string         `json:"accessToken,omitempty"`  // of the agent; empty when not secured

@@ -5,11 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"regexp"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandboxid"
 )
@@ -51,11 +54,27 @@ var snapshotName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}(:[A-Za-
 
 var snapshotID = regexp.MustCompile(`^s[0-9a-z]{20}$`)
 
+// snapshots are the records of snapshots. A name is unique among its owner's.
+type snapshots struct {
+	store Store
+	vault *checkpoint.Vault
+	log   *slog.Logger
+
+	mu       sync.Mutex             // guards the others
+	naming   map[string]*sync.Mutex // by owner; each is held while a name or a record changes hands, before mu
+	byID     map[string]Snapshot
+	reserved reserved
+}
+
+func newSnapshots(store Store, vault *checkpoint.Vault, log *slog.Logger) *snapshots {
+	return &snapshots{store: store, vault: vault, log: log, naming: map[string]*sync.Mutex{}, byID: map[string]Snapshot{}, reserved: reserved{}}
+}
+
 // CreateSnapshot stores a sandbox's memory, processes and files; it goes on
 // running. A name the owner already gave moves to the new snapshot, under the
 // old ID.
 func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name string) (Snapshot, error) {
-	e, err := m.hold(owner, id)
+	e, err := m.table.hold(owner, id)
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -65,12 +84,16 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	}
 	ctx = context.WithoutCancel(ctx)
 	began, rec := time.Now(), e.view.Load().rec
-	place, err := m.reserveSnapshot(rec.Owner)
+	allowed := m.cfg.Allowance(rec.Owner)
+	room, err := m.snapshots.reserve(rec.Owner, limits{
+		server: m.cfg.MaxSnapshots, serverFull: "this server keeps its limit of %d snapshots: delete one, or raise sandboxes.max_snapshots in the server's configuration",
+		owner: allowed.Paused, ownerFull: "this API key keeps its limit of %d snapshots: delete one, or use a key that may have more (cordon key create --max-paused)", // a paused one takes as much
+	})
 	if err != nil {
 		return Snapshot{}, err
 	}
-	defer place.release()
-	leave, err := turn(ctx, m.starts, rec.Owner)
+	defer room.release()
+	leave, err := turn(ctx, m.launch.starts, rec.Owner)
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -82,25 +105,20 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	snap := Snapshot{
 		ID: sandboxid.Name('s'), Sandbox: id, Owner: rec.Owner,
 		Checkpoint: checkpoint, Bytes: size, Image: rec.image(), ImageRef: rec.ImageRef,
-		Runtime: m.cfg.Runtime.Name(), Resources: rec.Resources, Pins: m.pinsOf(&rec),
+		Runtime: m.cfg.Runtime.Name(), Resources: rec.Resources, Pins: rec.Pins,
+	}
+	if rec.State == Running {
+		snap.Pins = m.cfg.Network.Pins(id)
 	}
 	if name != "" {
 		snap.Names = []string{name}
 	}
-	if snap, err = m.publish(ctx, snap); err != nil {
-		return Snapshot{}, errors.Join(err, m.vault.Drop(checkpoint))
+	if snap, err = m.snapshots.put(ctx, snap); err != nil {
+		return Snapshot{}, errors.Join(err, m.launch.vault.Drop(checkpoint))
 	}
-	m.event(ctx, &rec, Event{Name: "snapshot", Detail: snap.ID})
+	m.events.add(ctx, &rec, Event{Name: "snapshot", Detail: snap.ID})
 	m.cfg.Log.Info("snapshot taken", "sandbox", id, "snapshot", snap.ID, "bytes", size, "took", time.Since(began))
 	return snap, nil
-}
-
-// pinsOf are the pins of a sandbox, which the network has while it runs.
-func (m *Manager) pinsOf(rec *Record) []Pin {
-	if rec.State == Running {
-		return m.cfg.Network.Pins(rec.ID)
-	}
-	return rec.Pins
 }
 
 func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
@@ -124,102 +142,130 @@ func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
 // already, whose files the copy shares: they are never written to again.
 func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size int64, err error) {
 	if rec.State == Running {
-		written, err := m.space.Reserve(rec.Owner, m.footprint(ctx, rec.ID))
+		written, err := m.launch.space.Reserve(rec.Owner, m.launch.footprint(ctx, rec.ID))
 		if err != nil {
 			return "", 0, err
 		}
 		defer written()
-		return m.checkpoint(ctx, rec)
+		return m.launch.checkpoint(ctx, rec.ID, checkpoint.Manifest{Token: rec.ControlToken})
 	}
-	if err := m.space.Check(rec.Owner); err != nil {
+	if err := m.launch.space.Check(rec.Owner); err != nil {
 		return "", 0, err
 	}
-	name, man, err := m.vault.Copy(rec.Checkpoint)
+	name, man, err := m.launch.vault.Copy(rec.Checkpoint)
 	if err != nil {
-		return "", 0, cannot(m.space.Explain(err), "Sandbox %q cannot be copied", string(rec.ID))
+		return "", 0, cannot(m.launch.space.Explain(err), "Sandbox %q cannot be copied", string(rec.ID))
 	}
 	return name, man.Bytes(), nil
 }
 
-// publish stores a snapshot's record and shows it. Of two that get one name at once,
+// fromSnapshot is the origin of sandboxes made from a snapshot.
+func (l *launcher) fromSnapshot(ctx context.Context, owner string, snap Snapshot) (*origin, error) {
+	img, err := l.imageOf(ctx, snap.Image, snap.ImageRef)
+	if err != nil {
+		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
+	}
+	o, err := l.fromCheckpoint(owner, img, snap.Resources, snap.Checkpoint)
+	if err != nil {
+		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
+	}
+	o.snapshot, o.pins = &snap, snap.Pins
+	return o, nil
+}
+
+// load reads the records.
+func (s *snapshots) load(ctx context.Context) error {
+	all, err := s.store.Snapshots(ctx)
+	if err != nil {
+		return fmt.Errorf("read snapshots: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, snap := range all {
+		s.byID[snap.ID] = snap
+	}
+	return nil
+}
+
+// all returns all snapshots, in no order.
+func (s *snapshots) all() []Snapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.byID))
+}
+
+// reserve keeps room for one more snapshot of an owner.
+func (s *snapshots) reserve(owner string, most limits) (*reservation, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	have := map[string]int{}
+	for _, snap := range s.byID {
+		have[snap.Owner]++
+	}
+	return s.reserved.take(&s.mu, owner, have, most)
+}
+
+// put stores a snapshot's record and makes it found. Of two that get one name at once,
 // the later has it and the checkpoint of the earlier is dropped.
-func (m *Manager) publish(ctx context.Context, snap Snapshot) (Snapshot, error) {
-	naming := m.namingOf(snap.Owner)
-	naming.Lock()
-	defer naming.Unlock()
+func (s *snapshots) put(ctx context.Context, snap Snapshot) (Snapshot, error) {
+	defer s.lock(snap.Owner).Unlock()
 	snap.Created = time.Now().UTC()
-	m.mu.Lock()
 	var old Snapshot
-	for _, s := range m.snapshots {
-		if len(snap.Names) > 0 && s.Owner == snap.Owner && slices.Contains(s.Names, snap.Names[0]) {
-			old = s
-			snap.ID = s.ID
+	for _, other := range s.all() {
+		if len(snap.Names) > 0 && other.Owner == snap.Owner && slices.Contains(other.Names, snap.Names[0]) {
+			old = other
+			snap.ID = other.ID
 		}
 	}
-	m.mu.Unlock()
-	if err := m.cfg.Store.PutSnapshot(ctx, snap); err != nil {
+	if err := s.store.PutSnapshot(ctx, snap); err != nil {
 		return Snapshot{}, fmt.Errorf("store snapshot: %w", err)
 	}
-	m.mu.Lock()
-	m.snapshots[snap.ID] = snap
-	m.mu.Unlock()
-	if err := m.vault.Drop(old.Checkpoint); err != nil {
-		m.cfg.Log.Warn("replaced snapshot not removed", "snapshot", snap.ID, "err", err)
+	s.mu.Lock()
+	s.byID[snap.ID] = snap
+	s.mu.Unlock()
+	if err := s.vault.Drop(old.Checkpoint); err != nil {
+		s.log.Warn("replaced snapshot not removed", "snapshot", snap.ID, "err", err)
 	}
 	return snap, nil
 }
 
-// namingOf is the lock of an owner's snapshots: names are unique for each owner, and a
-// store that is slow with one owner's record holds up no other.
-func (m *Manager) namingOf(owner string) *sync.Mutex {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.naming[owner] == nil {
-		m.naming[owner] = new(sync.Mutex)
+// lock holds an owner's snapshots as they are; the caller unlocks what it returns. A store
+// that is slow with one owner's record holds up no other.
+func (s *snapshots) lock(owner string) *sync.Mutex {
+	s.mu.Lock()
+	if s.naming[owner] == nil {
+		s.naming[owner] = new(sync.Mutex)
 	}
-	return m.naming[owner]
+	naming := s.naming[owner]
+	s.mu.Unlock()
+	naming.Lock()
+	return naming
 }
 
-// snapshot finds an owner's snapshot by ID or name.
-func (m *Manager) snapshot(owner, name string) (Snapshot, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if s, ok := m.snapshots[name]; ok {
-		return s, s.called(owner, name)
+// find looks an owner's snapshot up by ID or name.
+func (s *snapshots) find(owner, name string) (Snapshot, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if snap, ok := s.byID[name]; ok {
+		return snap, snap.called(owner, name)
 	}
-	for _, s := range m.snapshots {
-		if s.called(owner, name) {
-			return s, true
+	for _, snap := range s.byID {
+		if snap.called(owner, name) {
+			return snap, true
 		}
 	}
 	return Snapshot{}, false
 }
 
 // ambiguous reports whether more than one owner has a snapshot of a name.
-func (m *Manager) ambiguous(name string) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+func (s *snapshots) ambiguous(name string) bool {
 	n := 0
-	for _, s := range m.snapshots {
-		if slices.Contains(s.Names, name) {
+	for _, snap := range s.all() {
+		if slices.Contains(snap.Names, name) {
 			n++
 		}
 	}
 	return n > 1
-}
-
-// fromSnapshot is the origin of sandboxes made from a snapshot.
-func (m *Manager) fromSnapshot(ctx context.Context, owner string, snap Snapshot) (*origin, error) {
-	img, err := m.imageOf(ctx, snap.Image, snap.ImageRef)
-	if err != nil {
-		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
-	}
-	o, err := m.kept(img, snap.Checkpoint, snap.Resources)
-	if err != nil {
-		return nil, cannot(err, "Snapshot %q cannot be restored", snap.label())
-	}
-	o.owner, o.snapshot, o.pins = owner, &snap, snap.Pins
-	return o, nil
 }
 
 // ListSnapshots returns a page of snapshots, newest first, and the cursor of the
@@ -229,20 +275,18 @@ func (m *Manager) ListSnapshots(_ context.Context, req SnapshotsRequest) (page [
 	if err != nil {
 		return nil, "", err
 	}
-	order := func(a, b Snapshot) int { return b.place().compare(a.place()) }
+	order := func(a, b Snapshot) int { return b.position().compare(a.position()) }
 	var all []Snapshot
-	m.mu.Lock()
-	for _, s := range m.snapshots {
-		if req.matches(&s) && (after == nil || after.compare(s.place()) > 0) {
+	for _, s := range m.snapshots.all() {
+		if req.matches(&s) && (after == nil || after.compare(s.position()) > 0) {
 			all = append(all, s)
 		}
 	}
-	m.mu.Unlock()
 	slices.SortFunc(all, order)
 	limit := cmp.Or(max(req.Limit, 0), pageSize)
 	if len(all) > limit {
 		all = all[:limit]
-		next = all[limit-1].place().cursor()
+		next = all[limit-1].position().cursor()
 	}
 	return all, next, nil
 }
@@ -253,51 +297,34 @@ func (req *SnapshotsRequest) matches(s *Snapshot) bool {
 		(req.Name == "" || s.ID == req.Name || slices.Contains(s.Names, req.Name))
 }
 
-func (s *Snapshot) place() place { return place{s.Created, s.ID} }
+func (s *Snapshot) position() position { return position{s.Created, s.ID} }
 
 // DeleteSnapshot forgets a snapshot, named by ID or name. Sandboxes made from it
 // live on; those being made still get it.
 func (m *Manager) DeleteSnapshot(ctx context.Context, owner, name string) error {
 	missing := errs.New(errs.NotFound, "Snapshot %q doesn't exist or you don't have access to it", name)
-	snap, ok := m.snapshot(owner, name)
+	snap, ok := m.snapshots.find(owner, name)
 	if !ok {
 		return missing
 	}
-	if owner == "" && m.ambiguous(name) {
+	if owner == "" && m.snapshots.ambiguous(name) {
 		return errs.New(errs.Conflict, "several keys have a snapshot %q: name the one to delete by its ID", name)
 	}
-	naming := m.namingOf(snap.Owner)
-	naming.Lock()
-	defer naming.Unlock()
-	if snap, ok = m.snapshot(snap.Owner, snap.ID); !ok { // read again: it may have been replaced or deleted
+	defer m.snapshots.lock(snap.Owner).Unlock()
+	if snap, ok = m.snapshots.find(snap.Owner, snap.ID); !ok { // read again: it may have been replaced or deleted
 		return missing
 	}
-	ctx = context.WithoutCancel(ctx)
-	if err := m.cfg.Store.DeleteSnapshot(ctx, snap.ID); err != nil {
-		return fmt.Errorf("delete snapshot's record: %w", err)
-	}
-	m.mu.Lock()
-	delete(m.snapshots, snap.ID)
-	m.mu.Unlock()
-	m.cfg.Log.Info("snapshot deleted", "snapshot", snap.ID)
-	return m.vault.Drop(snap.Checkpoint)
+	return m.snapshots.remove(context.WithoutCancel(ctx), snap)
 }
 
-// loadSnapshots reads the records and removes what nobody speaks of from the vault.
-func (m *Manager) loadSnapshots(ctx context.Context, records []Record) error {
-	all, err := m.cfg.Store.Snapshots(ctx)
-	if err != nil {
-		return fmt.Errorf("read snapshots: %w", err)
+// remove forgets a snapshot whose owner's lock is held.
+func (s *snapshots) remove(ctx context.Context, snap Snapshot) error {
+	if err := s.store.DeleteSnapshot(ctx, snap.ID); err != nil {
+		return fmt.Errorf("delete snapshot's record: %w", err)
 	}
-	keep := m.warm.Load(m.cfg.Runtime.Restorable)
-	m.mu.Lock()
-	for _, s := range all {
-		m.snapshots[s.ID] = s
-		keep[s.Checkpoint] = true
-	}
-	m.mu.Unlock()
-	for i := range records {
-		keep[records[i].Checkpoint] = true
-	}
-	return m.vault.Sweep(keep)
+	s.mu.Lock()
+	delete(s.byID, snap.ID)
+	s.mu.Unlock()
+	s.log.Info("snapshot deleted", "snapshot", snap.ID)
+	return s.vault.Drop(snap.Checkpoint)
 }

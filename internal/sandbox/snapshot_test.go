@@ -254,28 +254,51 @@ func TestSnapshotsOfOneNameAtOnce(t *testing.T) {
 	check(0)
 }
 
-// TestStoppedAndGoneAreDifferent looks at what is told of a sandbox that is paused,
-// and then killed, resumed or killed as it runs.
-func TestStoppedAndGoneAreDifferent(t *testing.T) {
+// TestSubscribersAreToldOfEveryChange looks at what is told of a sandbox while its life
+// takes each of its turns.
+func TestSubscribersAreToldOfEveryChange(t *testing.T) {
 	var mu sync.Mutex
-	var told []string
-	note := func(what string) func(ID) {
-		return func(ID) { mu.Lock(); told = append(told, what); mu.Unlock() }
-	}
+	var told []Change
 	w := newWorld()
-	m := newManager(t, w, func(c *Config) { c.Stopped, c.Gone = note("stopped"), note("gone") })
+	m := newManager(t, w)
+	m.Subscribe(func(_ ID, c Change) { mu.Lock(); told = append(told, c); mu.Unlock() })
 	runManager(t, m)
+	kill := func(id ID) error { return m.Kill(t.Context(), "", id) }
+	pause := func(id ID) error { return m.Pause(t.Context(), "", id) }
+	resume := func(id ID) error { _, _, err := m.Connect(t.Context(), "", id, 0); return err }
 	for _, c := range []struct {
 		name string
 		do   []func(id ID) error
-		want []string
+		want []Change
 	}{
-		{"killed as it runs", []func(ID) error{func(id ID) error { return m.Kill(t.Context(), "", id) }}, []string{"stopped", "gone"}},
-		{"paused", []func(ID) error{func(id ID) error { return m.Pause(t.Context(), "", id) }}, []string{"stopped"}},
-		{"paused and killed", []func(ID) error{
-			func(id ID) error { return m.Pause(t.Context(), "", id) },
-			func(id ID) error { return m.Kill(t.Context(), "", id) },
-		}, []string{"stopped", "gone"}},
+		{"created", nil, nil},
+		{"killed as it runs", []func(ID) error{kill}, []Change{Stopped, Gone}},
+		{"paused", []func(ID) error{pause}, []Change{Stopped}},
+		{"paused and killed", []func(ID) error{pause, kill}, []Change{Stopped, Gone}},
+		{"paused and resumed", []func(ID) error{pause, resume}, []Change{Stopped, Started}},
+		{"copied", []func(ID) error{func(id ID) error {
+			_, err := m.Fork(t.Context(), "", id, ForkRequest{Count: 1, Strict: true})
+			return err
+		}}, []Change{Started}},
+		{"reset", []func(ID) error{func(id ID) error { _, err := m.Reset(t.Context(), "", id, ResetRequest{}); return err }}, []Change{Stopped, Started}},
+		{"reset while paused", []func(ID) error{pause, func(id ID) error {
+			_, err := m.Reset(t.Context(), "", id, ResetRequest{Resume: true})
+			return err
+		}}, []Change{Stopped, Started}},
+		{"lost in a reset", []func(ID) error{func(id ID) error {
+			w.failAt("start", true)
+			defer w.failAt("start", false)
+			if _, err := m.Reset(t.Context(), "", id, ResetRequest{}); err == nil {
+				t.Error("reset without a start")
+			}
+			return nil
+		}}, []Change{Stopped, Stopped, Gone}},
+		{"under new rules", []func(ID) error{func(id ID) error { return m.SetNetwork(t.Context(), "", id, NetworkUpdate{}) }}, []Change{PolicyChanged}},
+		{"under new rules and sources", []func(ID) error{func(id ID) error {
+			return m.SetNetwork(t.Context(), "", id, NetworkUpdate{AllowIn: []netip.Prefix{}})
+		}}, []Change{PolicyChanged, AccessChanged}},
+		{"under new rules while paused", []func(ID) error{pause, func(id ID) error { return m.SetNetwork(t.Context(), "", id, NetworkUpdate{}) }}, []Change{Stopped}},
+		{"without its links", []func(ID) error{func(id ID) error { return m.RevokeLinks(t.Context(), "", id, "") }}, []Change{AccessChanged}},
 		{"killed as its record cannot be written at first", []func(ID) error{func(id ID) error {
 			w.failAt("delete", true)
 			defer w.failAt("delete", false)
@@ -283,13 +306,17 @@ func TestStoppedAndGoneAreDifferent(t *testing.T) {
 				t.Error("killed without its record")
 			}
 			return nil
-		}, func(id ID) error { return m.Kill(t.Context(), "", id) }}, []string{"stopped", "stopped", "gone"}},
+		}, kill}, []Change{Stopped, Stopped, Gone}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rec := create(t, m, CreateRequest{})
 			mu.Lock()
+			if !slices.Equal(told, []Change{Started}) {
+				t.Errorf("told of the create: %v", told)
+			}
 			told = nil
 			mu.Unlock()
+			defer func() { mu.Lock(); told = nil; mu.Unlock() }()
 			for _, do := range c.do {
 				if err := do(rec.ID); err != nil {
 					t.Fatal(err)
@@ -369,8 +396,8 @@ func TestSnapshotsThatAreRefused(t *testing.T) {
 		}
 	})
 	t.Run("a change of one octet is found, and nothing is left running", func(t *testing.T) {
-		s, _ := m.snapshot("me", snap.ID)
-		if err := os.WriteFile(filepath.Join(m.vault.Path(s.Checkpoint), "memory"), []byte(sandboxid.New()), 0o600); err != nil {
+		s, _ := m.snapshots.find("me", snap.ID)
+		if err := os.WriteFile(filepath.Join(m.launch.vault.Path(s.Checkpoint), "memory"), []byte(sandboxid.New()), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		before := len(w.leftovers())
@@ -518,7 +545,7 @@ func TestNothingNewOnADiskThatIsFull(t *testing.T) {
 	w := newWorld()
 	m := newManager(t, w)
 	var full atomic.Bool
-	m.space.Stat = func(string) (int64, int64, error) {
+	m.launch.space.Stat = func(string) (int64, int64, error) {
 		if full.Load() {
 			return 100 << 20, 100 << 30, nil
 		}

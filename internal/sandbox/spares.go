@@ -9,15 +9,16 @@ import (
 	"github.com/cordonhq/cordon/internal/sandboxid"
 )
 
-// spares is a pool of running sandboxes that belong to nobody, by template. A
-// claim takes one; Run refills. Spares are not recorded: after a crash they are
+// spares is a pool of running sandboxes without an owner, by template. A
+// create takes one; run refills. Spares are not recorded: after a crash they are
 // orphans and the next server destroys them.
 type spares struct {
-	want map[string]int // template name → how many to keep
-	wake chan struct{}  // a spare was taken
+	*launcher
+	busy func() bool   // whether sandboxes are being started for owners
+	wake chan struct{} // a spare was taken
 
 	mu     sync.Mutex // guards the rest
-	ready  map[string][]*started
+	pool   map[string][]*started
 	failed map[string]failure
 	took   map[string]time.Time // by owner: when it last took one
 }
@@ -28,8 +29,8 @@ type failure struct {
 	again time.Time     // when the next is tried
 }
 
-func newSpares(want map[string]int) *spares {
-	return &spares{want: want, wake: make(chan struct{}, 1), ready: map[string][]*started{}, failed: map[string]failure{}, took: map[string]time.Time{}}
+func newSpares(l *launcher, busy func() bool) *spares {
+	return &spares{launcher: l, busy: busy, wake: make(chan struct{}, 1), pool: map[string][]*started{}, failed: map[string]failure{}, took: map[string]time.Time{}}
 }
 
 // A key that creates sandboxes in a loop would take every spare as soon as it is ready. So
@@ -37,27 +38,35 @@ func newSpares(want map[string]int) *spares {
 // for the key that took the one before.
 const sharedFor = time.Minute
 
-// take returns a spare that runs exactly img, or nil.
-func (s *spares) take(owner string, img Image) *started {
+// take returns a spare that runs exactly the image of o, or nil.
+func (s *spares) take(ctx context.Context, o *origin) (*started, error) {
+	if o.dir != "" {
+		return nil, nil
+	}
+	release, err := s.fit(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	release() // a spare has its memory already
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.ready[img.Name]) == 1 && s.greedy(owner, time.Now()) {
-		return nil
+	list := s.pool[o.img.Name]
+	if len(list) == 1 && s.greedy(o.owner, time.Now()) {
+		return nil, nil
 	}
-	list := s.ready[img.Name]
-	i := slices.IndexFunc(list, func(up *started) bool { return up.imageRef == img.Digest })
+	i := slices.IndexFunc(list, func(up *started) bool { return up.img.Digest == o.img.Digest })
 	if i < 0 {
-		return nil
+		return nil, nil
 	}
 	up := list[i]
-	s.ready[img.Name] = slices.Delete(list, i, i+1)
+	s.pool[o.img.Name] = slices.Delete(list, i, i+1)
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
-	up.spare = true
-	s.took[owner] = time.Now()
-	return up
+	up.spare, up.img = true, o.img
+	s.took[o.owner] = time.Now()
+	return up, nil
 }
 
 // greedy reports whether an owner took the last spare that was taken, and others use them
@@ -80,7 +89,7 @@ func (s *spares) greedy(owner string, now time.Time) bool {
 func (s *spares) put(template string, up *started) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ready[template] = append(s.ready[template], up)
+	s.pool[template] = append(s.pool[template], up)
 }
 
 // short returns a template that lacks a spare and may be tried now; if there is none,
@@ -88,8 +97,8 @@ func (s *spares) put(template string, up *started) {
 func (s *spares) short(now time.Time) (template string, wait time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for template, n := range s.want {
-		if len(s.ready[template]) >= n {
+	for template, n := range s.cfg.Spares {
+		if len(s.pool[template]) >= n {
 			continue
 		}
 		left := s.failed[template].again.Sub(now)
@@ -131,42 +140,42 @@ func (s *spares) drain() []*started {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var all []*started
-	for _, list := range s.ready {
+	for _, list := range s.pool {
 		all = append(all, list...)
 	}
-	s.ready = map[string][]*started{}
+	s.pool = map[string][]*started{}
 	return all
 }
 
-// fillSpares keeps the pool full, one start at a time so that requests come
+// run keeps the pool full, one start at a time so that requests come
 // first, and empties it when ctx ends.
-func (m *Manager) fillSpares(ctx context.Context) {
+func (s *spares) run(ctx context.Context) {
 	defer func() {
 		ctx := context.WithoutCancel(ctx)
-		for _, up := range m.spares.drain() {
-			if err := m.discard(ctx, up); err != nil {
-				m.cfg.Log.Warn("spare not freed", "sandbox", up.id, "err", err)
+		for _, up := range s.drain() {
+			if err := up.discard(ctx); err != nil {
+				s.cfg.Log.Warn("spare not freed", "sandbox", up.id, "err", err)
 			}
 		}
 	}()
 	for ctx.Err() == nil {
-		template, wait := m.spares.short(time.Now())
+		template, wait := s.short(time.Now())
 		if template == "" {
-			m.spares.idle(ctx, wait)
+			s.idle(ctx, wait)
 			continue
 		}
-		err := m.makeSpare(ctx, template)
+		err := s.make(ctx, template)
 		if ctx.Err() != nil {
 			return
 		}
-		news := m.spares.outcome(template, err == nil, time.Now())
+		news := s.outcome(template, err == nil, time.Now())
 		switch {
 		case err != nil && news: // the next ones are no news
-			m.cfg.Log.Warn("spare not started; it is tried again, less and less often", "template", template, "err", err)
+			s.cfg.Log.Warn("spare not started; it is tried again, less and less often", "template", template, "err", err)
 		case err != nil:
-			m.cfg.Log.Debug("spare not started", "template", template, "err", err)
+			s.cfg.Log.Debug("spare not started", "template", template, "err", err)
 		case news:
-			m.cfg.Log.Info("spares can be started again", "template", template)
+			s.cfg.Log.Info("spares can be started again", "template", template)
 		}
 	}
 }
@@ -187,31 +196,28 @@ func (s *spares) idle(ctx context.Context, d time.Duration) {
 	}
 }
 
-func (m *Manager) makeSpare(ctx context.Context, template string) error {
-	if err := m.cfg.Refuse(template); err != nil {
+func (s *spares) make(ctx context.Context, template string) error {
+	if err := s.cfg.Refuse(template); err != nil {
 		return err
 	}
-	img, err := m.cfg.Images.Resolve(ctx, template)
+	img, err := s.cfg.Images.Resolve(ctx, template)
 	if err != nil {
 		return err
 	}
-	m.waitQuiet(ctx)
-	up, err := m.start(ctx, sandboxid.New(), m.cold(img))
+	s.waitQuiet(ctx)
+	up, err := s.fromImage("", img).Start(ctx, sandboxid.New(), nil)
 	if err != nil {
 		return err
 	}
-	m.spares.put(template, up)
+	s.put(template, up)
 	return nil
 }
 
-// waitQuiet lets creations under way finish first, for a while: a spare is for
+// waitQuiet lets starts for owners finish first, for a while: a spare is for
 // the next request, not against the present one.
-func (m *Manager) waitQuiet(ctx context.Context) {
+func (s *spares) waitQuiet(ctx context.Context) {
 	for range 100 {
-		m.mu.Lock()
-		busy := len(m.reserved) > 0
-		m.mu.Unlock()
-		if !busy {
+		if !s.busy() {
 			return
 		}
 		pause(ctx, 10*time.Millisecond)

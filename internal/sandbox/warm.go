@@ -6,20 +6,19 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"time"
 
 	"github.com/cordonhq/cordon/internal/checkpoint"
-	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // warmKey names everything a checkpoint of an image's start command depends on,
 // after the template's name and a space.
-func (m *Manager) warmKey(img Image) string {
+func (o *origin) warmKey() string {
+	img := o.img
 	b, err := json.Marshal([]any{
-		m.cfg.Runtime.Name(), img.Digest, img.Start, img.Ready, img.User, img.Workdir, m.commandEnv(img),
-		m.resources(img), img.Binds, m.cfg.Binds, m.cfg.AgentArgs, m.cfg.Env,
+		o.cfg.Runtime.Name(), img.Digest, img.Start, img.Ready, img.User, img.Workdir, o.cfg.commandEnv(img),
+		o.resources, img.Binds, o.cfg.Binds, o.cfg.AgentArgs,
 	})
 	if err != nil {
 		panic(err) // strings and numbers only
@@ -28,45 +27,31 @@ func (m *Manager) warmKey(img Image) string {
 	return img.Name + " " + hex.EncodeToString(sum[:16])
 }
 
-// startFrom starts a nameless sandbox from an origin, under p where it starts
-// from a checkpoint whose processes go on at once.
-func (m *Manager) startFrom(ctx context.Context, id ID, o *origin, p *policy.Compiled) (*started, error) {
-	if o.dir != "" {
-		return m.boot(ctx, id, o, p)
-	}
-	return m.start(ctx, id, o)
-}
-
-// start starts a nameless sandbox of an image: cold, or from the checkpoint that
-// was made when its start command was ready. A checkpoint that is refused, after
+// startWarm starts a sandbox of an image that has a start command, from the checkpoint
+// that was made when it was ready. A checkpoint that is refused, after
 // a change of the runtime say, is replaced by a new one.
-func (m *Manager) start(ctx context.Context, id ID, o *origin) (*started, error) {
-	img := o.img
-	if len(img.Start) == 0 {
-		return m.boot(ctx, id, o, nil)
-	}
-	key := m.warmKey(img)
-	if name, ok := m.warm.Find(key); ok {
-		up, err := m.startWarm(ctx, id, o, name)
+func (o *origin) startWarm(ctx context.Context, id ID) (*started, error) {
+	key := o.warmKey()
+	if name, ok := o.warm.Find(key); ok {
+		up, err := o.bootCopy(ctx, id, name)
 		if err == nil || ctx.Err() != nil {
 			return up, err
 		}
-		m.cfg.Log.Warn("warm checkpoint refused", "template", img.Name, "err", err)
-		if err := m.warm.Forget(key, name); err != nil {
-			m.cfg.Log.Warn("warm checkpoint not removed", "template", img.Name, "err", err)
+		o.cfg.Log.Warn("warm checkpoint refused", "template", o.img.Name, "err", err)
+		if err := o.warm.Forget(key, name); err != nil {
+			o.cfg.Log.Warn("warm checkpoint not removed", "template", o.img.Name, "err", err)
 		}
 	}
-	return m.warmUp(ctx, id, o, key)
+	return o.warmUp(ctx, id, key)
 }
 
-func (m *Manager) startWarm(ctx context.Context, id ID, o *origin, name string) (*started, error) {
-	from, err := m.kept(o.img, name, m.resources(o.img))
+func (o *origin) bootCopy(ctx context.Context, id ID, name string) (*started, error) {
+	from, err := o.fromCheckpoint(o.owner, o.img, o.resources, name)
 	if err != nil {
 		return nil, err
 	}
-	defer m.finish(from)
-	from.owner = o.owner
-	return m.boot(ctx, id, from, nil)
+	defer from.close()
+	return from.boot(ctx, id, nil)
 }
 
 // readyTimeout is how long a start command may take where its image does not say.
@@ -74,50 +59,65 @@ const readyTimeout = time.Minute
 
 // warmUp starts a sandbox cold, runs its image's start command and, once that is
 // ready, keeps a checkpoint for the next ones.
-func (m *Manager) warmUp(ctx context.Context, id ID, o *origin, key string) (_ *started, err error) {
+func (o *origin) warmUp(ctx context.Context, id ID, key string) (_ *started, err error) {
 	began, img := time.Now(), o.img
-	up, err := m.boot(ctx, id, o, nil)
+	up, err := o.boot(ctx, id, nil)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.discard(context.WithoutCancel(ctx), up))
-		}
-	}()
-	limit := max(cmp.Or(img.Ready.Timeout, readyTimeout), m.cfg.StartTimeout)
+	var undo Cleanup
+	defer undo.OnError(ctx, &err)
+	undo.Add("sandbox", up.discard)
+	limit := max(cmp.Or(img.Ready.Timeout, readyTimeout), o.cfg.StartTimeout)
 	starting, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	err = m.cfg.Agents.Start(starting, up.lease.agent(up.controlToken), AgentStart{
-		Args: img.Start, EnvVars: m.commandEnv(img), User: img.User, Workdir: img.Workdir, Ready: img.Ready,
+	err = o.cfg.Agents.Start(starting, up.agent(), AgentStart{
+		Args: img.Start, EnvVars: o.cfg.commandEnv(img), User: img.User, Workdir: img.Workdir, Ready: img.Ready,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start command of template %s: %w", img.Name, err)
 	}
-	m.cfg.Log.Info("start command ready", "template", img.Name, "took", time.Since(began))
-	if m.warm.Begin(key) {
-		m.keepWarm(ctx, up, img, key)
+	o.cfg.Log.Info("start command ready", "template", img.Name, "took", time.Since(began))
+	if o.warm.Begin(key) {
+		o.keepWarm(ctx, up, key)
 	}
 	return up, nil
 }
 
 // keepWarm makes the checkpoint. Without one, the next start takes as long as this.
-func (m *Manager) keepWarm(ctx context.Context, up *started, img Image, key string) {
-	name := checkpoint.NewName()
-	written, err := m.space.Reserve("", m.footprint(ctx, up.id))
+func (o *origin) keepWarm(ctx context.Context, up *started, key string) {
+	name := ""
+	written, err := o.space.Reserve("", o.footprint(ctx, up.id))
 	if err == nil {
 		defer written()
-		_, err = m.vault.Keep(name, checkpoint.Manifest{Token: up.controlToken, Label: key}, func(dir string) error {
-			return m.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), up.id, dir)
-		})
+		name, _, err = o.checkpoint(ctx, up.id, checkpoint.Manifest{Token: up.controlToken, Label: key})
 	}
 	if err != nil {
-		m.cfg.Log.Warn("warm checkpoint not kept", "template", img.Name, "err", err)
+		o.cfg.Log.Warn("warm checkpoint not kept", "template", o.img.Name, "err", err)
 		name = ""
 	}
-	for _, old := range m.warm.End(key, name) {
-		if err := m.vault.Drop(old); err != nil {
-			m.cfg.Log.Warn("warm checkpoint not removed", "template", img.Name, "err", err)
+	for _, old := range o.warm.End(key, name) {
+		if err := o.vault.Drop(old); err != nil {
+			o.cfg.Log.Warn("warm checkpoint not removed", "template", o.img.Name, "err", err)
 		}
 	}
+}
+
+// checkpoint puts a running sandbox's memory, processes and files on disk, in room that
+// the caller has reserved.
+func (l *launcher) checkpoint(ctx context.Context, id ID, man checkpoint.Manifest) (name string, size int64, err error) {
+	name = checkpoint.NewName()
+	man, err = l.vault.Keep(name, man, func(dir string) error {
+		return l.cfg.Runtime.Checkpoint(context.WithoutCancel(ctx), id, dir)
+	})
+	return name, man.Bytes(), l.space.Explain(err)
+}
+
+// footprint is about how large a checkpoint of a sandbox becomes.
+func (l *launcher) footprint(ctx context.Context, id ID) int64 {
+	s, err := l.cfg.Runtime.Stats(ctx, id)
+	if err != nil {
+		return 0 // the checkpoint will tell
+	}
+	return s.MemoryBytes + s.DiskBytes
 }

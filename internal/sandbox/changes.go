@@ -1,0 +1,27 @@
+package sandbox
+
+// Change is what happened to a sandbox, for the parts of the server that keep something
+// about it.
+type Change string
+
+// The changes. A running sandbox that is killed is stopped and then gone; a paused one was
+// stopped before, and a kill makes it gone.
+const (
+	Started       Change = "started" // it runs: it was created, copied, resumed or reset
+	PolicyChanged Change = "policy"  // new rules are in force: live flows are judged anew
+	AccessChanged Change = "access"  // who may reach its ports changed: clients are judged anew
+	Stopped       Change = "stopped" // its network was withdrawn, as it is paused, reset or ends: live flows are cut
+	Gone          Change = "gone"    // it has ended for good: what is kept about it can go
+)
+
+// Subscribe has f told of every change. Call it before Reconcile and Run. f is called by
+// the call that makes the change, which returns after it: when SetNetwork returns, live
+// flows have been judged by the new rules. So f does not wait, and changes no sandbox.
+func (m *Manager) Subscribe(f func(ID, Change)) { m.subscribers = append(m.subscribers, f) }
+
+// publish tells the subscribers of a change, in the order in which they subscribed.
+func (m *Manager) publish(id ID, c Change) {
+	for _, f := range m.subscribers {
+		f(id, c)
+	}
+}
