@@ -144,7 +144,7 @@ func (m *Manager) RevokeLinks(ctx context.Context, owner string, id ID, link str
 	if err := m.save(context.WithoutCancel(ctx), e, next); err != nil {
 		return err
 	}
-	m.publish(id, AccessChanged)
+	m.changes.publish(id, AccessChanged)
 	m.cfg.Log.Info("links revoked", "sandbox", id, "link", link)
 	return nil
 }

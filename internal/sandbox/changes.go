@@ -14,14 +14,19 @@ const (
 	Gone          Change = "gone"    // it has ended for good: what is kept about it can go
 )
 
+// changes tells subscribers of changes.
+type changes struct{ subscribers []func(ID, Change) }
+
 // Subscribe has f told of every change. Call it before Reconcile and Run. f is called by
 // the call that makes the change, which returns after it: when SetNetwork returns, live
 // flows have been judged by the new rules. So f does not wait, and changes no sandbox.
-func (m *Manager) Subscribe(f func(ID, Change)) { m.subscribers = append(m.subscribers, f) }
+func (m *Manager) Subscribe(f func(ID, Change)) {
+	m.changes.subscribers = append(m.changes.subscribers, f)
+}
 
 // publish tells the subscribers of a change, in the order in which they subscribed.
-func (m *Manager) publish(id ID, c Change) {
-	for _, f := range m.subscribers {
-		f(id, c)
+func (c *changes) publish(id ID, what Change) {
+	for _, f := range c.subscribers {
+		f(id, what)
 	}
 }

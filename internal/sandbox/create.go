@@ -69,7 +69,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 		return Record{}, err
 	}
 	if up.spare {
-		m.spawn(func(ctx context.Context) { m.assign(ctx, rec.ID, rec.Owner) })
+		m.spawn(func(ctx context.Context) { m.host.assign(ctx, rec.ID, rec.Owner) })
 	}
 	m.announce(ctx, &rec, Event{Name: "create"})
 	m.cfg.Log.Info("sandbox started", "sandbox", rec.ID, "template", rec.Template, "spare", up.spare, "took", time.Since(began))
@@ -138,11 +138,10 @@ func (m *Manager) reserve(owner string, in State) (*reservation, error) {
 type launcher struct {
 	cfg    *Config
 	starts *share.Gate // of starts, restores and checkpoints
-	// fit keeps memory for what starts from o until release is called, when it is in use.
-	fit   func(ctx context.Context, o *origin) (release func(), err error)
-	vault *checkpoint.Vault
-	warm  *checkpoint.Warm
-	space *checkpoint.Space
+	host   *host
+	vault  *checkpoint.Vault
+	warm   *checkpoint.Warm
+	space  *checkpoint.Space
 }
 
 // origin is what a sandbox starts from: an image, and where dir is set a
@@ -268,7 +267,7 @@ func (o *origin) boot(ctx context.Context, id ID, p *policy.Compiled) (_ *starte
 	defer leave()
 	ctx, cancel := context.WithTimeout(ctx, o.cfg.StartTimeout)
 	defer cancel()
-	release, err := o.fit(ctx, o)
+	release, err := o.host.fit(ctx, o)
 	if err != nil {
 		return nil, err
 	}
@@ -464,6 +463,6 @@ func (m *Manager) record(ctx context.Context, rec *Record, p *policy.Compiled, r
 func (m *Manager) announce(ctx context.Context, rec *Record, step Event) {
 	id := rec.ID
 	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
-	m.publish(id, Started)
+	m.changes.publish(id, Started)
 	m.events.add(ctx, rec, step)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/errs"
 )
 
@@ -24,17 +25,25 @@ type stored struct {
 	layers  int64 // of all running sandboxes together
 }
 
-// diskShares is how many bytes each owner has on the disk.
-func (m *Manager) diskShares() map[string]int64 {
+// disk counts what owners have on the disk.
+type disk struct {
+	table     *table
+	snapshots *snapshots
+	history   *history
+	vault     *checkpoint.Vault
+}
+
+// shares is how many bytes each owner has.
+func (d *disk) shares() map[string]int64 {
 	out := map[string]int64{}
-	for owner, s := range m.diskUse() {
+	for owner, s := range d.use() {
 		out[owner] = s.bytes
 	}
 	return out
 }
 
-// diskUse looks at what each owner has on the disk. Layers are those of the last sample.
-func (m *Manager) diskUse() map[string]*stored {
+// use looks at what each owner has. Layers are those of the last sample.
+func (d *disk) use() map[string]*stored {
 	use := map[string]*stored{}
 	of := func(owner string) *stored {
 		if use[owner] == nil {
@@ -42,7 +51,7 @@ func (m *Manager) diskUse() map[string]*stored {
 		}
 		return use[owner]
 	}
-	for _, e := range m.table.all() {
+	for _, e := range d.table.all() {
 		rec := &e.view.Load().rec
 		s := of(rec.Owner)
 		for _, labels := range []map[string]string{rec.Metadata, rec.EnvVars} {
@@ -51,17 +60,17 @@ func (m *Manager) diskUse() map[string]*stored {
 			}
 		}
 		if rec.State != Running {
-			s.bytes += m.launch.vault.Size(rec.Checkpoint)
+			s.bytes += d.vault.Size(rec.Checkpoint)
 			continue
 		}
-		layer := m.history.layer(rec.ID)
+		layer := d.history.layer(rec.ID)
 		s.bytes += layer
 		s.layers += layer
 		if s.largest == nil || layer > s.layer {
 			s.largest, s.layer = e, layer
 		}
 	}
-	for _, snap := range m.snapshots.all() {
+	for _, snap := range d.snapshots.all() {
 		of(snap.Owner).bytes += snap.Bytes
 	}
 	return use
@@ -78,7 +87,7 @@ func (m *Manager) guardDisk(ctx context.Context) {
 		return
 	}
 	m.sample(ctx) // the last one may be seconds old
-	owner, worst := toBlame(m.diskUse())
+	owner, worst := toBlame(m.disk.use())
 	if worst == nil {
 		return
 	}

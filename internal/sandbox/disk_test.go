@@ -85,7 +85,7 @@ func TestManySmallLayersAreToBlameTogether(t *testing.T) {
 		layers[mustCreate(t, m, "many").ID] = worthwhile - 1
 	}
 	m.sample(t.Context())
-	if owner, worst := toBlame(m.diskUse()); owner != "many" || worst.largest == nil {
+	if owner, worst := toBlame(m.disk.use()); owner != "many" || worst.largest == nil {
 		t.Errorf("%q is to blame", owner)
 	}
 }

@@ -22,19 +22,22 @@ const balanceEvery = time.Second
 // bytes. One of the base template takes some 40 MB when it is idle.
 const startMemory = 64 << 20
 
-// meters count what sandboxes hold of the host; nil ones have no limit.
-type meters struct {
-	memory, threads *share.Meter
+// host divides the machine's memory and threads between the owners of running sandboxes.
+type host struct {
+	cfg             *Config
+	table           *table
+	memory, threads *share.Meter // nil: no limit
 }
 
-func newMeters(host Use) (m meters) {
-	if host.Memory > 0 {
-		m.memory = share.NewMeter(share.Memory.Of(host.Memory, 0))
+func newHost(cfg *Config, t *table) *host {
+	h := &host{cfg: cfg, table: t}
+	if cfg.Host.Memory > 0 {
+		h.memory = share.NewMeter(share.Memory.Of(cfg.Host.Memory, 0))
 	}
-	if host.Threads > 0 {
-		m.threads = share.NewMeter(share.Threads.Of(host.Threads, 0))
+	if cfg.Host.Threads > 0 {
+		h.threads = share.NewMeter(share.Threads.Of(cfg.Host.Threads, 0))
 	}
-	return m
+	return h
 }
 
 // Of one owner, startQueue starts may wait, each for startWait. Rules are put in force one
@@ -58,40 +61,29 @@ func turn(ctx context.Context, g *share.Gate, owner string) (leave func(), err e
 	return nil, share.Explain(err, "try again, or ask for less at a time")
 }
 
-// Pools are the counts of what sandboxes share, for metrics.
-func (m *Manager) Pools() (pools []*share.Pool) {
-	pools = []*share.Pool{m.launch.starts.Pool(), m.updates.Pool(), m.launch.space.Pool()}
-	for _, meter := range []*share.Meter{m.meters.memory, m.meters.threads} {
-		if meter != nil {
-			pools = append(pools, meter.Pool())
-		}
-	}
-	return pools
-}
-
-// fit holds memory for a start until release is called, when the memory is in use, or
+// fit reserves memory for a start until release is called, when the memory is in use, or
 // says whose limit there is no memory within.
-func (m *Manager) fit(ctx context.Context, o *origin) (release func(), err error) {
-	if m.meters.memory == nil {
+func (h *host) fit(ctx context.Context, o *origin) (release func(), err error) {
+	if h.memory == nil {
 		return func() {}, nil
 	}
 	need := max(min(o.memory, o.resources.MemoryMB<<20), startMemory) // a checkpoint has files, too
-	if m.cfg.HostFree != nil {
-		if free := m.cfg.HostFree(); free < need {
+	if h.cfg.HostFree != nil {
+		if free := h.cfg.HostFree(); free < need {
 			return nil, errs.New(errs.Unavailable, "the server's machine is short of memory: the sandbox needs some %d MiB and %d MiB are free above the reserve: kill sandboxes, or lower sandboxes.reserve_memory_mb",
 				need>>20, max(free, 0)>>20)
 		}
 	}
-	mine, err := m.cfg.Runtime.Use(ctx, o.owner)
+	mine, err := h.cfg.Runtime.Use(ctx, o.owner)
 	if err != nil {
 		return nil, err
 	}
-	all, err := m.cfg.Runtime.UseOfAll(ctx)
+	all, err := h.cfg.Runtime.UseOfAll(ctx)
 	if err != nil {
 		return nil, err
 	}
-	m.meters.memory.MeasuredOne(all.Memory, o.owner, mine.Memory)
-	release, err = m.meters.memory.Promise(o.owner, need)
+	h.memory.MeasuredOne(all.Memory, o.owner, mine.Memory)
+	release, err = h.memory.Promise(o.owner, need)
 	if err != nil {
 		return nil, share.Explain(err, "kill or pause sandboxes")
 	}
@@ -99,42 +91,42 @@ func (m *Manager) fit(ctx context.Context, o *origin) (release func(), err error
 }
 
 // balance sets the limits of all owners' groups by what they hold now.
-func (m *Manager) balance(ctx context.Context) {
-	if m.cfg.Host == (Use{}) {
+func (h *host) balance(ctx context.Context) {
+	if h.cfg.Host == (Use{}) {
 		return
 	}
 	owners := map[string]Use{}
-	for _, e := range m.table.all() {
+	for _, e := range h.table.all() {
 		if rec := &e.view.Load().rec; rec.State == Running {
 			owners[rec.Owner] = Use{}
 		}
 	}
-	all, err := m.cfg.Runtime.UseOfAll(ctx)
+	all, err := h.cfg.Runtime.UseOfAll(ctx)
 	if err != nil {
-		m.cfg.Log.Warn("memory of sandboxes not read", "err", err)
+		h.cfg.Log.Warn("memory of sandboxes not read", "err", err)
 		return
 	}
 	memory, threads := map[string]int64{}, map[string]int64{}
 	for owner := range owners {
-		u, err := m.cfg.Runtime.Use(ctx, owner)
+		u, err := h.cfg.Runtime.Use(ctx, owner)
 		if err != nil {
 			continue // its last sandbox is ending
 		}
 		owners[owner], memory[owner], threads[owner] = u, u.Memory, u.Threads
 	}
-	if m.meters.memory != nil {
-		m.meters.memory.Measured(all.Memory, memory)
+	if h.memory != nil {
+		h.memory.Measured(all.Memory, memory)
 	}
-	if m.meters.threads != nil {
-		m.meters.threads.Measured(all.Threads, threads)
+	if h.threads != nil {
+		h.threads.Measured(all.Threads, threads)
 	}
 	for owner, u := range owners {
 		most := Use{
-			Memory:  ceiling(share.Memory.Of(m.cfg.Host.Memory, 0), u.Memory, all.Memory, len(owners)),
-			Threads: ceiling(share.Threads.Of(m.cfg.Host.Threads, 0), u.Threads, all.Threads, len(owners)),
+			Memory:  ceiling(share.Memory.Of(h.cfg.Host.Memory, 0), u.Memory, all.Memory, len(owners)),
+			Threads: ceiling(share.Threads.Of(h.cfg.Host.Threads, 0), u.Threads, all.Threads, len(owners)),
 		}
-		if err := m.cfg.Runtime.Limit(ctx, owner, most); err != nil && ctx.Err() == nil {
-			m.cfg.Log.Warn("limits of a key's sandboxes not set", "key", owner, "err", err)
+		if err := h.cfg.Runtime.Limit(ctx, owner, most); err != nil && ctx.Err() == nil {
+			h.cfg.Log.Warn("limits of a key's sandboxes not set", "key", owner, "err", err)
 		}
 	}
 }
@@ -152,9 +144,9 @@ func ceiling(r share.Resource, held, used int64, owners int) int64 {
 
 // assign has a sandbox draw from its owner's part of the host. Until then it draws from
 // that of the spares, which costs its owner nothing, so the caller does not wait for it.
-func (m *Manager) assign(ctx context.Context, id ID, owner string) {
-	err := m.cfg.Runtime.Assign(ctx, id, owner)
-	if _, gone := m.table.entry(id); err != nil && gone == nil && ctx.Err() == nil {
-		m.cfg.Log.Error("sandbox not in its key's group: its use of the host counts for no key", "sandbox", id, "key", owner, "err", err)
+func (h *host) assign(ctx context.Context, id ID, owner string) {
+	err := h.cfg.Runtime.Assign(ctx, id, owner)
+	if _, gone := h.table.entry(id); err != nil && gone == nil && ctx.Err() == nil {
+		h.cfg.Log.Error("sandbox not in its key's group: its use of the host counts for no key", "sandbox", id, "key", owner, "err", err)
 	}
 }

@@ -51,7 +51,7 @@ func (m *Manager) removeHeld(ctx context.Context, e *entry, why Event) (err erro
 			return errors.Join(fmt.Errorf("delete record: %w", again), err)
 		}
 	}
-	m.publish(id, Gone)
+	m.changes.publish(id, Gone)
 	m.events.add(ctx, &v.rec, why)
 	m.cfg.Log.Info("sandbox ended", "sandbox", id, "why", why.Name, "lived", time.Since(v.rec.Created))
 	return err
@@ -80,7 +80,7 @@ func (m *Manager) stop(ctx context.Context, v *view) error {
 		if err := m.cfg.Network.Release(ctx, v.rec.Lease); err != nil {
 			failed = append(failed, fmt.Errorf("release network: %w", err))
 		}
-		m.publish(v.rec.ID, Stopped)
+		m.changes.publish(v.rec.ID, Stopped)
 	}
 	if err := m.cfg.Runtime.Destroy(ctx, v.rec.ID); err != nil {
 		failed = append(failed, fmt.Errorf("destroy: %w", err))
@@ -133,7 +133,7 @@ func (m *Manager) SetNetwork(ctx context.Context, owner string, id ID, in Networ
 		return err
 	}
 	if in.AllowIn != nil {
-		m.publish(id, AccessChanged)
+		m.changes.publish(id, AccessChanged)
 	}
 	m.events.add(ctx, &next.rec, Event{Name: "network", Detail: fmt.Sprintf("generation %d", next.rec.Generation)})
 	m.cfg.Log.Info("network rules replaced", "sandbox", id, "generation", next.rec.Generation)
@@ -156,7 +156,7 @@ func (m *Manager) replacePolicy(ctx context.Context, e *entry, next view) error 
 		old.rec.Revision = e.view.Load().rec.Revision
 		return errors.Join(fmt.Errorf("apply policy: %w", err), m.save(ctx, e, old))
 	}
-	m.publish(next.rec.ID, PolicyChanged)
+	m.changes.publish(next.rec.ID, PolicyChanged)
 	return nil
 }
 

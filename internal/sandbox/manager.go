@@ -109,11 +109,11 @@ func (c *Config) setDefaults() {
 // Manager makes, changes and ends sandboxes. Its methods are safe for concurrent use;
 // Run must be running for sandboxes to expire and for crashes to be noticed.
 type Manager struct {
-	cfg         Config
-	subscribers []func(ID, Change)
-	updates     *share.Gate // of rules
-	tasks       chan func(context.Context)
-	ended       chan struct{} // closed when Run has returned
+	cfg     Config
+	changes changes
+	updates *share.Gate // of rules
+	tasks   chan func(context.Context)
+	ended   chan struct{} // closed when Run has returned
 
 	launch    *launcher
 	table     *table
@@ -122,7 +122,8 @@ type Manager struct {
 	spares    *spares
 	history   *history
 	events    *events
-	meters    meters
+	host      *host
+	disk      *disk
 }
 
 // New returns a Manager that has started nothing yet: call Reconcile, then Run.
@@ -134,14 +135,16 @@ func New(cfg Config) *Manager {
 		tasks:   make(chan func(context.Context)),
 		ended:   make(chan struct{}),
 		table:   newTable(), domains: newDomains(cfg.Proof, cfg.Operator), history: newHistory(),
-		events: &events{store: cfg.Store, log: cfg.Log}, meters: newMeters(cfg.Host),
+		events: &events{store: cfg.Store, log: cfg.Log},
 	}
 	vault := checkpoint.NewVault(cfg.SnapshotDir)
 	m.snapshots = newSnapshots(cfg.Store, vault, cfg.Log)
+	m.host = newHost(&m.cfg, m.table)
+	m.disk = &disk{table: m.table, snapshots: m.snapshots, history: m.history, vault: vault}
 	m.launch = &launcher{
-		cfg: &m.cfg, fit: m.fit, vault: vault, warm: checkpoint.NewWarm(vault),
+		cfg: &m.cfg, host: m.host, vault: vault, warm: checkpoint.NewWarm(vault),
 		starts: share.NewGate(share.Starts.Of(int64(cfg.ParallelStarts), 0), startQueue, startWait),
-		space:  checkpoint.NewSpace(cfg.SnapshotDir, cfg.MinFree, m.diskShares),
+		space:  checkpoint.NewSpace(cfg.SnapshotDir, cfg.MinFree, m.disk.shares),
 	}
 	m.spares = newSpares(m.launch, m.table.starting)
 	return m
@@ -157,7 +160,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	owned.Go(func() { m.spares.run(ctx) })
 	owned.Go(func() { every(ctx, sampleEvery, m.sample) })
 	owned.Go(func() { every(ctx, guardTick, m.guardDisk) })
-	owned.Go(func() { every(ctx, balanceEvery, m.balance) })
+	owned.Go(func() { every(ctx, balanceEvery, m.host.balance) })
 	for _, e := range m.table.all() {
 		if v := e.view.Load(); v.rec.State == Running {
 			owned.Go(func() { m.watch(ctx, v.rec.ID) })
@@ -225,6 +228,17 @@ func (m *Manager) watch(ctx context.Context, id ID) {
 	if err := m.remove(ctx, id, Event{Name: "exit", Detail: detail}); err != nil && !errs.Is(err, errs.NotFound) {
 		m.cfg.Log.Error("sandbox clean-up", "sandbox", id, "err", err)
 	}
+}
+
+// Pools are the counts of what sandboxes share, for metrics.
+func (m *Manager) Pools() (pools []*share.Pool) {
+	pools = []*share.Pool{m.launch.starts.Pool(), m.updates.Pool(), m.launch.space.Pool()}
+	for _, meter := range []*share.Meter{m.host.memory, m.host.threads} {
+		if meter != nil {
+			pools = append(pools, meter.Pool())
+		}
+	}
+	return pools
 }
 
 // Endpoint is what the ingress and the proxies need to know of a sandbox.

@@ -17,7 +17,10 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read records: %w", err)
 	}
-	if err := m.loadCheckpoints(ctx, records); err != nil {
+	if err := m.snapshots.load(ctx); err != nil {
+		return err
+	}
+	if err := m.launch.vault.Sweep(m.checkpoints(records)); err != nil {
 		return err
 	}
 	running, err := runningIDs(ctx, m.cfg.Runtime)
@@ -51,7 +54,7 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	thaw(ctx, &m.cfg, kept)
 	for _, rec := range records {
 		if _, ok := kept[rec.ID]; ok {
-			m.assign(ctx, rec.ID, rec.Owner) // it is no news but after an upgrade or a crash
+			m.host.assign(ctx, rec.ID, rec.Owner) // it is no news but after an upgrade or a crash
 		}
 	}
 	// What is left has no record: spares, half-made sandboxes, half-killed ones.
@@ -92,20 +95,17 @@ func runningIDs(ctx context.Context, r Runtime) (map[ID]bool, error) {
 	return out, nil
 }
 
-// loadCheckpoints reads the records of snapshots, and removes the checkpoints that no
-// record names.
-func (m *Manager) loadCheckpoints(ctx context.Context, records []Record) error {
+// checkpoints returns the names of those that are needed: by paused sandboxes, by snapshots
+// and for images with a start command.
+func (m *Manager) checkpoints(records []Record) map[string]bool {
 	keep := m.launch.warm.Load(m.cfg.Runtime.Restorable)
 	for i := range records {
 		keep[records[i].Checkpoint] = true
 	}
-	if err := m.snapshots.load(ctx); err != nil {
-		return err
-	}
 	for _, s := range m.snapshots.all() {
 		keep[s.Checkpoint] = true
 	}
-	return m.launch.vault.Sweep(keep)
+	return keep
 }
 
 // lost drops the record of a sandbox that no longer exists.

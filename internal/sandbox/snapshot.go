@@ -79,7 +79,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 		return Snapshot{}, err
 	}
 	defer e.op.Unlock()
-	if err := m.validSnapshotName(ctx, name); err != nil {
+	if err := validSnapshotName(ctx, m.cfg.Images, name); err != nil {
 		return Snapshot{}, err
 	}
 	ctx = context.WithoutCancel(ctx)
@@ -97,7 +97,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	if err != nil {
 		return Snapshot{}, err
 	}
-	checkpoint, size, err := m.copyOf(ctx, &rec)
+	checkpoint, size, err := m.launch.copyOf(ctx, &rec)
 	leave()
 	if err != nil {
 		return Snapshot{}, err
@@ -121,14 +121,14 @@ func (m *Manager) CreateSnapshot(ctx context.Context, owner string, id ID, name 
 	return snap, nil
 }
 
-func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
+func validSnapshotName(ctx context.Context, images Images, name string) error {
 	switch {
 	case name == "":
 		return nil
 	case !snapshotName.MatchString(name) || snapshotID.MatchString(name):
 		return errs.New(errs.Invalid, "name %q cannot be a snapshot's: use letters, digits, '.', '_', '-' and '/', up to 63, and maybe a tag after ':'", name)
 	}
-	_, err := m.cfg.Images.Resolve(ctx, name)
+	_, err := images.Resolve(ctx, name)
 	switch {
 	case errs.Is(err, errs.NotFound):
 		return nil
@@ -140,21 +140,21 @@ func (m *Manager) validSnapshotName(ctx context.Context, name string) error {
 
 // copyOf keeps a checkpoint of a sandbox as it is now. A paused one has one
 // already, whose files the copy shares: they are never written to again.
-func (m *Manager) copyOf(ctx context.Context, rec *Record) (name string, size int64, err error) {
+func (l *launcher) copyOf(ctx context.Context, rec *Record) (name string, size int64, err error) {
 	if rec.State == Running {
-		written, err := m.launch.space.Reserve(rec.Owner, m.launch.footprint(ctx, rec.ID))
+		written, err := l.space.Reserve(rec.Owner, l.footprint(ctx, rec.ID))
 		if err != nil {
 			return "", 0, err
 		}
 		defer written()
-		return m.launch.checkpoint(ctx, rec.ID, checkpoint.Manifest{Token: rec.ControlToken})
+		return l.checkpoint(ctx, rec.ID, checkpoint.Manifest{Token: rec.ControlToken})
 	}
-	if err := m.launch.space.Check(rec.Owner); err != nil {
+	if err := l.space.Check(rec.Owner); err != nil {
 		return "", 0, err
 	}
-	name, man, err := m.launch.vault.Copy(rec.Checkpoint)
+	name, man, err := l.vault.Copy(rec.Checkpoint)
 	if err != nil {
-		return "", 0, cannot(m.launch.space.Explain(err), "Sandbox %q cannot be copied", string(rec.ID))
+		return "", 0, cannot(l.space.Explain(err), "Sandbox %q cannot be copied", string(rec.ID))
 	}
 	return name, man.Bytes(), nil
 }

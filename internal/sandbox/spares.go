@@ -43,7 +43,7 @@ func (s *spares) take(ctx context.Context, o *origin) (*started, error) {
 	if o.dir != "" {
 		return nil, nil
 	}
-	release, err := s.fit(ctx, o)
+	release, err := s.host.fit(ctx, o)
 	if err != nil {
 		return nil, err
 	}
