@@ -254,9 +254,9 @@ func statesOf(param []control.SandboxState) ([]sandbox.State, error) {
 	for _, s := range param {
 		switch s {
 		case control.Running:
-			states = append(states, sandbox.Running, sandbox.Resuming)
+			states = append(states, sandbox.Running)
 		case control.Paused:
-			states = append(states, sandbox.Paused, sandbox.Pausing)
+			states = append(states, sandbox.Paused)
 		default:
 			return nil, errs.New(errs.Invalid, "parameter state has %q: use running, paused or both separated by a comma", s)
 		}

@@ -126,7 +126,7 @@ func sourcesOf(rec *sandbox.Record) *[]string {
 
 // stateOf maps a state to one of the two that clients know.
 func stateOf(s sandbox.State) control.SandboxState {
-	if s == sandbox.Paused || s == sandbox.Pausing {
+	if s == sandbox.Paused {
 		return control.Paused
 	}
 	return control.Running

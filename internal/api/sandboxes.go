@@ -49,7 +49,7 @@ func (s *server) ListRunningSandboxes(ctx context.Context, r control.ListRunning
 	}
 	req := sandbox.ListRequest{
 		Owner: owner(ctx), Metadata: metadata, Limit: maxPage,
-		States: []sandbox.State{sandbox.Running, sandbox.Resuming},
+		States: []sandbox.State{sandbox.Running},
 	}
 	list := control.ListRunningSandboxes200JSONResponse{}
 	for {

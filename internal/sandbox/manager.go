@@ -31,8 +31,6 @@ type Config struct {
 	// AgentArgs is the agent's command line inside a sandbox, without the hash
 	// of its control token, which is appended.
 	AgentArgs []string
-	// Env is the agent's own environment, "K=V".
-	Env []string
 	// CommandEnv is the default environment of commands, over the image's and
 	// under the user's.
 	CommandEnv map[string]string
@@ -73,9 +71,6 @@ type Config struct {
 	Allowance func(owner string) Allowance
 	// MaxTimeout is the longest time a sandbox may ask for; 0 means 24 h.
 	MaxTimeout time.Duration
-	// ParallelStarts bounds starts, restores and checkpoints at one time; 0 means two per
-	// CPU. One owner has half of them while no other wants any.
-	ParallelStarts int
 	// StartTimeout is how long a sandbox may take until its agent answers; 0 means 30 s.
 	StartTimeout time.Duration
 
@@ -92,7 +87,6 @@ func (c *Config) setDefaults() {
 	c.MaxPaused = cmp.Or(c.MaxPaused, 1000)
 	c.MaxSnapshots = cmp.Or(c.MaxSnapshots, 1000)
 	c.MaxTimeout = cmp.Or(c.MaxTimeout, 24*time.Hour)
-	c.ParallelStarts = cmp.Or(c.ParallelStarts, max(4, 2*runtime.NumCPU()))
 	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.Refuse == nil {
@@ -143,7 +137,7 @@ func New(cfg Config) *Manager {
 	m.disk = &disk{table: m.table, snapshots: m.snapshots, history: m.history, vault: vault}
 	m.launch = &launcher{
 		cfg: &m.cfg, host: m.host, vault: vault, warm: checkpoint.NewWarm(vault),
-		starts: share.NewGate(share.Starts.Of(int64(cfg.ParallelStarts), 0), startQueue, startWait),
+		starts: share.NewGate(share.Starts.Of(int64(max(4, 2*runtime.NumCPU())), 0), startQueue, startWait),
 		space:  checkpoint.NewSpace(cfg.SnapshotDir, cfg.MinFree, m.disk.shares),
 	}
 	m.spares = newSpares(m.launch, m.table.starting)

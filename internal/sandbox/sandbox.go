@@ -15,17 +15,14 @@ import (
 // ID names a sandbox.
 type ID = sandboxid.ID
 
-// State is where a sandbox is in its life.
+// State is what a sandbox is, as its record says: a change between the two is recorded when
+// it is complete.
 type State string
 
-// The states a record can be stored in.
+// The states.
 const (
-	Starting State = "starting" // being created: a server that finds it after a crash destroys it
-	Running  State = "running"
-	Pausing  State = "pausing"
-	Paused   State = "paused"
-	Resuming State = "resuming"
-	Killing  State = "killing"
+	Running State = "running"
+	Paused  State = "paused"
 )
 
 // OnTimeout says what happens when a sandbox's time is over.

@@ -57,7 +57,6 @@ func TestWhatOneKeyStartsDoesNotHoldUpAnother(t *testing.T) {
 				w := newWorld()
 				m := newManager(t, w, func(c *Config) {
 					c.Runtime, c.Network = slowHost{fakeRuntime{w}, new(atomic.Int64)}, slowRules{fakeNetwork{w}}
-					c.ParallelStarts = 4
 				})
 				runManager(t, m)
 				mine, err := m.Create(t.Context(), CreateRequest{Owner: "other", Timeout: time.Hour})
