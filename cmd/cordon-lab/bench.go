@@ -17,6 +17,7 @@ import (
 
 func benchCommand(a *app) *cobra.Command {
 	var o bench.Options
+	var versus string
 	cmd := &cobra.Command{
 		Use:   "bench [" + strings.Join(bench.Tables(), "|") + "|all]...",
 		Short: "Measure cordon on this machine, side by side with what else is installed",
@@ -26,7 +27,8 @@ Everything happens in namespaces without an uplink; the machine's network is not
 touched. Figures are medians over rounds, with the range of the
 middle half; they are compared with the first column, in turns within one run. See docs/performance.md.`,
 		Example: `  sudo cordon-lab bench egress
-  sudo cordon-lab bench all --rounds 21 --each 300ms`,
+  sudo cordon-lab bench all --rounds 21 --each 300ms
+  sudo cordon-lab bench ingress --vs /tmp/cordon-lab-before`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if os.Geteuid() != 0 {
 				return errNotRoot("bench")
@@ -48,6 +50,9 @@ middle half; they are compared with the first column, in turns within one run. S
 				return err
 			}
 			o.Self, o.Server, o.CacheDir = []string{self, benchProcess}, []string{server}, a.cacheDir()
+			if versus != "" {
+				o.Versus = []string{versus, benchProcess}
+			}
 			if err := builtTemplates(cmd.Context(), &o); err != nil {
 				return err
 			}
@@ -61,6 +66,7 @@ middle half; they are compared with the first column, in turns within one run. S
 	f.IntVar(&o.Flows, "flows", 0, "idle connections when memory is measured (default 10000, or what the limit on open files allows)")
 	f.IntVar(&o.Starts, "starts", 0, "sandboxes started one by one (default 30)")
 	f.IntVar(&o.Burst, "burst", 0, "sandboxes started ten at a time (default 100)")
+	f.StringVar(&versus, "vs", "", "another build's program with a bench; the ingress is compared with its instead of with peers")
 	f.StringVar(&o.Template, "template", "", "what sandboxes start from (default base, or host while that is not built)")
 	return cmd
 }

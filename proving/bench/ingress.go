@@ -60,6 +60,9 @@ func (s *Ingress) Serve(c IngressConfig, _ *struct{}) error {
 	return nil
 }
 
+// otherBuild is the name of what Options.Versus runs.
+const otherBuild = "other build"
+
 var backendAddr = netip.MustParseAddrPort("127.0.0.1:9000")
 
 // ingressTable measures requests to one of many sandboxes. Everything is on one
@@ -123,11 +126,26 @@ func (w *world) fronts(ctx context.Context, ns *lab.Netns, t *table, facts peerF
 		return err
 	}
 	const port = 8443
-	listen := netip.AddrPortFrom(backendAddr.Addr(), port)
-	if err := own.call(ctx, "Serve", IngressConfig{Listen: listen, Cert: w.r.cert.file, Sandboxes: ids, Backend: backendAddr}, nil); err != nil {
+	serve := func(p *process, port uint16) error {
+		listen := netip.AddrPortFrom(backendAddr.Addr(), port)
+		return p.call(ctx, "Serve", IngressConfig{Listen: listen, Cert: w.r.cert.file, Sandboxes: ids, Backend: backendAddr}, nil)
+	}
+	if err := serve(own, port); err != nil {
 		return err
 	}
 	add("cordon", own, port)
+	if len(w.r.Versus) > 0 {
+		other, err := startProcess(ns, w.r.Versus, roleIngress)
+		if err != nil {
+			return err
+		}
+		w.keep(other)
+		if err := serve(other, port+1); err != nil {
+			return err
+		}
+		add(otherBuild, other, port+1)
+		return nil
+	}
 	for i, p := range []peer{nginxFront, haproxyFront, caddyFront} {
 		why := p.missing()
 		if why == "" {
@@ -176,6 +194,7 @@ func frontMeasures(itself *way, host string) *table {
 		},
 		goals: []goal{{row: added, way: "cordon", against: itself.name, most: 150}, {row: tail, way: "cordon", against: itself.name, most: 2000}},
 	}
+	t.goals = append(t.goals, goal{row: h1, way: "cordon", against: otherBuild, least: 0.8}, goal{row: h2, way: "cordon", against: otherBuild, least: 1})
 	for _, row := range []string{h1, h2} {
 		t.goals = append(t.goals, goal{row: row, way: "cordon", against: "Caddy", least: 1}, goal{row: row, way: "cordon", against: "nginx", least: 0.6})
 	}

@@ -65,7 +65,11 @@ type process struct {
 
 // start starts one of the bench's own processes in a namespace.
 func (r *run) start(ns *lab.Netns, role string) (*process, error) {
-	p := &process{cmd: exec.Command(r.Self[0], append(append([]string{}, r.Self[1:]...), role, "")...), stderr: &bytes.Buffer{}}
+	return startProcess(ns, r.Self, role)
+}
+
+func startProcess(ns *lab.Netns, command []string, role string) (*process, error) {
+	p := &process{cmd: exec.Command(command[0], append(append([]string{}, command[1:]...), role, "")...), stderr: &bytes.Buffer{}}
 	p.cmd.Stderr = p.stderr
 	in, err := p.cmd.StdinPipe()
 	if err != nil {
