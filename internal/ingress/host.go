@@ -112,7 +112,7 @@ func (d domains) parse(host string) (place, error) {
 	}
 	name = strings.TrimSuffix(lower(name), ".")
 	if !validName(name) {
-		return place{}, hostError("Host " + shown(host) + " is not a valid host name.")
+		return place{}, badHost(host)
 	}
 	if name == "localhost" {
 		return place{kind: sharedHost, name: name}, nil
@@ -140,19 +140,18 @@ func (d domains) parse(host string) (place, error) {
 
 // splitHost takes the port off and recognises IP addresses.
 func splitHost(host string) (name string, literal bool, err error) {
-	bad := hostError("Host " + shown(host) + " is not a valid host name.")
 	name = host
 	if rest, v6 := strings.CutPrefix(host, "["); v6 {
 		addr, port, closed := strings.Cut(rest, "]")
 		ip, err := netip.ParseAddr(addr)
 		if !closed || err != nil || !ip.Is6() || ip.Zone() != "" || !validPortSuffix(port) {
-			return "", false, bad
+			return "", false, badHost(host)
 		}
 		return addr, true, nil
 	}
 	if i := strings.IndexByte(host, ':'); i >= 0 {
 		if !validPortSuffix(host[i:]) {
-			return "", false, bad
+			return "", false, badHost(host)
 		}
 		name = host[:i]
 	}
@@ -214,4 +213,8 @@ func looksLikeSandbox(name string) bool {
 	label, _, _ := strings.Cut(name, ".")
 	_, err := parseLabel(label)
 	return err == nil
+}
+
+func badHost(host string) hostError {
+	return hostError("Host " + shown(host) + " is not a valid host name.")
 }

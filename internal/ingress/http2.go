@@ -21,6 +21,14 @@ import (
 //go:linkname extendedConnectOff golang.org/x/net/http2.disableExtendedConnectProtocol
 var extendedConnectOff bool
 
+// writeStall is how long a client of HTTP/2 may take no octet of what it is sent.
+const writeStall = time.Minute
+
+func isTLS(c net.Conn) bool {
+	_, ok := c.(*tls.Conn)
+	return ok
+}
+
 // streams serves connections of HTTP/2, with WebSockets over their streams.
 type streams struct {
 	handler http.Handler
@@ -41,7 +49,6 @@ func newStreams(h http.Handler, limits Limits, conf *tls.Config, log *slog.Logge
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: limits.StreamsPerConn,
 			SendPingTimeout:      30 * time.Second, PingTimeout: 15 * time.Second, // a peer that vanished
-			WriteByteTimeout: time.Minute,
 		},
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug), // the client's doing
 	}
@@ -50,6 +57,10 @@ func newStreams(h http.Handler, limits Limits, conf *tls.Config, log *slog.Logge
 
 // serve serves one connection until it ends.
 func (s *streams) serve(ctx context.Context, c net.Conn) {
+	p := &patient{Conn: c, stall: writeStall}
+	if c = p; isTLS(p.Conn) {
+		c = patientTLS{p}
+	}
 	s.h2.ServeConn(c, &http2.ServeConnOpts{Context: ctx, Handler: s.handler, BaseConfig: s.base}) //nolint:staticcheck // as above
 }
 

@@ -209,7 +209,7 @@ func (s *server) serve(c net.Conn) {
 // handOver gives a connection to the server of HTTP/1, which returns it by info.ended.
 // It returns false when that serves no more.
 func (s *server) handOver(info *connInfo, c, conn net.Conn) bool {
-	info.http1 = &watched{Conn: conn, info: info, stall: s.in.cfg.Limits.Relay.StallTimeout}
+	info.http1 = &watched{patient: patient{Conn: conn, stall: s.in.cfg.Limits.Relay.StallTimeout}, info: info}
 	if !s.begin(c, serving{at: speakingH1, http1: info.http1}) {
 		return false
 	}
@@ -219,7 +219,7 @@ func (s *server) handOver(info *connInfo, c, conn net.Conn) bool {
 		s.open.Done()
 	})
 	var given net.Conn = info.http1
-	if _, secure := conn.(*tls.Conn); secure {
+	if isTLS(conn) {
 		given = sealed{info.http1}
 	}
 	if !s.hand.give(given) {

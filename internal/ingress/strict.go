@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"net"
 	"net/http"
+	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -21,24 +22,26 @@ import (
 
 // watched is a client's connection of HTTP/1 on its way into net/http.
 type watched struct {
-	net.Conn
-	info  *connInfo
-	stall time.Duration // for the client to take a piece of an answer
+	patient
+	info *connInfo
 
-	mu      sync.Mutex // guards the fields below
-	octets  framing
-	readBy  time.Time // deadline for reading
-	hurry   bool      // and hasten has set it
-	writeBy time.Time // deadline for writing, as Write last set it
-	told    bool      // the handler has set one
+	mu     sync.Mutex // guards the fields below
+	octets framing
+
+	readBy  time.Time // deadline for reading; zero: none
+	readSet time.Time // as the connection has it; see applyRead
+	reading bool      // from the connection, with the lock given up
+	hurry   bool      // readBy is hasten's
+
+	resting bool // see rest
+	woken   sync.Cond
+	timer   *time.Timer
 }
 
 // sealed is one in TLS, as net/http wants to be told.
 type sealed struct{ *watched }
 
-func (s sealed) ConnectionState() tls.ConnectionState {
-	return s.Conn.(*tls.Conn).ConnectionState()
-}
+func (s sealed) ConnectionState() tls.ConnectionState { return s.state() }
 
 func watchedOf(c net.Conn) *watched {
 	if s, ok := c.(sealed); ok {
@@ -47,34 +50,104 @@ func watchedOf(c net.Conn) *watched {
 	return c.(*watched)
 }
 
-// restTime is how long a client may take for the rest of a body that nothing reads.
-const restTime = 5 * time.Second
+const (
+	// bodyTime is how long a client may take for the rest of a body that nothing reads.
+	bodyTime = 5 * time.Second
+	// watchDelay is how long a handler may take before the connection is looked at, whether
+	// the client is still there. Most answer sooner.
+	watchDelay = 5 * time.Millisecond
+)
 
 func (w *watched) Read(b []byte) (int, error) {
-	n, err := w.Conn.Read(b)
-	if n > 0 {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		w.octets.feed(b[:n])
-		if w.hurry && !w.octets.midway() {
-			w.hurry, w.readBy = false, time.Time{}
-			w.Conn.SetReadDeadline(w.readBy) //nolint:errcheck // a dead connection shows in the read
-		}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(b) == 1 && !w.rest() { // net/http watches for the client's end with one octet
+		return 0, os.ErrDeadlineExceeded
 	}
-	return n, err
+	for {
+		w.applyRead()
+		w.reading = true
+		w.mu.Unlock()
+		n, err := w.Conn.Read(b)
+		w.mu.Lock()
+		w.reading = false
+		if n == 0 && isTimeout(err) && !w.over() {
+			continue // readSet was early
+		}
+		if w.octets.feed(b[:n]); w.hurry && !w.octets.midway() {
+			w.setRead(time.Time{})
+		}
+		return n, err
+	}
 }
 
-// hasten gives the client restTime for the rest of its body, if some of it has not
+// rest waits for watchDelay, without touching the connection. It returns false when
+// the deadline for reading is over then.
+func (w *watched) rest() bool {
+	if w.resting = true; w.timer == nil {
+		w.woken.L = &w.mu
+		w.timer = time.AfterFunc(watchDelay, func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.resting = false
+			w.woken.Signal()
+		})
+	} else {
+		w.timer.Reset(watchDelay)
+	}
+	for w.resting && !w.over() {
+		w.woken.Wait()
+	}
+	if w.resting {
+		w.resting = false
+		w.timer.Stop()
+	}
+	return !w.over()
+}
+
+// over reports whether the deadline for reading is.
+func (w *watched) over() bool { return !w.readBy.IsZero() && !w.readBy.After(time.Now()) }
+
+// applyRead sees that the connection's deadline for reading is about readBy. net/http
+// moves it several times with each request, and doing it costs more than looking at
+// the clock: one that is earlier may stay, since Read goes on when it comes, and so
+// may one that is a little later.
+func (w *watched) applyRead() {
+	now := time.Now()
+	by := w.readBy
+	if by.After(now) {
+		by = by.Add(by.Sub(now) / 16)
+	}
+	ahead := w.readSet.After(now)
+	if by.IsZero() && (ahead || w.readSet.IsZero()) || ahead && !w.readSet.After(by) {
+		return
+	}
+	w.readSet = by
+	w.Conn.SetReadDeadline(by) //nolint:errcheck // a dead connection shows in the read
+}
+
+// setRead also wakes what reads.
+func (w *watched) setRead(by time.Time) {
+	w.hurry, w.readBy = false, by
+	switch {
+	case w.resting:
+		w.woken.Signal()
+	case w.reading:
+		w.readSet = by
+		w.Conn.SetReadDeadline(by) //nolint:errcheck // a dead connection shows in the read
+	}
+}
+
+// hasten gives the client bodyTime for the rest of its body, if some of it has not
 // come: before an answer goes out, net/http reads what the handler has left.
 func (w *watched) hasten() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	by := time.Now().Add(restTime)
-	if !w.octets.midway() || !w.readBy.IsZero() && w.readBy.Before(by) {
-		return
+	by := time.Now().Add(bodyTime)
+	if w.octets.midway() && (w.readBy.IsZero() || w.readBy.After(by)) {
+		w.setRead(by)
+		w.hurry = true
 	}
-	w.hurry, w.readBy = true, by
-	w.Conn.SetReadDeadline(by) //nolint:errcheck // a dead connection shows in the read
 }
 
 // cut ends the reading of a body of which some has not come. Nothing may do so to
@@ -83,8 +156,7 @@ func (w *watched) cut() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.octets.midway() {
-		w.hurry, w.readBy = false, longAgo
-		w.Conn.SetReadDeadline(longAgo) //nolint:errcheck // a dead connection shows in the read
+		w.setRead(longAgo)
 	}
 }
 
@@ -92,64 +164,17 @@ func (w *watched) cut() {
 func (w *watched) SetReadDeadline(t time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.hurry, w.readBy = false, t
-	return w.Conn.SetReadDeadline(t)
-}
-
-// writePiece is what a client has stall for.
-const writePiece = 64 << 10
-
-// Write gives a client that does not read some time. Setting a deadline costs more than
-// looking at the clock: it is moved only when it would come too early, and then a
-// little too far.
-func (w *watched) Write(b []byte) (n int, err error) {
-	for {
-		w.limitWrite()
-		var taken int
-		taken, err = w.Conn.Write(b[n:min(len(b), n+writePiece)])
-		if n += taken; err != nil || n == len(b) {
-			return n, err
-		}
-	}
-}
-
-func (w *watched) limitWrite() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if now := time.Now(); !w.told && w.writeBy.Before(now.Add(w.stall)) {
-		w.writeBy = now.Add(w.stall + w.stall/16)
-		w.Conn.SetWriteDeadline(w.writeBy) //nolint:errcheck // a dead connection shows in the write
-	}
-}
-
-// SetWriteDeadline is the handler's, or takes it back.
-func (w *watched) SetWriteDeadline(t time.Time) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.told = !t.IsZero(); !w.told && w.writeBy.After(time.Now().Add(w.stall)) {
-		return nil // Write's own is good
-	}
-	w.writeBy = time.Time{}
-	return w.Conn.SetWriteDeadline(t)
+	w.setRead(t)
+	return nil
 }
 
 // SetDeadline is for what takes the connection over.
 func (w *watched) SetDeadline(t time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.hurry, w.readBy, w.told, w.writeBy = false, t, !t.IsZero(), time.Time{}
-	return w.Conn.SetDeadline(t)
-}
-
-// NetConn returns the connection itself, for what takes it over.
-func (w *watched) NetConn() net.Conn { return w.Conn }
-
-// CloseWrite is for net/http, which ends some connections that way.
-func (w *watched) CloseWrite() error {
-	if half, ok := w.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return nil
+	w.setRead(t)
+	w.readSet = t
+	return w.patient.SetDeadline(t)
 }
 
 // begun reports whether anything has come.
@@ -237,7 +262,7 @@ func (f *framing) midway() bool { return f.at > inHead && f.at < inDoubt }
 
 // feed takes the octets that come next.
 func (f *framing) feed(b []byte) {
-	f.begun = true
+	f.begun = f.begun || len(b) > 0
 	for len(b) > 0 {
 		switch f.at {
 		case inHead, inChunkSize, afterChunk, inTrailer:
