@@ -53,16 +53,6 @@ func BenchmarkCreateSlot(b *testing.B) {
 	}
 }
 
-func BenchmarkRearm(b *testing.B) {
-	w := start(b)
-	l := w.lease()
-	for b.Loop() {
-		if err := w.Rearm(context.Background(), l); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
-
 // BenchmarkApply is a policy update: compile for the kernel, swap, look for live
 // flows to cut. "first" is the one at a sandbox's start.
 func BenchmarkApply(b *testing.B) {

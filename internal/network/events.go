@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/florianl/go-nflog/v2"
@@ -26,9 +25,8 @@ const (
 // events are lost, and counted; packets are not held up.
 var eventBuffer = 8 << 20
 
-// lost counts one overrun. The kernel does not say how many events it dropped.
-func (n *Network) lost(of *atomic.Uint64) {
-	of.Add(1)
+// lost tells of one overrun. The kernel does not say how many events it dropped.
+func (n *Network) lost() {
 	if n.cfg.Lost != nil {
 		n.cfg.Lost(1)
 	}
@@ -49,7 +47,6 @@ func (n *Network) followFlows(ctx context.Context) error {
 		_ = s.close()
 	}()
 	in := newInbox()
-	lost := func() { n.lost(&n.stats.lostFlows) }
 	for {
 		if err := s.wait(); err != nil {
 			return fmt.Errorf("wait for flows: %w", err)
@@ -57,7 +54,7 @@ func (n *Network) followFlows(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err := s.read(in, n.recordFlow, lost); err != nil {
+		if err := s.read(in, n.recordFlow, n.lost); err != nil {
 			return fmt.Errorf("follow flows: %w", err)
 		}
 		select { // let some gather
@@ -138,7 +135,7 @@ func (n *Network) followLogs(ctx context.Context) error {
 		return 0
 	}, func(err error) int {
 		if errors.Is(err, unix.ENOBUFS) {
-			n.lost(&n.stats.lostLogs)
+			n.lost()
 			return 0
 		}
 		failed <- err
@@ -175,7 +172,6 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	if o == nil || o.gone {
 		return // in the pool or released: nobody's traffic
 	}
-	n.stats.logged.Add(1)
 	out := flowlog.Event{
 		Time: time.Now(), Sandbox: string(o.id), Layer: flowlog.LayerKernel, Verdict: flowlog.Denied,
 		Proto: protoName(p.proto), Src: p.src, Dst: p.dst,

@@ -4,7 +4,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -379,17 +378,4 @@ func tooMany(limit uint32) []expr.Any {
 			&expr.Connlimit{Count: limit, Flags: expr.NFT_CONNLIMIT_F_INV},
 		}},
 	}
-}
-
-// counterOf reads the packets of a counter object.
-func counterOf(o nftables.Obj) uint64 {
-	switch c := o.(type) {
-	case *nftables.CounterObj:
-		return c.Packets
-	case *nftables.NamedObj:
-		if v, ok := c.Obj.(*expr.Counter); ok {
-			return v.Packets
-		}
-	}
-	return 0
 }

@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
@@ -47,24 +46,6 @@ func hostDial(to netip.AddrPort) (net.Conn, error) {
 // dialFromHere connects from the calling thread's namespace.
 func dialFromHere(to netip.AddrPort) (net.Conn, error) {
 	return (&net.Dialer{Timeout: 300 * time.Millisecond}).Dial("tcp", to.String())
-}
-
-// takeAway removes addresses and routes as gVisor does when it starts.
-func takeAway() error {
-	link, err := netlink.LinkByName(guestLink)
-	if err != nil {
-		return err
-	}
-	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
-	if err != nil {
-		return err
-	}
-	for _, a := range addrs {
-		if err := netlink.AddrDel(link, &a); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // echoICMP sends an ICMP message of a kind from a raw socket in the slot and waits

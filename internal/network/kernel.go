@@ -108,19 +108,6 @@ func (k *kernel) close() {
 	k.reset()
 }
 
-// counter reads a counter's packets.
-func (k *kernel) counter(t *nftables.Table, name string) (packets uint64, err error) {
-	err = k.read(func(c *nftables.Conn) error {
-		o, err := c.GetObject(&nftables.NamedObj{Table: t, Name: name, Type: nftables.ObjTypeCounter})
-		if err != nil {
-			return fmt.Errorf("read counter %s: %w", name, err)
-		}
-		packets = counterOf(o)
-		return nil
-	})
-	return packets, err
-}
-
 // set queues a new set with its elements, in messages small enough for netlink's
 // 16-bit attribute length.
 func (tx *transaction) set(s *nftables.Set, elems []nftables.SetElement) {

@@ -549,27 +549,6 @@ func sendFrame(t testing.TB, l sandbox.Lease, mac net.HardwareAddr, src netip.Ad
 	})
 }
 
-func TestRearmBringsTheNetworkBack(t *testing.T) {
-	w := start(t)
-	w.serve(7777)
-	l := w.lease()
-	w.apply(l, policy.Input{})
-	enter(t, l.NetNS, func() error { return takeAway() })
-	if reaches(l, at("198.51.100.10:7777")) {
-		t.Fatal("the addresses are still there")
-	}
-	for range 2 {
-		if err := w.Rearm(context.Background(), l); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, to := range []string{"198.51.100.10:7777", "[2001:db8:2::10]:7777"} {
-		if _, err := hello(l, at(to)); err != nil {
-			t.Errorf("%s: %v", to, err)
-		}
-	}
-}
-
 func TestICMP(t *testing.T) {
 	w := start(t)
 	l := w.lease()

@@ -216,8 +216,6 @@ type Network struct {
 	ports   *share.Pool  // ports towards one destination,
 	queries *share.Pool  // and datagrams to the resolver
 	pinning *share.Rates // how fast each key may have destinations pinned
-
-	stats counters
 }
 
 var _ sandbox.Network = (*Network)(nil)
@@ -228,21 +226,6 @@ type owner struct {
 	id     sandbox.ID
 	policy *policy.Compiled // nil before the first Apply
 	gone   bool             // released: kept only to name the last events of its flows
-}
-
-// counters are what Stats reads.
-type counters struct {
-	lostFlows, lostLogs, logged atomic.Uint64
-}
-
-// Stats says how much of what the kernel reports reached the flow log.
-type Stats struct {
-	Refused   uint64 // packets refused or dropped since the table was made
-	Logged    uint64 // of those, logged
-	LostFlows uint64 // times the connection tracker's events overran our buffer
-	LostLogs  uint64 // times the log's did
-	Ready     int    // slots in the pool
-	InUse     int    // slots leased
 }
 
 // New checks cfg and opens what a Network needs. It changes nothing yet: call
@@ -328,20 +311,6 @@ func (n *Network) Owner(addr netip.Addr) (sandbox.ID, *policy.Compiled, bool) {
 		return "", nil, false
 	}
 	return o.id, o.policy, true
-}
-
-// Stats reads the counters.
-func (n *Network) Stats() (Stats, error) {
-	s := Stats{
-		Logged: n.stats.logged.Load(), LostFlows: n.stats.lostFlows.Load(), LostLogs: n.stats.lostLogs.Load(),
-		Ready: len(n.ready),
-	}
-	n.mu.Lock()
-	s.InUse = len(n.byID)
-	n.mu.Unlock()
-	var err error
-	s.Refused, err = n.kern.counter(n.table(), counterRefused)
-	return s, err
 }
 
 // poke wakes keepPool.

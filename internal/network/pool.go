@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/vishvananda/netns"
-
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -47,23 +45,6 @@ func (n *Network) give(s *slot, id sandbox.ID) sandbox.Lease {
 	l := s.lease
 	l.Sandbox = id
 	return l
-}
-
-// Rearm implements sandbox.Network.
-func (n *Network) Rearm(_ context.Context, l sandbox.Lease) error {
-	s, err := n.held(l)
-	if err != nil {
-		return err
-	}
-	ns, err := netns.GetFromPath(s.lease.NetNS)
-	if err != nil {
-		return fmt.Errorf("open namespace of slot %s: %w", s.lease.Link, err)
-	}
-	defer ns.Close()
-	if err := n.arm(ns, s); err != nil {
-		return fmt.Errorf("rearm slot %s: %w", s.lease.Link, err)
-	}
-	return nil
 }
 
 // Release implements sandbox.Network.

@@ -248,8 +248,8 @@ func (n *Network) configureHostSide(s *slot, link netlink.Link) error {
 }
 
 // arm gives the sandbox's end of a slot its addresses, routes and the gateways'
-// hardware address. It may be called again: gVisor takes addresses and routes away
-// when it starts (its stack owns them then).
+// hardware address. gVisor takes addresses and routes away when it starts: its stack
+// owns them then.
 func (n *Network) arm(ns netns.NsHandle, s *slot) error {
 	return inside(ns, func(h *netlink.Handle) error {
 		lo, err := h.LinkByName("lo")
