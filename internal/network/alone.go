@@ -42,7 +42,7 @@ func (n *Network) alone() error {
 // judgeRoute refuses a route into our subnets by a link that is not ours. One that
 // leads to more than them, as to a company's 10.0.0.0/8, only loses that part.
 func (n *Network) judgeRoute(r netlink.Route, link string) error {
-	if _, ours := n.plan.number(link); ours || link == "" || r.Dst == nil {
+	if _, ours := n.plan.Number(link); ours || link == "" || r.Dst == nil {
 		return nil
 	}
 	ip, ok := netip.AddrFromSlice(r.Dst.IP)

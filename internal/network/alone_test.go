@@ -9,6 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/network/slot"
 )
 
 func TestTwoServersDoNotShareASubnet(t *testing.T) {
@@ -27,7 +28,7 @@ func TestTwoServersDoNotShareASubnet(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, a := range []string{"10.99.1.1/24", "10.98.0.1/16"} {
-				if err := netlink.AddrReplace(up, ipNet(netip.MustParsePrefix(a))); err != nil {
+				if err := netlink.AddrReplace(up, slot.Address(netip.MustParsePrefix(a))); err != nil {
 					t.Fatal(err)
 				}
 			}

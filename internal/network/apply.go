@@ -34,7 +34,7 @@ func (n *Network) Apply(_ context.Context, l sandbox.Lease, p *policy.Compiled) 
 	}
 	again := s.applied
 	if err := n.install(s, p); err != nil {
-		return fmt.Errorf("apply policy to slot %s: %w", s.lease.Link, err)
+		return fmt.Errorf("apply policy to slot %s: %w", s.Lease.Link, err)
 	}
 	n.setPolicy(s, p)
 	if !again {
@@ -50,19 +50,19 @@ func (n *Network) Apply(_ context.Context, l sandbox.Lease, p *policy.Compiled) 
 }
 
 // setPolicy publishes the policy to Owner. The caller holds s.mu.
-func (n *Network) setPolicy(s *slot, p *policy.Compiled) {
+func (n *Network) setPolicy(s *slotState, p *policy.Compiled) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if was := n.owners[s.num].Load(); was != nil {
-		n.owners[s.num].Store(&owner{id: was.id, policy: p, gone: was.gone})
+	if was := n.owners[s.Num].Load(); was != nil {
+		n.owners[s.Num].Store(&owner{id: was.id, policy: p, gone: was.gone})
 	}
 }
 
 // install puts a policy in force, or leaves the former one. The caller holds s.mu.
-func (n *Network) install(s *slot, p *policy.Compiled) error {
-	former := markOf(s.num, s.gen)
+func (n *Network) install(s *slotState, p *policy.Compiled) error {
+	former := markOf(s.Num, s.gen)
 	s.tries++ // names and marks are never used twice, also when this fails
-	mark := markOf(s.num, s.tries)
+	mark := markOf(s.Num, s.tries)
 	prog := n.compile(s, mark, p.Kernel())
 	live := livePins(s, p)
 	big := prog.size() > bigProgram
@@ -98,7 +98,7 @@ func (n *Network) install(s *slot, p *policy.Compiled) error {
 }
 
 // addProgram queues a slot's sets and rules in place of its former rules.
-func (n *Network) addProgram(tx *transaction, s *slot, prog *program, filled bool) {
+func (n *Network) addProgram(tx *transaction, s *slotState, prog *program, filled bool) {
 	if !filled {
 		for i, set := range prog.sets {
 			tx.set(set, prog.elems[i])
@@ -152,25 +152,25 @@ func (p *program) setNames() []string {
 	return names
 }
 
-func (s *slot) chain() string { return fmt.Sprintf("s%d", s.num) }
+func (s *slotState) chain() string { return fmt.Sprintf("s%d", s.Num) }
 
-func (n *Network) slotElement(s *slot) nftables.SetElement {
+func (n *Network) slotElement(s *slotState) nftables.SetElement {
 	return nftables.SetElement{
-		Key:         native(s.ifindex),
+		Key:         native(s.Index),
 		VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: s.chain()},
 	}
 }
 
-func (n *Network) markElement(s *slot, mark uint32) nftables.SetElement {
-	return nftables.SetElement{Key: native(s.ifindex), Val: native(mark)}
+func (n *Network) markElement(s *slotState, mark uint32) nftables.SetElement {
+	return nftables.SetElement{Key: native(s.Index), Val: native(mark)}
 }
 
 // admit lets the slot's addresses pass the pin chain.
-func (n *Network) admit(s *slot) error {
+func (n *Network) admit(s *slotState) error {
 	return n.kern.do(func(tx *transaction) { n.addOwn(tx, s) })
 }
 
-func (n *Network) addOwn(tx *transaction, s *slot) {
+func (n *Network) addOwn(tx *transaction, s *slotState) {
 	own4, own6 := ownKeys(s)
 	tx.add(n.namedSet(setOwn4), own4)
 	tx.add(n.namedSet(setOwn6), own6)
@@ -178,7 +178,7 @@ func (n *Network) addOwn(tx *transaction, s *slot) {
 
 // withdraw takes everything away that lets the slot's packets pass. The caller
 // holds s.mu.
-func (n *Network) withdraw(s *slot) error {
+func (n *Network) withdraw(s *slotState) error {
 	return n.kern.do(func(tx *transaction) {
 		own4, own6 := ownKeys(s)
 		tx.remove(n.namedSet(setOwn4), own4...)
@@ -190,7 +190,7 @@ func (n *Network) withdraw(s *slot) error {
 		}
 		tx.remove(n.namedSet(setSlots), n.slotElement(s))
 		tx.remove(n.namedSet(setKeys), keyElement(s))
-		tx.remove(n.namedSet(setMarks), n.markElement(s, markOf(s.num, s.gen)))
+		tx.remove(n.namedSet(setMarks), n.markElement(s, markOf(s.Num, s.gen)))
 		tx.FlushChain(n.chain(s.chain()))
 		tx.DelChain(n.chain(s.chain()))
 		n.deleteSets(tx, s.sets)

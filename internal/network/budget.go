@@ -72,9 +72,9 @@ func bareReset() []expr.Any {
 // budgeted counts every packet of a flow that the sandbox opened, whether the kernel
 // or the proxy passes it on, and refuses them when all is used. Answers to those
 // who call the sandbox are not counted.
-func (n *Network) budgeted(p *program, s *slot) {
+func (n *Network) budgeted(p *program, s *slotState) {
 	if n.cfg.MaxBytesOut > 0 {
-		p.rule(ctOriginal(), load(&expr.Objref{Type: unix.NFT_OBJECT_QUOTA, Name: quotaName(s.num)}), jump(classBytesOut.chain()))
+		p.rule(ctOriginal(), load(&expr.Objref{Type: unix.NFT_OBJECT_QUOTA, Name: quotaName(s.Num)}), jump(classBytesOut.chain()))
 	}
 }
 
@@ -95,27 +95,27 @@ func tooFast(perSecond uint32) []expr.Any {
 func quotaName(slot int) string { return fmt.Sprintf("s%d_out", slot) }
 
 // addQuota queues a slot's budget, less what was used before a restart.
-func (n *Network) addQuota(tx *transaction, s *slot) {
+func (n *Network) addQuota(tx *transaction, s *slotState) {
 	if n.cfg.MaxBytesOut > 0 {
 		tx.AddObj(n.quotaOf(s))
 	}
 }
 
 // deleteQuota queues its end; the slot's rules must be gone.
-func (n *Network) deleteQuota(tx *transaction, s *slot) {
+func (n *Network) deleteQuota(tx *transaction, s *slotState) {
 	if n.cfg.MaxBytesOut > 0 {
 		tx.DeleteObject(n.quotaOf(s))
 	}
 }
 
-func (n *Network) quotaOf(s *slot) *nftables.QuotaObj {
-	return &nftables.QuotaObj{Table: n.table(), Name: quotaName(s.num), Bytes: n.cfg.MaxBytesOut, Consumed: s.spent, Over: true}
+func (n *Network) quotaOf(s *slotState) *nftables.QuotaObj {
+	return &nftables.QuotaObj{Table: n.table(), Name: quotaName(s.Num), Bytes: n.cfg.MaxBytesOut, Consumed: s.spent, Over: true}
 }
 
 var quotaForm = regexp.MustCompile(`^s(\d+)_out$`)
 
 // readSpent learns what the sandboxes of an earlier process had used.
-func (n *Network) readSpent(c *nftables.Conn, bySlot map[int]*slot) error {
+func (n *Network) readSpent(c *nftables.Conn, bySlot map[int]*slotState) error {
 	objs, err := c.GetNamedObjects(n.table())
 	if err != nil {
 		return fmt.Errorf("read the budgets: %w", err)

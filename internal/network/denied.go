@@ -85,7 +85,7 @@ func (n *Network) storeDenied(next map[netip.AddrPort]int) (was map[netip.AddrPo
 // cutDenied ends the flows that are denied now.
 func (n *Network) cutDenied() error {
 	n.mu.Lock()
-	slots := make([]*slot, 0, len(n.byID))
+	slots := make([]*slotState, 0, len(n.byID))
 	for _, s := range n.byID {
 		slots = append(slots, s)
 	}
@@ -93,7 +93,7 @@ func (n *Network) cutDenied() error {
 	var all error
 	for _, s := range slots {
 		s.mu.Lock()
-		if o := n.owners[s.num].Load(); !s.retired && s.applied && o != nil && o.policy != nil {
+		if o := n.owners[s.Num].Load(); !s.retired && s.applied && o != nil && o.policy != nil {
 			all = errors.Join(all, n.cutRefused(s, o.policy))
 		}
 		s.mu.Unlock()

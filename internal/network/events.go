@@ -71,7 +71,7 @@ func (n *Network) recordFlow(f tracked) {
 	if !ok || proxied {
 		return
 	}
-	if at, ours := n.plan.slotOf(f.src.Addr()); !ours || at != i {
+	if at, ours := n.plan.SlotOf(f.src.Addr()); !ours || at != i {
 		return
 	}
 	o := n.owners[i].Load()
@@ -168,7 +168,7 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	if s == nil || !ok {
 		return
 	}
-	o := n.owners[s.num].Load()
+	o := n.owners[s.Num].Load()
 	if o == nil || o.gone {
 		return // in the pool or released: nobody's traffic
 	}

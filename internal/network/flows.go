@@ -49,15 +49,15 @@ func (t *tracker) close() {
 }
 
 // flowsOf returns the flows that the slot's rules accepted, under any policy.
-func (n *Network) flowsOf(s *slot) ([]conntrack.Flow, error) {
+func (n *Network) flowsOf(s *slotState) ([]conntrack.Flow, error) {
 	var flows []conntrack.Flow
 	err := n.ct.call(func(c *conntrack.Conn) (err error) {
-		flows, err = c.DumpFilter(conntrack.NewFilter().Mark(markOf(s.num, 0)).MarkMask(markSlot), nil)
+		flows, err = c.DumpFilter(conntrack.NewFilter().Mark(markOf(s.Num, 0)).MarkMask(markSlot), nil)
 		return err
 	})
 	kept := flows[:0]
 	for _, f := range flows { // another server's slot may have the same number
-		if src := f.TupleOrig.IP.SourceAddress; src == s.lease.Addr4.Addr() || src == s.lease.Addr6.Addr() {
+		if src := f.TupleOrig.IP.SourceAddress; src == s.Lease.Addr4.Addr() || src == s.Lease.Addr6.Addr() {
 			kept = append(kept, f)
 		}
 	}
@@ -71,7 +71,7 @@ func destination(f conntrack.Flow) netip.AddrPort {
 // cutRefused ends the kernel's flows that p refuses, also where a name could admit
 // them now: what they say was not looked at from the start. The proxy's flows are
 // the proxy's to judge: it knows their names. The caller holds s.mu.
-func (n *Network) cutRefused(s *slot, p *policy.Compiled) error {
+func (n *Network) cutRefused(s *slotState, p *policy.Compiled) error {
 	flows, err := n.flowsOf(s)
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func (n *Network) cutRefused(s *slot, p *policy.Compiled) error {
 }
 
 // cutAll ends every flow the slot's rules accepted.
-func (n *Network) cutAll(s *slot) error {
+func (n *Network) cutAll(s *slotState) error {
 	if !s.applied {
 		return nil
 	}
@@ -100,7 +100,7 @@ func (n *Network) cutAll(s *slot) error {
 // cut makes the kernel forget flows. Answers from outside then belong to nobody
 // and are reset by the host itself; the sandbox is nudged to send a packet, which
 // the rules answer with a reset, so that a reader does not wait for ever.
-func (n *Network) cut(s *slot, flows []conntrack.Flow) error {
+func (n *Network) cut(s *slotState, flows []conntrack.Flow) error {
 	var all error
 	for _, f := range flows {
 		if err := n.forget(f); err != nil {
@@ -126,12 +126,12 @@ func (n *Network) forget(f conntrack.Flow) error {
 
 // forgetFlows makes the kernel forget whatever it knows of the addresses of
 // slots, flows that the host or the proxy opened or ended included.
-func (n *Network) forgetFlows(slots []*slot) error {
+func (n *Network) forgetFlows(slots []*slotState) error {
 	ours := map[netip.Addr]bool{}
 	for _, s := range slots {
-		ours[s.lease.Addr4.Addr()] = true
-		if s.lease.Addr6.IsValid() {
-			ours[s.lease.Addr6.Addr()] = true
+		ours[s.Lease.Addr4.Addr()] = true
+		if s.Lease.Addr6.IsValid() {
+			ours[s.Lease.Addr6.Addr()] = true
 		}
 	}
 	var flows []conntrack.Flow
@@ -151,7 +151,7 @@ func (n *Network) forgetFlows(slots []*slot) error {
 // as if from the other end. It answers with an acknowledgement (RFC 9293, 3.10.7.4),
 // which now meets the rules and is answered with a reset that has the right
 // sequence number. The packet goes straight to the link, past our own tables.
-func nudge(s *slot, flows []conntrack.Flow) error {
+func nudge(s *slotState, flows []conntrack.Flow) error {
 	fd := -1
 	defer func() {
 		if fd >= 0 {
@@ -170,8 +170,8 @@ func nudge(s *slot, flows []conntrack.Flow) error {
 			}
 		}
 		packet, etherType := stray(destination(f), netip.AddrPortFrom(t.IP.SourceAddress, t.Proto.SourcePort))
-		to := &unix.SockaddrLinklayer{Protocol: bigEndian(etherType), Ifindex: int(s.ifindex), Halen: 6}
-		copy(to.Addr[:], s.mac)
+		to := &unix.SockaddrLinklayer{Protocol: bigEndian(etherType), Ifindex: int(s.Index), Halen: 6}
+		copy(to.Addr[:], s.MAC)
 		if err := unix.Sendto(fd, packet, 0, to); err != nil && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENETDOWN) && !errors.Is(err, unix.ENODEV) {
 			return fmt.Errorf("nudge the sandbox's end: %w", err)
 		}

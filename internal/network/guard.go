@@ -79,7 +79,7 @@ func (n *Network) ensureTable() error {
 	}
 	n.cfg.Log.Error("somebody deleted the table that confines the sandboxes; putting it back", "table", n.table().Name)
 	n.mu.Lock()
-	slots := make([]*slot, 0, len(n.slots))
+	slots := make([]*slotState, 0, len(n.slots))
 	for _, s := range n.slots {
 		if s != nil {
 			slots = append(slots, s)
@@ -94,7 +94,7 @@ func (n *Network) ensureTable() error {
 			continue
 		}
 		k := adopted{slot: s}
-		if o := n.owners[s.num].Load(); o != nil && !o.gone {
+		if o := n.owners[s.Num].Load(); o != nil && !o.gone {
 			k.id, k.policy = o.id, o.policy
 		}
 		kept = append(kept, k)

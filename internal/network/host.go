@@ -14,49 +14,10 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/network/slot"
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
-
-// haveIPv6 reports whether the kernel speaks IPv6 at all.
-func haveIPv6() bool {
-	_, err := os.Stat("/proc/sys/net/ipv6")
-	return err == nil
-}
-
-func hasDefaultRoute6(h *netlink.Handle) bool {
-	r, ok := defaultRoute(h, netlink.FAMILY_V6)
-	return ok && r.Type == unix.RTN_UNICAST
-}
-
-func defaultRoute(h *netlink.Handle, family int) (netlink.Route, bool) {
-	routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-	if err != nil {
-		return netlink.Route{}, false
-	}
-	for _, r := range routes {
-		if r.Dst == nil {
-			return r, true
-		}
-		if ones, _ := r.Dst.Mask.Size(); ones == 0 {
-			return r, true
-		}
-	}
-	return netlink.Route{}, false
-}
-
-// mtu is what sandboxes' links get: the uplink's where it is smaller than usual
-// (tunnels, overlays), so that no packet has to be fragmented; 0 keeps the default.
-func (n *Network) mtu() int {
-	const usual, least = 1500, 1280
-	r, ok := defaultRoute(n.link, netlink.FAMILY_V4)
-	if !ok {
-		return 0
-	}
-	l, err := n.link.LinkByIndex(r.LinkIndex)
-	if err != nil || l.Attrs().MTU >= usual || l.Attrs().MTU < least {
-		return 0
-	}
-	return l.Attrs().MTU
-}
 
 // prepareHost sets what the rules need outside of the table.
 func (n *Network) prepareHost() error {
@@ -74,7 +35,7 @@ func (n *Network) prepareHost() error {
 		return err
 	}
 	for _, key := range []string{trackerBytes, trackerTimes} {
-		if err := writeSysctl(key, "1"); err != nil {
+		if err := sysctl.Write(key, "1"); err != nil {
 			n.cfg.Log.Warn("the flow log will miss figures", "err", err)
 		}
 	}
@@ -107,7 +68,7 @@ func (n *Network) loadTracker() error {
 		return fmt.Errorf("load the connection tracker: %w", err)
 	}
 	for end := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
-		if _, err := os.Stat("/proc/sys/" + trackerMax); err == nil {
+		if sysctl.Exists(trackerMax) {
 			return nil
 		}
 		if time.Now().After(end) {
@@ -119,7 +80,7 @@ func (n *Network) loadTracker() error {
 // enableForwarding makes the host a router. Its other links forward then too, by
 // the rules of whoever owns them; ours touch no packet that is not a sandbox's.
 func (n *Network) enableForwarding() error {
-	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+	if err := sysctl.Write("net/ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
 	if !n.v6 {
@@ -133,12 +94,12 @@ func (n *Network) enableForwarding() error {
 	}
 	for _, p := range paths {
 		if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == "1" {
-			if err := writeSysctl(strings.TrimPrefix(p, "/proc/sys/"), "2"); err != nil {
+			if err := sysctl.Write(strings.TrimPrefix(p, "/proc/sys/"), "2"); err != nil {
 				return err
 			}
 		}
 	}
-	return writeSysctl("net/ipv6/conf/all/forwarding", "1")
+	return sysctl.Write("net/ipv6/conf/all/forwarding", "1")
 }
 
 // routeMarked makes packets with our mark local, so that the transparent sockets
@@ -168,9 +129,9 @@ type familySetup struct {
 }
 
 func (n *Network) families() []familySetup {
-	out := []familySetup{{netlink.FAMILY_V4, ipNet(everything(netip.IPv4Unspecified())).IPNet, ipNet(n.cfg.Subnet4).IPNet}}
-	if haveIPv6() {
-		out = append(out, familySetup{netlink.FAMILY_V6, ipNet(everything(netip.IPv6Unspecified())).IPNet, ipNet(n.cfg.Subnet6).IPNet})
+	out := []familySetup{{netlink.FAMILY_V4, slot.Address(slot.Everything(netip.IPv4Unspecified())).IPNet, slot.Address(n.cfg.Subnet4).IPNet}}
+	if slot.HaveIPv6() {
+		out = append(out, familySetup{netlink.FAMILY_V6, slot.Address(slot.Everything(netip.IPv6Unspecified())).IPNet, slot.Address(n.cfg.Subnet6).IPNet})
 	}
 	return out
 }
@@ -187,50 +148,6 @@ func (n *Network) markRule(f familySetup) *netlink.Rule {
 // put theirs at the front.
 const rulePriority = 30077
 
-// Check looks for what would keep sandboxes from the network although our own
-// rules allow it, and returns a sentence for each finding, with what to do.
-func (n *Network) Check() []string {
-	var out []string
-	var chains []*nftables.Chain
-	err := n.kern.read(func(c *nftables.Conn) (err error) {
-		chains, err = c.ListChains()
-		return err
-	})
-	if err != nil {
-		out = append(out, fmt.Sprintf("The nftables rules of this machine cannot be listed (%v).", err))
-	}
-	for _, c := range chains {
-		if c.Table.Name == n.table().Name || c.Hooknum == nil || c.Policy == nil || *c.Policy != nftables.ChainPolicyDrop {
-			continue
-		}
-		where := fmt.Sprintf("The chain %s of table %s drops by default", c.Name, c.Table.Name)
-		switch *c.Hooknum {
-		case *nftables.ChainHookForward:
-			out = append(out, fmt.Sprintf("%s what is forwarded: accept traffic from and to links named %q there"+
-				" (with Docker: iptables -I DOCKER-USER -i '%s+' -j ACCEPT, and the same with -o).", where, n.plan.prefix()+"*", n.plan.prefix()))
-		case *nftables.ChainHookInput:
-			out = append(out, fmt.Sprintf("%s what reaches this machine: accept packets from links named %q with mark %#x/%#x there,"+
-				" they go to the proxy and the resolver.", where, n.plan.prefix()+"*", n.cfg.Mark, n.cfg.Mark))
-		}
-	}
-	for _, f := range []string{"ip_tables_names", "ip6_tables_names"} {
-		if b, err := os.ReadFile("/proc/thread-self/net/" + f); err == nil && strings.Contains(string(b), "filter") {
-			out = append(out, "Legacy iptables rules are loaded; they cannot be listed from here. Check that FORWARD lets links named "+n.plan.prefix()+"* pass.")
-			break
-		}
-	}
-	out = append(append(out, CheckSourcePorts(n.cfg.SourcePorts)...), CheckReserved(n.cfg.SourcePorts)...)
-	return append(out, n.checkKernel()...)
-}
-
-func readSysctl(key string) string {
-	b, err := os.ReadFile("/proc/sys/" + key)
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b))
-}
-
 // CheckTracker looks at the connection tracker's settings while a server runs, and
 // returns a sentence for each finding.
 func CheckTracker() (out []string) {
@@ -239,22 +156,9 @@ func CheckTracker() (out []string) {
 		{trackerTimes, "0", "is 0: the flow log does not know how long forwarded flows lived. The server sets it at start; something unset it."},
 		{"net/netfilter/nf_conntrack_helper", "1", "is 1: what a sandbox sends to the port of an old protocol, as FTP's, can make the kernel expect a connection at a port of this machine, which then misses it. Set it to 0."},
 	} {
-		if readSysctl(c.key) == c.bad {
-			out = append(out, strings.ReplaceAll(c.key, "/", ".")+" "+c.say)
+		if got, err := sysctl.Read(c.key); err == nil && got == c.bad {
+			out = append(out, sysctl.Dotted(c.key)+" "+c.say)
 		}
-	}
-	return out
-}
-
-// checkKernel looks at kernel settings.
-func (n *Network) checkKernel() []string {
-	var out []string
-	if readSysctl("net/ipv4/ip_forward") == "0" {
-		out = append(out, "net.ipv4.ip_forward is 0: allowed traffic of sandboxes is not forwarded. The server sets it at start; something unset it.")
-	}
-	out = append(out, CheckTracker()...)
-	if n.cfg.IPv6 == IPv6Auto && !n.v6 {
-		out = append(out, "This machine has no IPv6 default route: sandboxes get IPv4 only.")
 	}
 	return out
 }

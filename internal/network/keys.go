@@ -9,6 +9,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 	"github.com/cordonhq/cordon/internal/share"
@@ -59,7 +60,7 @@ func (n *Network) measure() {
 	have := n.cfg.entries
 	if have == 0 {
 		var err error
-		if have, err = readNumber("/proc/sys/" + trackerMax); err != nil {
+		if have, err = sysctl.Number(trackerMax); err != nil {
 			have = 1 << 16 // the tracker is not loaded yet; share measures again
 		}
 	}
@@ -107,8 +108,8 @@ func (n *Network) keyNumber(owner string) uint32 {
 	return n.keys[owner]
 }
 
-func keyElement(s *slot) nftables.SetElement {
-	return nftables.SetElement{Key: native(s.ifindex), Val: native(s.key)}
+func keyElement(s *slotState) nftables.SetElement {
+	return nftables.SetElement{Key: native(s.Index), Val: native(s.key)}
 }
 
 // addShares fills the chain that counts what is new, and those that refuse it.

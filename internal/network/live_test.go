@@ -16,6 +16,7 @@ import (
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 	"github.com/cordonhq/cordon/internal/sandboxid"
@@ -168,7 +169,7 @@ func TestReleaseLeavesNothing(t *testing.T) {
 		t.Errorf("flows are left: %v, %v", flows, err)
 	}
 	listing := w.list(t)
-	for _, word := range []string{s.chain() + " {", s.chain() + "_", s.mac.String(), "goto " + s.chain() + "\n"} {
+	for _, word := range []string{s.chain() + " {", s.chain() + "_", s.MAC.String(), "goto " + s.chain() + "\n"} {
 		if strings.Contains(listing, word) {
 			t.Errorf("the table still knows %q:\n%s", word, listing)
 		}
@@ -252,7 +253,7 @@ func TestARestartedMachineGetsItsSlotsBack(t *testing.T) {
 	l := w.lease()
 	p := w.apply(l, policy.Input{})
 	w.halt()
-	if err := w.destroy(w.byID[l.Sandbox]); err != nil { // as a restart does
+	if err := w.byID[l.Sandbox].Destroy(w.link); err != nil { // as a restart does
 		t.Fatal(err)
 	}
 	w.Close()
@@ -478,10 +479,10 @@ func TestASpoofedSourceIsDropped(t *testing.T) {
 		t.Helper()
 		sendFrame(t, l, mac, src, netip.MustParseAddrPort("198.51.100.77:7000"))
 	}
-	own := w.plan.mac(l.Slot, 2)
+	own := w.plan.Slot(l.Slot, true).MAC
 	send(victim.Addr4.Addr(), own)
 	send(netip.MustParseAddr("198.51.100.1"), own)
-	send(l.Addr4.Addr(), w.plan.mac(victim.Slot, 2))
+	send(l.Addr4.Addr(), w.plan.Slot(victim.Slot, true).MAC)
 	send(l.Addr4.Addr(), own) // the last one is honest
 	select {
 	case got := <-seen:
@@ -541,7 +542,7 @@ func sendFrame(t testing.TB, l sandbox.Lease, mac net.HardwareAddr, src netip.Ad
 			return err
 		}
 		defer unix.Close(fd)
-		i, err := net.InterfaceByName(guestLink)
+		i, err := net.InterfaceByName(slot.SandboxLink)
 		if err != nil {
 			return err
 		}
@@ -687,7 +688,8 @@ func TestAThousandSlotsAreAdoptedInOneTransaction(t *testing.T) {
 	var kept []adopted
 	for i := range 1000 {
 		num := 8000 + i
-		s := &slot{num: num, lease: w.plan.lease(num, true), mac: w.plan.mac(num, 2), ifindex: uint32(1e6 + num)}
+		s := &slotState{Slot: w.plan.Slot(num, true)}
+		s.Index = uint32(1e6 + num)
 		kept = append(kept, adopted{id: sandboxid.New(), slot: s, policy: p})
 	}
 	began := time.Now()
@@ -695,33 +697,4 @@ func TestAThousandSlotsAreAdoptedInOneTransaction(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("took %v", time.Since(began))
-}
-
-func TestCheckNamesWhatStandsInTheWay(t *testing.T) {
-	w := start(t)
-	for _, s := range w.Check() {
-		if strings.Contains(s, "drops by default") {
-			t.Errorf("on a machine without a firewall: %s", s)
-		}
-	}
-	k := &kernel{}
-	defer k.close()
-	table := &nftables.Table{Name: "firewall", Family: nftables.TableFamilyINet}
-	dropping := nftables.ChainPolicyDrop
-	add := func(tx *transaction) {
-		tx.AddTable(table)
-		tx.AddChain(&nftables.Chain{Name: "FORWARD", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &dropping})
-	}
-	if err := k.do(add); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := k.do(func(tx *transaction) { tx.DelTable(table) }); err != nil {
-			t.Error(err)
-		}
-	}()
-	found := strings.Join(w.Check(), "\n")
-	if !strings.Contains(found, "FORWARD of table firewall drops by default") || !strings.Contains(found, w.plan.prefix()) {
-		t.Errorf("found:\n%s", found)
-	}
 }

@@ -23,6 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/slot"
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 	"github.com/cordonhq/cordon/internal/sandboxid"
@@ -237,24 +239,24 @@ func makeInternet(t testing.TB) string {
 		}
 	}
 	path := t.TempDir() + "/internet"
-	ns, err := createNetns(path)
+	ns, err := slot.CreateNetns(path)
 	must(err)
 	t.Cleanup(func() {
 		ns.Close()
 		if l, err := netlink.LinkByName("up0"); err == nil {
 			must(netlink.LinkDel(l))
 		}
-		must(removeNetns(path))
+		must(slot.RemoveNetns(path))
 	})
 	veth := netlink.NewVeth(netlink.LinkAttrs{Name: "up0"})
 	veth.PeerName, veth.PeerNamespace = "net0", netlink.NsFd(ns)
 	must(netlink.LinkAdd(veth))
 	// Until duplicate address detection is through, a second or two, a host has no
 	// link-local address to look for its neighbours with.
-	must(writeSysctl("net/ipv6/conf/up0/accept_dad", "0"))
-	enter(t, path, func() error { return writeSysctl("net/ipv6/conf/net0/accept_dad", "0") })
-	must(netlink.AddrAdd(veth, ipNet(uplink4)))
-	must(netlink.AddrAdd(veth, ipNet(uplink6)))
+	must(sysctl.Write("net/ipv6/conf/up0/accept_dad", "0"))
+	enter(t, path, func() error { return sysctl.Write("net/ipv6/conf/net0/accept_dad", "0") })
+	must(netlink.AddrAdd(veth, slot.Address(uplink4)))
+	must(netlink.AddrAdd(veth, slot.Address(uplink6)))
 	must(netlink.LinkSetUp(veth))
 	enter(t, path, func() error {
 		for _, name := range []string{"lo", "net0"} {
@@ -262,15 +264,15 @@ func makeInternet(t testing.TB) string {
 			must(err)
 			must(netlink.LinkSetUp(l))
 			if name == "net0" {
-				must(netlink.AddrAdd(l, ipNet(netip.PrefixFrom(gateway4, 24))))
-				must(netlink.AddrAdd(l, ipNet(netip.PrefixFrom(gateway6, 64))))
+				must(netlink.AddrAdd(l, slot.Address(netip.PrefixFrom(gateway4, 24))))
+				must(netlink.AddrAdd(l, slot.Address(netip.PrefixFrom(gateway6, 64))))
 				continue
 			}
 			// All of the internet is local here: any address answers. For IPv6 the
 			// route stands behind the one to the host, which it would hide.
 			for all, table := range map[netip.Addr]int{netip.IPv4Unspecified(): unix.RT_TABLE_LOCAL, netip.IPv6Unspecified(): 100} {
 				must(netlink.RouteAdd(&netlink.Route{
-					LinkIndex: l.Attrs().Index, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Table: table, Dst: ipNet(everything(all)).IPNet,
+					LinkIndex: l.Attrs().Index, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Table: table, Dst: slot.Address(slot.Everything(all)).IPNet,
 				}))
 			}
 			r := netlink.NewRule()
@@ -282,10 +284,10 @@ func makeInternet(t testing.TB) string {
 	h, err := netlink.NewHandle()
 	must(err)
 	defer h.Close()
-	must(settle(h, "up0", uplink6.Addr()))
-	must(inside(ns, func(h *netlink.Handle) error { return settle(h, "net0", gateway6) }))
-	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway4.AsSlice(), Dst: ipNet(everything(gateway4)).IPNet}))
-	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway6.AsSlice(), Dst: ipNet(everything(gateway6)).IPNet}))
+	must(slot.Settle(h, "up0", uplink6.Addr()))
+	must(slot.Inside(ns, func(h *netlink.Handle) error { return slot.Settle(h, "net0", gateway6) }))
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway4.AsSlice(), Dst: slot.Address(slot.Everything(gateway4)).IPNet}))
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gateway6.AsSlice(), Dst: slot.Address(slot.Everything(gateway6)).IPNet}))
 	return path
 }
 

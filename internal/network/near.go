@@ -11,6 +11,7 @@ import (
 	vish "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -192,7 +193,7 @@ func CheckPublic(configured []netip.Prefix) []string {
 		return []string{fmt.Sprintf("open route netlink: %v", err)}
 	}
 	defer h.Close()
-	r, ok := defaultRoute(h, vish.FAMILY_V4)
+	r, ok := slot.DefaultRoute(h, vish.FAMILY_V4)
 	if !ok {
 		return nil // there is no way out that could lead back
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -99,7 +100,7 @@ func TestWhatIsNearIsFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	neighbour := netip.MustParseAddr("198.51.103.7")
-	if err := netlink.AddrAdd(link, ipNet(netip.MustParsePrefix("198.51.103.1/24"))); err != nil {
+	if err := netlink.AddrAdd(link, slot.Address(netip.MustParsePrefix("198.51.103.1/24"))); err != nil {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(3 * time.Second); !w.IsHost(neighbour); time.Sleep(5 * time.Millisecond) {

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"regexp"
 	"strings"
 	"sync"
@@ -21,9 +20,11 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 	"github.com/cordonhq/cordon/internal/share"
@@ -109,7 +110,7 @@ func (c Config) withDefaults() (Config, error) {
 	if !nameForm.MatchString(c.Name) {
 		return c, errs.New(errs.Invalid, "network.name %q: use 1 to 6 characters of a-z and 0-9", c.Name)
 	}
-	h := nameHash(c.Name)
+	h := slot.Hash(c.Name)
 	if c.RunDir == "" {
 		c.RunDir = "/run/cordon"
 	}
@@ -168,20 +169,11 @@ func (c Config) check() error {
 	return nil
 }
 
-// nameHash spreads names over numbers (FNV-1a).
-func nameHash(name string) uint32 {
-	h := uint32(2166136261)
-	for i := range len(name) {
-		h = (h ^ uint32(name[i])) * 16777619
-	}
-	return h
-}
-
 // Network implements sandbox.Network on the Linux kernel, in the network
 // namespace its process is in.
 type Network struct {
 	cfg  Config
-	plan plan // who has which address
+	plan slot.Plan // which slot has which address
 	kern *kernel
 	link *netlink.Handle
 	ct   *tracker
@@ -198,17 +190,17 @@ type Network struct {
 	deniedInForce map[netip.AddrPort]int
 	owners        []atomic.Pointer[owner] // by slot number: who may be asked about without a lock
 
-	ready  chan *slot    // the pool
-	wake   chan struct{} // the pool is not full
-	opened chan struct{} // closed by Reconcile
+	ready  chan *slotState // the pool
+	wake   chan struct{}   // the pool is not full
+	opened chan struct{}   // closed by Reconcile
 
 	mu      sync.Mutex // guards what follows
-	slots   map[int]*slot
-	byID    map[sandbox.ID]*slot
-	byLink  map[uint32]*slot // by interface index
-	next    int              // slot number to try first: numbers go round
+	slots   map[int]*slotState
+	byID    map[sandbox.ID]*slotState
+	byLink  map[uint32]*slotState // by interface index
+	next    int                   // slot number to try first: numbers go round
 	resting map[int]time.Time
-	trash   []*slot
+	trash   []*slotState
 	keys    map[string]uint32 // API keys by number, in the order they were met
 	open    bool
 
@@ -219,6 +211,21 @@ type Network struct {
 }
 
 var _ sandbox.Network = (*Network)(nil)
+
+// slotState is a slot and what is in force for it.
+type slotState struct {
+	slot.Slot
+
+	mu      sync.Mutex // serialises Apply, Pin, Unpin and Release; guards what follows
+	gen     uint16     // of the mark its accepted flows carry
+	tries   uint16     // the highest generation used
+	applied bool       // it has a chain
+	sets    []string   // of its chain
+	pins    pinTable
+	key     uint32 // number of its owner's API key
+	spent   uint64 // of Config.MaxBytesOut, by an earlier server process
+	retired bool   // its rules are withdrawn
+}
 
 // owner is what is known about the sandbox behind an address. It is replaced,
 // never changed.
@@ -241,15 +248,15 @@ func New(cfg Config) (*Network, error) {
 	}
 	n := &Network{
 		cfg: cfg, link: h,
-		plan:    plan{name: cfg.Name, dir: cfg.RunDir + "/netns", subnet4: cfg.Subnet4, subnet6: cfg.Subnet6},
+		plan:    slot.Plan{Name: cfg.Name, Dir: cfg.RunDir + "/netns", Subnet4: cfg.Subnet4, Subnet6: cfg.Subnet6, Most: maxSlots},
 		kern:    &kernel{},
 		ct:      &tracker{},
-		ready:   make(chan *slot, cfg.PoolSize),
+		ready:   make(chan *slotState, cfg.PoolSize),
 		wake:    make(chan struct{}, 1),
 		opened:  make(chan struct{}),
-		slots:   map[int]*slot{},
-		byID:    map[sandbox.ID]*slot{},
-		byLink:  map[uint32]*slot{},
+		slots:   map[int]*slotState{},
+		byID:    map[sandbox.ID]*slotState{},
+		byLink:  map[uint32]*slotState{},
 		resting: map[int]time.Time{},
 		keys:    map[string]uint32{},
 	}
@@ -258,12 +265,13 @@ func New(cfg Config) (*Network, error) {
 		h.Close()
 		return nil, err
 	}
-	n.owners = make([]atomic.Pointer[owner], n.plan.capacity())
+	n.owners = make([]atomic.Pointer[owner], n.plan.Capacity())
 	switch cfg.IPv6 {
 	case IPv6On:
 		n.v6 = true
 	case IPv6Auto:
-		n.v6 = hasDefaultRoute6(h)
+		r, ok := slot.DefaultRoute(h, netlink.FAMILY_V6)
+		n.v6 = ok && r.Type == unix.RTN_UNICAST
 	}
 	return n, nil
 }
@@ -302,7 +310,7 @@ func (n *Network) HasIPv6() bool { return n.v6 }
 // Owner returns the sandbox that has addr, IPv4 or IPv6, and the policy it is
 // under. It takes no lock. False: nobody, or nobody with a policy in force yet.
 func (n *Network) Owner(addr netip.Addr) (sandbox.ID, *policy.Compiled, bool) {
-	i, ok := n.plan.slotOf(addr)
+	i, ok := n.plan.SlotOf(addr)
 	if !ok {
 		return "", nil, false
 	}
@@ -333,24 +341,15 @@ func (n *Network) isOpen() error {
 }
 
 // held returns the slot of a lease in use.
-func (n *Network) held(l sandbox.Lease) (*slot, error) {
+func (n *Network) held(l sandbox.Lease) (*slotState, error) {
 	if err := n.isOpen(); err != nil {
 		return nil, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	s := n.byID[l.Sandbox]
-	if s == nil || s.num != l.Slot {
+	if s == nil || s.Num != l.Slot {
 		return nil, errs.New(errs.NotFound, "sandbox %s holds no network slot %d", l.Sandbox, l.Slot)
 	}
 	return s, nil
-}
-
-// writeSysctl sets one kernel parameter of the namespace the process is in.
-func writeSysctl(key, value string) error {
-	path := "/proc/sys/" + key
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
-		return fmt.Errorf("set %s to %s: %w", strings.ReplaceAll(key, "/", "."), value, err)
-	}
-	return nil
 }

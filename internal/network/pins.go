@@ -126,7 +126,7 @@ func (u *unpinned) of(dst netip.AddrPort) string {
 func (n *Network) Pin(id sandbox.ID, name string, addr netip.Addr, ports []uint16, ttl time.Duration) error {
 	now := time.Now()
 	entry := pinName{name, now.Add(min(max(ttl, minPinLife), maxPinLife)), now}
-	return n.withPins(id, func(s *slot) error {
+	return n.withPins(id, func(s *slotState) error {
 		for _, port := range ports {
 			err := n.pinOne(s, pinKey{addr.Unmap().WithZone(""), port}, entry, true)
 			if errs.Is(err, errs.Exhausted) {
@@ -141,7 +141,7 @@ func (n *Network) Pin(id sandbox.ID, name string, addr netip.Addr, ports []uint1
 }
 
 // withPins calls f with the slot of a sandbox locked, if its policy has pins.
-func (n *Network) withPins(id sandbox.ID, f func(*slot) error) error {
+func (n *Network) withPins(id sandbox.ID, f func(*slotState) error) error {
 	n.mu.Lock()
 	s := n.byID[id]
 	n.mu.Unlock()
@@ -160,7 +160,7 @@ func (n *Network) withPins(id sandbox.ID, f func(*slot) error) error {
 // those that are due to be asked for again. If none is left, lost is a name that was
 // pinned there until it no longer had the address.
 func (n *Network) Pinned(id sandbox.ID, dst netip.AddrPort) (names, due []string, lost string) {
-	err := n.withPins(id, func(s *slot) error {
+	err := n.withPins(id, func(s *slotState) error {
 		now := time.Now()
 		for _, p := range s.pins.live[pinKey{dst.Addr(), dst.Port()}].names {
 			if p.until.After(now) {
@@ -181,7 +181,7 @@ func (n *Network) Pinned(id sandbox.ID, dst netip.AddrPort) (names, due []string
 // Confirm puts off the next question for a name that could not be asked for, if it
 // was found to have the address within the last hour, and reports whether it did.
 func (n *Network) Confirm(id sandbox.ID, name string, dst netip.AddrPort) (confirmed bool) {
-	_ = n.withPins(id, func(s *slot) error { // without a slot nothing is confirmed
+	_ = n.withPins(id, func(s *slotState) error { // without a slot nothing is confirmed
 		now := time.Now()
 		names := s.pins.live[pinKey{dst.Addr(), dst.Port()}].names
 		i := slices.IndexFunc(names, func(p pinName) bool { return p.name == name })
@@ -196,7 +196,7 @@ func (n *Network) Confirm(id sandbox.ID, name string, dst netip.AddrPort) (confi
 // Unpin takes back what Pin opened at dst for a name, because it no longer has the
 // address. Connections that are open stay.
 func (n *Network) Unpin(id sandbox.ID, name string, dst netip.AddrPort) error {
-	return n.withPins(id, func(s *slot) error {
+	return n.withPins(id, func(s *slotState) error {
 		k := pinKey{dst.Addr(), dst.Port()}
 		was, ok := s.pins.live[k]
 		if !ok {
@@ -213,7 +213,7 @@ func (n *Network) Unpin(id sandbox.ID, name string, dst netip.AddrPort) error {
 }
 
 // dropPin removes a pin. The caller holds s.mu.
-func (n *Network) dropPin(s *slot, k pinKey) error {
+func (n *Network) dropPin(s *slotState, k pinKey) error {
 	set, elem := s.pins.prog.pinElement(k, s.pins.live[k])
 	s.pins.remove(k)
 	err := n.kern.do(func(tx *transaction) { tx.remove(set, elem) })
@@ -225,7 +225,7 @@ func (n *Network) dropPin(s *slot, k pinKey) error {
 
 // pinOne adds a name to a pin; paced: within what the key may have pinned in a second.
 // The caller holds s.mu.
-func (n *Network) pinOne(s *slot, k pinKey, entry pinName, paced bool) error {
+func (n *Network) pinOne(s *slotState, k pinKey, entry pinName, paced bool) error {
 	now := time.Now()
 	was, known := s.pins.live[k]
 	known = known && was.kept.After(now)
@@ -276,7 +276,7 @@ func (n *Network) pinOne(s *slot, k pinKey, entry pinName, paced bool) error {
 
 // makeRoom makes room for one more pin: it forgets those that the kernel forgot,
 // and if there are none, the one that was confirmed longest ago.
-func (n *Network) makeRoom(s *slot, now time.Time) error {
+func (n *Network) makeRoom(s *slotState, now time.Time) error {
 	if len(s.pins.live) < maxPins {
 		return nil
 	}
@@ -316,7 +316,7 @@ func (p *program) pinElement(k pinKey, v pin) (*nftables.Set, nftables.SetElemen
 }
 
 // livePins returns the pins that a new policy keeps: those of names that it allows there.
-func livePins(s *slot, p *policy.Compiled) map[pinKey]pin {
+func livePins(s *slotState, p *policy.Compiled) map[pinKey]pin {
 	if !p.Kernel().Pins || len(s.pins.live) == 0 {
 		return nil
 	}
@@ -360,7 +360,7 @@ const maxSavedPins = 512
 
 // Pins returns what Repin gives to a later life of the sandbox, or to a copy of it.
 func (n *Network) Pins(id sandbox.ID) (out []sandbox.Pin) {
-	err := n.withPins(id, func(s *slot) error {
+	err := n.withPins(id, func(s *slotState) error {
 		for k, p := range s.pins.live {
 			for _, name := range p.names {
 				out = append(out, sandbox.Pin{Name: name.name, Dst: netip.AddrPortFrom(k.addr, k.port), Verified: name.verified})
@@ -381,8 +381,8 @@ func (n *Network) Repin(l sandbox.Lease, pins []sandbox.Pin) error {
 	if len(pins) == 0 {
 		return nil
 	}
-	return n.withPins(l.Sandbox, func(s *slot) error {
-		p := n.owners[s.num].Load()
+	return n.withPins(l.Sandbox, func(s *slotState) error {
+		p := n.owners[s.Num].Load()
 		if p == nil || p.policy == nil {
 			return nil
 		}
@@ -401,7 +401,7 @@ func (n *Network) Repin(l sandbox.Lease, pins []sandbox.Pin) error {
 
 // explainPin says in the event of a refusal what a name has to do with the address: it
 // was pinned there and no longer has it, or it is, and the packet was UDP.
-func (s *slot) explainPin(out *flowlog.Event, p *policy.Compiled, proto policy.Proto) {
+func (s *slotState) explainPin(out *flowlog.Event, p *policy.Compiled, proto policy.Proto) {
 	switch {
 	case p == nil:
 	case out.Reason == policy.ReasonNoName:

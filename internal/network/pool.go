@@ -18,7 +18,7 @@ func (n *Network) Acquire(ctx context.Context, id sandbox.ID) (sandbox.Lease, er
 	if !id.Valid() {
 		return sandbox.Lease{}, errs.New(errs.Invalid, "sandbox ID %q is not valid", id)
 	}
-	var s *slot
+	var s *slotState
 	select {
 	case s = <-n.ready:
 		n.poke()
@@ -39,10 +39,10 @@ func (n *Network) Acquire(ctx context.Context, id sandbox.ID) (sandbox.Lease, er
 }
 
 // give makes id the owner of s. The caller holds n.mu.
-func (n *Network) give(s *slot, id sandbox.ID) sandbox.Lease {
+func (n *Network) give(s *slotState, id sandbox.ID) sandbox.Lease {
 	n.byID[id] = s
-	n.owners[s.num].Store(&owner{id: id})
-	l := s.lease
+	n.owners[s.Num].Store(&owner{id: id})
+	l := s.Lease
 	l.Sandbox = id
 	return l
 }
@@ -62,13 +62,13 @@ func (n *Network) Release(_ context.Context, l sandbox.Lease) error {
 		return nil
 	}
 	if err := n.withdraw(s); err != nil {
-		return fmt.Errorf("release slot %s: %w", s.lease.Link, err)
+		return fmt.Errorf("release slot %s: %w", s.Lease.Link, err)
 	}
 	s.retired = true
 	n.mu.Lock()
 	delete(n.byID, l.Sandbox)
-	if was := n.owners[s.num].Load(); was != nil {
-		n.owners[s.num].Store(&owner{id: was.id, policy: was.policy, gone: true})
+	if was := n.owners[s.Num].Load(); was != nil {
+		n.owners[s.Num].Store(&owner{id: was.id, policy: was.policy, gone: true})
 	}
 	n.trash = append(n.trash, s)
 	n.mu.Unlock()
@@ -83,15 +83,16 @@ func (n *Network) Release(_ context.Context, l sandbox.Lease) error {
 
 // prepare makes a slot of the next free number and lets its addresses through to
 // the chains, where it is dropped for want of a policy.
-func (n *Network) prepare() (*slot, error) {
+func (n *Network) prepare() (*slotState, error) {
 	i, err := n.reserve()
 	if err != nil {
 		return nil, err
 	}
-	s, err := n.createSlot(i)
+	s := &slotState{Slot: n.plan.Slot(i, n.v6)}
+	err = s.Build(n.link, n.shut)
 	if err == nil {
 		if err = n.admit(s); err != nil {
-			err = errors.Join(err, n.destroy(s))
+			err = errors.Join(err, s.Destroy(n.link))
 		}
 	}
 	n.mu.Lock()
@@ -102,7 +103,7 @@ func (n *Network) prepare() (*slot, error) {
 		return nil, err
 	}
 	n.slots[i] = s
-	n.byLink[s.ifindex] = s
+	n.byLink[s.Index] = s
 	return s, nil
 }
 
@@ -111,7 +112,7 @@ func (n *Network) prepare() (*slot, error) {
 func (n *Network) reserve() (int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	now, size := time.Now(), n.plan.capacity()
+	now, size := time.Now(), n.plan.Capacity()
 	for range size {
 		i := n.next
 		n.next = (n.next + 1) % size
@@ -192,11 +193,11 @@ func (n *Network) deleteReleased() error {
 			err = errors.Join(err, n.withdraw(s))
 		}
 		s.mu.Unlock()
-		err = errors.Join(err, n.destroy(s))
+		err = errors.Join(err, s.Destroy(n.link))
 		n.mu.Lock()
-		delete(n.slots, s.num)
-		delete(n.byLink, s.ifindex)
-		n.resting[s.num] = time.Now().Add(n.cfg.Quarantine)
+		delete(n.slots, s.Num)
+		delete(n.byLink, s.Index)
+		n.resting[s.Num] = time.Now().Add(n.cfg.Quarantine)
 		n.mu.Unlock()
 	}
 	return err

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
 
 // PortRange is a range of ports, both ends included.
@@ -71,17 +72,17 @@ func (n *Network) reserveSourcePorts() error {
 	for _, finding := range CheckSourcePorts(n.cfg.SourcePorts) {
 		n.cfg.Log.Warn(finding)
 	}
-	return writeSysctl(reservedPorts, formatPorts(append(list, n.cfg.SourcePorts)))
+	return sysctl.Write(reservedPorts, formatPorts(append(list, n.cfg.SourcePorts)))
 }
 
 func (n *Network) reservedFile() string { return filepath.Join(n.cfg.RunDir, "reserved_ports") }
 
 func readReserved() ([]PortRange, error) {
-	b, err := os.ReadFile("/proc/sys/" + reservedPorts)
+	text, err := sysctl.Read(reservedPorts)
 	if err != nil {
-		return nil, fmt.Errorf("read the reserved ports: %w", err)
+		return nil, err
 	}
-	return parsePorts(string(b))
+	return parsePorts(text)
 }
 
 // parsePorts reads the kernel's form of a list: "8080,52000-59999".

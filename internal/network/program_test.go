@@ -11,6 +11,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -200,7 +201,7 @@ func TestThePacketFilterDecidesAsThePolicy(t *testing.T) {
 		}
 		in.Mode = []policy.Mode{policy.ModeEnforce, policy.ModeObserve}[rng.IntN(2)]
 		p := compiled(t, in, &op)
-		prog := n.compile(&slot{num: 1}, markOf(1, 1), p.Kernel())
+		prog := n.compile(&slotState{Slot: slot.Slot{Num: 1}}, markOf(1, 1), p.Kernel())
 		for range 60 {
 			f := policy.Flow{Proto: []policy.Proto{policy.TCP, policy.TCP, policy.UDP, policy.ICMP}[rng.IntN(4)], Dst: netip.AddrPortFrom(addr(), ports[rng.IntN(len(ports))])}
 			m := &machine{prog: prog, flow: f, host: hosts.Contains(f.Dst.Addr())}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -60,7 +61,7 @@ func TestAnswersAfterTheClientHasGoneAreNoAttempts(t *testing.T) {
 				t.Fatal(err)
 			}
 			if i%2 == 0 { // what is on its way meets a tracker that knows the flow no more
-				if err := w.forgetFlows([]*slot{w.byID[l.Sandbox]}); err != nil {
+				if err := w.forgetFlows([]*slotState{w.byID[l.Sandbox]}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -117,21 +118,21 @@ func TestAGoodStartWarnsOfNothing(t *testing.T) {
 		}
 	}
 	for _, key := range []string{trackerBytes, trackerTimes} {
-		if got := readSysctl(key); got != "1" {
+		if got, _ := sysctl.Read(key); got != "1" {
 			t.Errorf("%s is %q", key, got)
 		}
 	}
 	if found := CheckTracker(); len(found) > 0 {
 		t.Error(found)
 	}
-	if err := writeSysctl(trackerBytes, "0"); err != nil {
+	if err := sysctl.Write(trackerBytes, "0"); err != nil {
 		t.Fatal(err)
 	}
 	if found := fmt.Sprint(CheckTracker()); !strings.Contains(found, "nf_conntrack_acct is 0") {
 		t.Errorf("the check says %s", found)
 	}
 	w.boot(nil)
-	if got := readSysctl(trackerBytes); got != "1" {
+	if got, _ := sysctl.Read(trackerBytes); got != "1" {
 		t.Errorf("after another start %s is %q", trackerBytes, got)
 	}
 }
@@ -151,7 +152,7 @@ func TestAForgottenConnectionEnds(t *testing.T) {
 			t.Fatal(err)
 		}
 		to := func(p packet) bool { return p.dst == dst }
-		if err := w.forgetFlows([]*slot{w.byID[l.Sandbox]}); err != nil {
+		if err := w.forgetFlows([]*slotState{w.byID[l.Sandbox]}); err != nil {
 			t.Fatal(err)
 		}
 		before := tap.count(to)

@@ -14,9 +14,9 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -66,7 +66,7 @@ func (n *Network) Reconcile(_ context.Context, inUse map[sandbox.ID]sandbox.Held
 // adopted is a kept lease.
 type adopted struct {
 	id     sandbox.ID
-	slot   *slot
+	slot   *slotState
 	policy *policy.Compiled
 }
 
@@ -76,10 +76,10 @@ func (n *Network) adopt(inUse map[sandbox.ID]sandbox.Held) ([]adopted, error) {
 	taken := map[int]sandbox.ID{}
 	for _, id := range slices.Sorted(maps.Keys(inUse)) {
 		l := inUse[id].Lease
-		if l.Slot < 0 || l.Slot >= n.plan.capacity() {
-			return nil, errs.New(errs.Conflict, "sandbox %s holds network slot %d, but network.subnet4 %s has %d: configure the former network", id, l.Slot, n.cfg.Subnet4, n.plan.capacity())
+		if l.Slot < 0 || l.Slot >= n.plan.Capacity() {
+			return nil, errs.New(errs.Conflict, "sandbox %s holds network slot %d, but network.subnet4 %s has %d: configure the former network", id, l.Slot, n.cfg.Subnet4, n.plan.Capacity())
 		}
-		want := n.plan.lease(l.Slot, l.Addr6.IsValid())
+		want := n.plan.Lease(l.Slot, l.Addr6.IsValid())
 		want.Sandbox = l.Sandbox
 		if l != want {
 			return nil, errs.New(errs.Conflict, "sandbox %s has address %s on link %s, but the configuration gives its slot %s on %s: configure the former network", id, l.Addr4, l.Link, want.Addr4, want.Link)
@@ -89,7 +89,7 @@ func (n *Network) adopt(inUse map[sandbox.ID]sandbox.Held) ([]adopted, error) {
 		}
 		taken[l.Slot] = id
 		l.Sandbox = ""
-		s := &slot{num: l.Slot, lease: l, mac: n.plan.mac(l.Slot, 2), key: n.keyNumber(inUse[id].Owner)}
+		s := &slotState{Slot: n.plan.Slot(l.Slot, l.Addr6.IsValid()), key: n.keyNumber(inUse[id].Owner)}
 		kept = append(kept, adopted{id: id, slot: s, policy: inUse[id].Policy})
 	}
 	return kept, nil
@@ -103,7 +103,7 @@ func (n *Network) ourLinks() (map[string]netlink.Link, error) {
 	}
 	out := map[string]netlink.Link{}
 	for _, l := range all {
-		if _, ours := n.plan.number(l.Attrs().Name); ours {
+		if _, ours := n.plan.Number(l.Attrs().Name); ours {
 			out[l.Attrs().Name] = l
 		}
 	}
@@ -112,24 +112,17 @@ func (n *Network) ourLinks() (map[string]netlink.Link, error) {
 
 // restore finds a kept slot's link and namespace, or makes them anew when the
 // machine was restarted or someone deleted them.
-func (n *Network) restore(s *slot, links map[string]netlink.Link) error {
-	link, linked := links[s.lease.Link]
-	delete(links, s.lease.Link) // what stays in links is to be removed
-	if linked && isNetns(s.lease.NetNS) {
-		s.ifindex = uint32(link.Attrs().Index)
-		return n.shut(s) // an earlier version may not have
+func (n *Network) restore(s *slotState, links map[string]netlink.Link) error {
+	link, linked := links[s.Lease.Link]
+	delete(links, s.Lease.Link) // what stays in links is to be removed
+	if linked && slot.IsNetns(s.Lease.NetNS) {
+		s.Index = uint32(link.Attrs().Index)
+		return n.shut(int(s.Index)) // an earlier version may not have
 	}
-	if err := n.destroy(s); err != nil {
+	if err := s.Destroy(n.link); err != nil {
 		return err
 	}
-	return n.build(s)
-}
-
-// isNetns reports whether path is a namespace's bind mount: after a restart of the
-// machine nothing but the empty file under it is left.
-func isNetns(path string) bool {
-	var fs unix.Statfs_t
-	return unix.Statfs(path, &fs) == nil && fs.Type == unix.NSFS_MAGIC
+	return s.Build(n.link, n.shut)
 }
 
 // readBack learns from the table of an earlier process which marks its flows
@@ -137,9 +130,9 @@ func isNetns(path string) bool {
 // they count. Whatever cannot be read is
 // learned again from the traffic: flows are judged anew, names resolved anew.
 func (n *Network) readBack(kept []adopted) {
-	byLink, bySlot := map[uint32]*slot{}, map[int]*slot{}
+	byLink, bySlot := map[uint32]*slotState{}, map[int]*slotState{}
 	for _, k := range kept {
-		byLink[k.slot.ifindex], bySlot[k.slot.num] = k.slot, k.slot
+		byLink[k.slot.Index], bySlot[k.slot.Num] = k.slot, k.slot
 	}
 	there, err := n.hasTable()
 	if err == nil && !there {
@@ -175,7 +168,7 @@ func (n *Network) readBack(kept []adopted) {
 
 var pinSetName = regexp.MustCompile(`^s(\d+)_\d+_pins[46]$`)
 
-func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slot) error {
+func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slotState) error {
 	for _, set := range sets {
 		m := pinSetName.FindStringSubmatch(set.Name)
 		if m == nil {
@@ -213,7 +206,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 		b := built{adopted: k}
 		if k.policy != nil {
 			k.slot.tries++
-			b.prog = n.compile(k.slot, markOf(k.slot.num, k.slot.tries), k.policy.Kernel())
+			b.prog = n.compile(k.slot, markOf(k.slot.Num, k.slot.tries), k.policy.Kernel())
 			b.live = livePins(k.slot, k.policy)
 		}
 		all = append(all, b)
@@ -231,7 +224,7 @@ func (n *Network) replaceTable(kept []adopted) error {
 			n.addProgram(tx, b.slot, b.prog, false)
 			tx.add(n.namedSet(setKeys), []nftables.SetElement{keyElement(b.slot)})
 			tx.add(n.namedSet(setSlots), []nftables.SetElement{n.slotElement(b.slot)})
-			tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(b.slot, markOf(b.slot.num, b.slot.tries))})
+			tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(b.slot, markOf(b.slot.Num, b.slot.tries))})
 			n.addPins(tx, b.prog, b.live)
 		}
 	})
@@ -256,28 +249,28 @@ func (n *Network) publish(kept []adopted) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, k := range kept {
-		n.slots[k.slot.num] = k.slot
+		n.slots[k.slot.Num] = k.slot
 		n.byID[k.id] = k.slot
-		n.byLink[k.slot.ifindex] = k.slot
-		n.owners[k.slot.num].Store(&owner{id: k.id, policy: k.policy})
-		n.next = max(n.next, (k.slot.num+1)%n.plan.capacity())
+		n.byLink[k.slot.Index] = k.slot
+		n.owners[k.slot.Num].Store(&owner{id: k.id, policy: k.policy})
+		n.next = max(n.next, (k.slot.Num+1)%n.plan.Capacity())
 	}
 }
 
 // removeStrangers removes slots that nobody holds, and opens the network.
 func (n *Network) removeStrangers(links map[string]netlink.Link) error {
-	files, err := os.ReadDir(n.plan.dir)
+	files, err := os.ReadDir(n.plan.Dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("list namespaces: %w", err)
 	}
 	strangers := map[int]bool{}
 	for _, f := range files {
-		if i, ours := n.plan.number(f.Name()); ours {
+		if i, ours := n.plan.Number(f.Name()); ours {
 			strangers[i] = true
 		}
 	}
 	for name := range links {
-		i, _ := n.plan.number(name)
+		i, _ := n.plan.Number(name)
 		strangers[i] = true
 	}
 	n.mu.Lock()
@@ -288,7 +281,7 @@ func (n *Network) removeStrangers(links map[string]netlink.Link) error {
 		}
 		// Its addresses are admitted nowhere: the new table does not know it. Deleting
 		// takes a while each, so it is left to Run.
-		s := &slot{num: i, lease: n.plan.lease(i, true), mac: n.plan.mac(i, 2), retired: true}
+		s := &slotState{Slot: n.plan.Slot(i, true), retired: true}
 		n.slots[i] = s
 		n.trash = append(n.trash, s)
 	}

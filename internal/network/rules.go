@@ -25,8 +25,8 @@ type program struct {
 
 // compile translates rules in the order that policy.KernelRules documents. mark is
 // the mark of flows accepted under it.
-func (n *Network) compile(s *slot, mark uint32, k policy.KernelRules) *program {
-	p := &program{prefix: fmt.Sprintf("s%d_%d_", s.num, mark&markGen), table: n.table(), pins: k.Pins}
+func (n *Network) compile(s *slotState, mark uint32, k policy.KernelRules) *program {
+	p := &program{prefix: fmt.Sprintf("s%d_%d_", s.Num, mark&markGen), table: n.table(), pins: k.Pins}
 	n.budgeted(p, s)
 	p.rule(ctMark(mark, ^uint32(0)), accept())
 	p.rule(ctMark(mark|markProxied, ^uint32(0)), goTo(chainProxied))

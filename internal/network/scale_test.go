@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -24,7 +25,8 @@ func register(t testing.TB, w *world, count int) {
 	p := compiled(t, policy.Input{DenyOut: []string{"198.18.0.0/15", "1.2.3.0/24"}}, nil)
 	for i := range count {
 		num := 8000 + i
-		s := &slot{num: num, lease: w.plan.lease(num, true), mac: w.plan.mac(num, 2), ifindex: uint32(1e6 + num)}
+		s := &slotState{Slot: w.plan.Slot(num, true)}
+		s.Index = uint32(1e6 + num)
 		if err := w.admit(s); err != nil {
 			t.Fatal(err)
 		}
@@ -104,17 +106,19 @@ func bareLink(b *testing.B, w *world) sandbox.Lease {
 		}
 	}
 	l := sandbox.Lease{NetNS: b.TempDir() + "/bare", Addr4: netip.MustParsePrefix("10.99.0.2/30"), Gate4: netip.MustParseAddr("10.99.0.1")}
-	ns, err := createNetns(l.NetNS)
+	ns, err := slot.CreateNetns(l.NetNS)
 	must(err)
 	b.Cleanup(func() {
 		ns.Close()
-		must(w.deleteLink("bare0"))
-		must(removeNetns(l.NetNS))
+		if l, err := netlink.LinkByName("bare0"); err == nil {
+			must(netlink.LinkDel(l))
+		}
+		must(slot.RemoveNetns(l.NetNS))
 	})
 	veth := netlink.NewVeth(netlink.LinkAttrs{Name: "bare0"})
-	veth.PeerName, veth.PeerNamespace = guestLink, netlink.NsFd(ns)
+	veth.PeerName, veth.PeerNamespace = slot.SandboxLink, netlink.NsFd(ns)
 	must(netlink.LinkAdd(veth))
-	must(netlink.AddrAdd(veth, ipNet(netip.PrefixFrom(l.Gate4, 30))))
+	must(netlink.AddrAdd(veth, slot.Address(netip.PrefixFrom(l.Gate4, 30))))
 	must(netlink.LinkSetUp(veth))
 	must(armBare(ns, l))
 	k := &kernel{}
@@ -130,17 +134,17 @@ func bareLink(b *testing.B, w *world) sandbox.Lease {
 }
 
 func armBare(ns netns.NsHandle, l sandbox.Lease) error {
-	return inside(ns, func(h *netlink.Handle) error {
-		link, err := h.LinkByName(guestLink)
+	return slot.Inside(ns, func(h *netlink.Handle) error {
+		link, err := h.LinkByName(slot.SandboxLink)
 		if err != nil {
 			return err
 		}
-		if err := h.AddrAdd(link, ipNet(l.Addr4)); err != nil {
+		if err := h.AddrAdd(link, slot.Address(l.Addr4)); err != nil {
 			return err
 		}
 		if err := h.LinkSetUp(link); err != nil {
 			return err
 		}
-		return h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: l.Gate4.AsSlice(), Dst: ipNet(everything(l.Gate4)).IPNet})
+		return h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: l.Gate4.AsSlice(), Dst: slot.Address(slot.Everything(l.Gate4)).IPNet})
 	})
 }

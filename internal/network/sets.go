@@ -92,16 +92,16 @@ func withPort(a netip.Addr, port uint16) []byte {
 // ownKeys are the elements of own4 and own6 that admit the slot's own addresses.
 // For IPv6 the link-local one (RFC 4291, appendix A) is among them: neighbour
 // discovery uses it.
-func ownKeys(s *slot) (own4, own6 []nftables.SetElement) {
+func ownKeys(s *slotState) (own4, own6 []nftables.SetElement) {
 	key := func(a netip.Addr) nftables.SetElement {
-		k := append(append(native(s.ifindex), s.mac...), 0, 0)
+		k := append(append(native(s.Index), s.MAC...), 0, 0)
 		return nftables.SetElement{Key: append(k, a.AsSlice()...)}
 	}
-	own4 = []nftables.SetElement{key(s.lease.Addr4.Addr())}
-	if s.lease.Addr6.IsValid() {
-		m := s.mac
+	own4 = []nftables.SetElement{key(s.Lease.Addr4.Addr())}
+	if s.Lease.Addr6.IsValid() {
+		m := s.MAC
 		local := netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
-		own6 = []nftables.SetElement{key(s.lease.Addr6.Addr()), key(local)}
+		own6 = []nftables.SetElement{key(s.Lease.Addr6.Addr()), key(local)}
 	}
 	return own4, own6
 }

@@ -72,37 +72,7 @@ func TestIntervalsCoverWhatTheirPrefixesDo(t *testing.T) {
 	}
 }
 
-func TestAddressesOfSlots(t *testing.T) {
-	p := plan{name: "x", dir: "/run/x", subnet4: netip.MustParsePrefix("10.223.0.0/16"), subnet6: netip.MustParsePrefix("fd12:3456:789a::/48")}
-	if p.capacity() != 16384 {
-		t.Error("capacity", p.capacity())
-	}
-	seen := map[netip.Addr]bool{}
-	for _, i := range []int{0, 1, 63, 64, 255, 256, 16383} {
-		l := p.lease(i, true)
-		for _, a := range []netip.Addr{l.Addr4.Addr(), l.Addr6.Addr()} {
-			if got, ok := p.slotOf(a); !ok || got != i || seen[a] {
-				t.Errorf("slot %d: %s belongs to %d, %t", i, a, got, ok)
-			}
-			seen[a] = true
-		}
-		for _, a := range []netip.Addr{l.Gate4, l.Gate6, l.Addr4.Addr().Next(), l.Addr6.Addr().Next()} {
-			if got, ok := p.slotOf(a); ok {
-				t.Errorf("slot %d: %s belongs to %d; want nobody", i, a, got)
-			}
-		}
-		if !l.Addr4.Contains(l.Gate4) || !l.Addr6.Contains(l.Gate6) || len(l.Link) > 15 {
-			t.Errorf("slot %d: %+v", i, l)
-		}
-		if k, ok := p.number(l.Link); !ok || k != i {
-			t.Errorf("link %s is number %d, %t", l.Link, k, ok)
-		}
-	}
-	for _, name := range []string{"cdx-16384", "cdx--1", "cdx-01", "cdxy-1", "cdx-", "eth0"} {
-		if _, ok := p.number(name); ok {
-			t.Errorf("%s counts as ours", name)
-		}
-	}
+func TestMarksOfSlots(t *testing.T) {
 	for _, s := range []int{0, 5, maxSlots - 1} {
 		for _, gen := range []uint16{0, 1, 4095, 4096} {
 			slot, proxied, ok := slotOfMark(markOf(s, gen))

@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -378,8 +379,8 @@ func TestTheRangeIsReservedAndGivenBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = writeSysctl(reservedPorts, strings.TrimSpace(string(was))+"\n") })
-	if err := writeSysctl(reservedPorts, "8080,52100-52110"); err != nil {
+	t.Cleanup(func() { _ = sysctl.Write(reservedPorts, strings.TrimSpace(string(was))+"\n") })
+	if err := sysctl.Write(reservedPorts, "8080,52100-52110"); err != nil {
 		t.Fatal(err)
 	}
 	t.Run("while it runs", func(t *testing.T) {
@@ -427,7 +428,7 @@ func TestCheckFindsServicesInTheRange(t *testing.T) {
 	if strings.Contains(got, "52347") {
 		t.Errorf("%q names a service on loopback, which nobody outside reaches", got)
 	}
-	if err := writeSysctl(reservedPorts, "8080"); err != nil {
+	if err := sysctl.Write(reservedPorts, "8080"); err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.Join(CheckReserved(w.cfg.SourcePorts), "\n"); !strings.Contains(got, "ip_local_reserved_ports") {

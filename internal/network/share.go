@@ -1,14 +1,13 @@
 package network
 
 import (
-	"fmt"
-	"os"
 	"strconv"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
 
 // The tracker's table is the whole machine's. When it is full the kernel drops what
@@ -41,7 +40,7 @@ const trackerMax = "net/netfilter/nf_conntrack_max"
 // table may grow to a sixteenth of the memory.
 func (n *Network) share() {
 	defer n.measure()
-	have, err := readNumber("/proc/sys/" + trackerMax)
+	have, err := sysctl.Number(trackerMax)
 	if err != nil {
 		n.cfg.Log.Warn("the size of the connection tracker's table is not known", "err", err)
 		return
@@ -53,7 +52,7 @@ func (n *Network) share() {
 	}
 	const entry, part = 400, 16
 	if top := memory() / part / entry; top > have {
-		if err := writeSysctl(trackerMax, strconv.FormatUint(min(want, top), 10)); err == nil {
+		if err := sysctl.Write(trackerMax, strconv.FormatUint(min(want, top), 10)); err == nil {
 			n.cfg.Log.Info("the connection tracker's table may grow", "entries", min(want, top), "before", have)
 			have = min(want, top)
 		}
@@ -80,16 +79,4 @@ func memory() uint64 {
 		return 0
 	}
 	return s.Totalram * uint64(s.Unit)
-}
-
-func readNumber(path string) (uint64, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return 0, err
-	}
-	v, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("read %s: %w", path, err)
-	}
-	return v, nil
 }

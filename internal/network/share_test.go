@@ -13,6 +13,7 @@ import (
 	"github.com/ti-mo/conntrack"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -64,7 +65,7 @@ func TestATooSmallTrackerLimitsEachSandbox(t *testing.T) {
 		c.MaxFlows, c.Sandboxes = 1<<31, 1000
 		c.Log = logTo(&said)
 	})
-	have, err := readNumber("/proc/sys/" + trackerMax)
+	have, err := sysctl.Number(trackerMax)
 	if err != nil {
 		t.Fatal(err)
 	}

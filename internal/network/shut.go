@@ -6,14 +6,13 @@ import (
 	"log/slog"
 	"math/bits"
 	"net"
-	"runtime"
 	"slices"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/slot"
 )
 
 // The second lock. nftables has one owner for each machine, and that is not us:
@@ -34,13 +33,13 @@ const (
 	localMeant = 1 // where that rule waits while ours is put before it
 )
 
-// shut attaches the program to a slot's link. A kernel without it is told of once,
+// shut attaches the program to a link. A kernel without it is told of once,
 // at start, and by doctor.
-func (n *Network) shut(s *slot) error {
+func (n *Network) shut(link int) error {
 	if n.shutter == nil {
 		return nil
 	}
-	return n.shutter.attach(n.link, int(s.ifindex))
+	return n.shutter.attach(n.link, link)
 }
 
 // prepareShut loads the program and puts the routing rules in place.
@@ -145,35 +144,18 @@ func ignore(err error, what unix.Errno) error {
 // TryShut reports why this kernel cannot keep sandboxes closed without nftables
 // rules, in a namespace of its own; nil if it can.
 func TryShut() error {
-	done := make(chan error, 1)
-	go func() { done <- tryShut() }()
-	return <-done
-}
-
-// tryShut must be the last call of its goroutine; see bindNewNetns.
-func tryShut() error {
-	runtime.LockOSThread()
-	home, err := netns.Get()
+	ns, err := slot.NewNetns()
 	if err != nil {
-		return fmt.Errorf("open this thread's namespace: %w", err)
-	}
-	defer home.Close()
-	ns, err := netns.New()
-	if err != nil {
-		return fmt.Errorf("make a network namespace: %w", err)
+		return err
 	}
 	defer ns.Close()
-	if err := netns.Set(home); err != nil {
-		return fmt.Errorf("go back to this thread's namespace: %w", err)
-	}
-	runtime.UnlockOSThread()
 	const bit, lo = 1 << 29, 1
 	s, err := loadShutter(bit)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	return inside(ns, func(h *netlink.Handle) error {
+	return slot.Inside(ns, func(h *netlink.Handle) error {
 		return errors.Join(s.attach(h, lo), shutFamily(h, netlink.FAMILY_V4, bit))
 	})
 }

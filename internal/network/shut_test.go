@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -129,7 +130,7 @@ func TestWithoutRulesAndServerNothingPasses(t *testing.T) {
 	spoof := netip.MustParseAddr("192.88.99.7")
 	sendAs(t, l, spoof, targets[0])
 	left := func(p packet) bool {
-		return w.plan.subnet4.Contains(p.src.Addr()) || w.plan.subnet6.Contains(p.src.Addr())
+		return w.plan.Subnet4.Contains(p.src.Addr()) || w.plan.Subnet6.Contains(p.src.Addr())
 	}
 	if got := tap.count(func(p packet) bool { return left(p) || p.src.Addr() == spoof }); got > 0 {
 		t.Errorf("%d packets left", got)
@@ -230,11 +231,11 @@ func TestTheHostsAddressesAreFollowed(t *testing.T) {
 		if !judged() {
 			t.Errorf("%s is the host's before it has it", own.Addr())
 		}
-		if err := netlink.AddrAdd(up, ipNet(own)); err != nil {
+		if err := netlink.AddrAdd(up, slot.Address(own)); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "a new address is in the floor", func() bool { return !judged() && !p.AnswerAllowed("example.com", own.Addr()) })
-		if err := netlink.AddrDel(up, ipNet(own)); err != nil {
+		if err := netlink.AddrDel(up, slot.Address(own)); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "an address that is gone is not", judged)

@@ -135,7 +135,7 @@ func (n *Network) namedSet(name string) *nftables.Set {
 	s := &nftables.Set{Table: n.table(), Name: name, KeyType: nftables.TypeIFIndex, KeyByteOrder: binaryutil.NativeEndian}
 	switch name {
 	case setSlots: // of a known size, which makes a quicker table
-		s.IsMap, s.DataType, s.Size = true, nftables.TypeVerdict, uint32(n.plan.capacity())
+		s.IsMap, s.DataType, s.Size = true, nftables.TypeVerdict, uint32(n.plan.Capacity())
 	case setMarks:
 		s.IsMap, s.DataType = true, nftables.TypeMark
 	case setKeys:
@@ -356,7 +356,7 @@ func (n *Network) hook(name string, hook *nftables.ChainHook, priority nftables.
 
 // addHooks fills the chains packets enter by.
 func (n *Network) addHooks(tx *transaction) {
-	ours := n.plan.prefix()
+	ours := n.plan.Prefix()
 	pin := tx.AddChain(n.hook(chainPin, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw))
 	tx.rules(pin,
 		when(iifStartsNot(ours), accept()),

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -292,10 +293,10 @@ func TestTheTransparentPathSurvivesReversePathChecks(t *testing.T) {
 	l := w.lease()
 	for _, key := range []string{"all/rp_filter", "all/src_valid_mark", l.Link + "/rp_filter", "lo/rp_filter"} {
 		path := "net/ipv4/conf/" + key
-		if err := writeSysctl(path, "1"); err != nil {
+		if err := sysctl.Write(path, "1"); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = writeSysctl(path, "0") })
+		t.Cleanup(func() { _ = sysctl.Write(path, "0") })
 	}
 	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"example.com"}})
 	for _, to := range []string{"198.51.100.10:443", "[2001:db8:2::10]:80"} {

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
 
 // Uninstall removes everything that a server of this Config's name made in the kernel:
@@ -25,23 +27,23 @@ func (n *Network) Uninstall(_ context.Context) error {
 		tx.AddTable(n.table())
 		tx.DelTable(n.table())
 	})
-	files, lerr := os.ReadDir(n.plan.dir)
+	files, lerr := os.ReadDir(n.plan.Dir)
 	if lerr != nil && !errors.Is(lerr, os.ErrNotExist) {
 		err = errors.Join(err, lerr)
 	}
-	var doomed []*slot
-	for i := range n.plan.capacity() {
-		l := n.plan.lease(i, true)
+	var doomed []*slotState
+	for i := range n.plan.Capacity() {
+		l := n.plan.Lease(i, true)
 		named := slices.ContainsFunc(files, func(f os.DirEntry) bool { return f.Name() == l.Link })
 		if links[l.Link] != nil || named {
-			doomed = append(doomed, &slot{num: i, lease: l})
+			doomed = append(doomed, &slotState{Slot: n.plan.Slot(i, true)})
 		}
 	}
 	if len(doomed) > 0 {
 		err = errors.Join(err, n.forgetFlows(doomed))
 	}
 	for _, s := range doomed {
-		err = errors.Join(err, n.destroy(s))
+		err = errors.Join(err, s.Destroy(n.link))
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -53,7 +55,7 @@ func (n *Network) Uninstall(_ context.Context) error {
 	for i := range n.owners {
 		n.owners[i].Store(nil)
 	}
-	_ = os.Remove(n.plan.dir) // not ours alone: it stays when it is not empty
+	_ = os.Remove(n.plan.Dir) // not ours alone: it stays when it is not empty
 	return errors.Join(err, n.unprepareHost())
 }
 
@@ -122,7 +124,7 @@ func (n *Network) unreserveSourcePorts() error {
 	if text == "" {
 		text = "\n" // an empty write would change nothing
 	}
-	if err := writeSysctl(reservedPorts, text); err != nil {
+	if err := sysctl.Write(reservedPorts, text); err != nil {
 		return err
 	}
 	return os.Remove(n.reservedFile())
