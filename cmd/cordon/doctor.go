@@ -76,7 +76,7 @@ func examine(ctx context.Context, cfg *config) []finding {
 	if root := checkRoot(); !root.ok { // the other checks would blame the machine for it
 		return []finding{root, checkKernel(), checkCgroups(), checkMmdebstrap(), checkNames(ctx, cfg)}
 	}
-	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkShut(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
+	out := []finding{checkRoot(), checkKernel(), checkNetns(), checkNftables(), checkGuard(cfg), checkForward(cfg), checkCgroups(), checkMmdebstrap()}
 	out = append(out, checkSourcePorts(ctx, cfg), checkPublic(cfg), checkTracker(ctx, cfg))
 	out = append(out, checkPorts(ctx, cfg)...)
 	return append(out, checkNames(ctx, cfg), checkDisk("state", cfg.StateDir, 1), checkDisk("images", cfg.CacheDir, 3), checkImages(cfg.imagesDir()))
@@ -150,10 +150,10 @@ func checkNftables() finding {
 	return f
 }
 
-// checkShut looks for what keeps sandboxes closed when somebody flushes the rules.
-func checkShut(cfg *config) finding {
-	f := finding{name: "second lock", warn: true, mend: "load it: sudo modprobe sch_ingress cls_bpf, then restart the server; without it whoever flushes nftables opens the sandboxes until the server puts its rules back"}
-	if err := network.CheckShut(cfg.Name); err != nil {
+// checkGuard looks at the fail-closed guard, which drops packets while the nftables rules are gone.
+func checkGuard(cfg *config) finding {
+	f := finding{name: "fail-closed guard", warn: true, mend: "load it: sudo modprobe sch_ingress cls_bpf, then restart the server; without it, flushing the nftables rules opens the sandboxes until the server puts them back"}
+	if err := network.CheckGuard(cfg.Name); err != nil {
 		f.say = err.Error()
 		return f
 	}

@@ -54,7 +54,7 @@ func TestTwoServersDoNotShareASubnet(t *testing.T) {
 			}
 		})
 	}
-	if err := CheckShut("t"); err != nil {
-		t.Errorf("the end of one server takes the other's lock: %v", err)
+	if err := CheckGuard("t"); err != nil {
+		t.Errorf("the end of one server takes the other's guard: %v", err)
 	}
 }

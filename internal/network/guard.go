@@ -1,115 +1,68 @@
 package network
 
 import (
-	"context"
 	"errors"
-	"fmt"
+	"log/slog"
+	"maps"
+	"math/bits"
 	"slices"
-	"time"
 
-	"github.com/google/nftables"
-	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/failclosed"
 )
 
-// guardTable puts the table back when somebody deletes it: a restart of the
-// distribution's nftables service flushes the rules of everybody. Without the
-// table sandboxes would be routed like any other link.
-func (n *Network) guardTable(ctx context.Context) error {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: 1 << (unix.NFNLGRP_NFTABLES - 1)})
+// guardBit is the mark of packets that no rule has cleared.
+func (n *Network) guardBit() uint32 { return bits.RotateLeft32(n.cfg.Mark, 1) }
+
+// loadGuard loads the fail-closed guard and puts its routing rules in place. A kernel
+// that cannot have it is logged, here and by doctor.
+func (n *Network) loadGuard() error {
+	g, err := failclosed.Load(n.guardBit())
+	if err == nil {
+		err = failclosed.Try()
+	}
 	if err != nil {
-		return fmt.Errorf("guard the table: open netlink: %w", err)
+		n.cfg.Log.Warn("this kernel lacks what the fail-closed guard needs: if the nftables rules are flushed, the sandboxes are open until the server has put them back", "err", err)
+		return g.Close()
 	}
-	defer c.Close()
-	if err := c.SetReadBuffer(eventBuffer); err != nil {
-		return fmt.Errorf("guard the table: enlarge the buffer: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	for {
-		// Nothing may have happened between Reconcile and Dial, or while events were lost.
-		if err := n.ensureTable(); err != nil {
-			n.cfg.Log.Error("put the deleted table back", "err", err)
-			if !sleep(ctx, 100*time.Millisecond) {
-				return nil
-			}
-			continue
-		}
-		if err := awaitDeletion(c); err != nil && !errors.Is(err, unix.ENOBUFS) {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return fmt.Errorf("guard the table: %w", err)
-		}
-	}
+	n.guard = g
+	return n.routeGuard()
 }
 
-// awaitDeletion returns when some table was deleted.
-func awaitDeletion(c *netlink.Conn) error {
-	const deleted = netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_DELTABLE)
-	for {
-		msgs, err := c.Receive()
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(msgs, func(m netlink.Message) bool { return m.Header.Type == deleted }) {
-			return nil
-		}
+// routeGuard puts the guard's routing rules in place again if they were removed.
+func (n *Network) routeGuard() error {
+	if n.guard == nil {
+		return nil
 	}
+	return n.guard.Route(n.link, n.familyIDs()...)
 }
 
-// sleep waits, and reports false when ctx ended first.
-func sleep(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
+// attachGuard puts the guard on a link.
+func (n *Network) attachGuard(link int) error {
+	if n.guard == nil {
+		return nil
 	}
+	return n.guard.Attach(n.link, link)
 }
 
-// ensureTable makes the table anew if it is gone.
-func (n *Network) ensureTable() error {
-	there, err := n.hasTable()
-	if err == nil && there && !n.hidden.Load() {
-		return n.hide() // it failed when the table was put back
-	}
-	if err != nil || there {
+// CheckGuard reports why the sandboxes of the server called name, or those of one to
+// come, would be open without nftables rules.
+func CheckGuard(name string) error {
+	if err := failclosed.Try(); err != nil {
 		return err
 	}
-	n.cfg.Log.Error("somebody deleted the table that confines the sandboxes; putting it back", "table", n.table().Name)
-	n.mu.Lock()
-	slots := make([]*slotState, 0, len(n.slots))
-	for _, s := range n.slots {
-		if s != nil {
-			slots = append(slots, s)
-		}
-	}
-	n.mu.Unlock()
-	var kept []adopted
-	for _, s := range slots {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.retired {
-			continue
-		}
-		k := adopted{slot: s}
-		if o := n.owners[s.Num].Load(); o != nil && !o.gone {
-			k.id, k.policy = o.id, o.policy
-		}
-		kept = append(kept, k)
-	}
-	if there, err = n.hasTable(); err != nil || there {
+	n, err := New(Config{Name: name, Flows: unrecorded{}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
 		return err
 	}
-	return n.replaceTable(kept)
+	links, err := n.ourLinks()
+	if err == nil && len(links) > 0 {
+		err = failclosed.Check(n.link, n.guardBit(), n.familyIDs(), slices.Collect(maps.Values(links)))
+	}
+	return errors.Join(err, n.Close())
 }
 
-func (n *Network) hasTable() (there bool, err error) {
-	err = n.kern.read(func(c *nftables.Conn) error {
-		tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
-		there = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == n.table().Name })
-		return err
-	})
-	return there, err
-}
+// unrecorded records nothing.
+type unrecorded struct{}
+
+func (unrecorded) Record(flowlog.Event) {}

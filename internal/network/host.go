@@ -46,7 +46,7 @@ func (n *Network) prepareHost() error {
 	if err := n.routeMarked(lo); err != nil {
 		return err
 	}
-	return n.prepareShut()
+	return n.loadGuard()
 }
 
 // The tracker's settings: bytes of each flow for the flow log, and how long it lived.
@@ -134,6 +134,14 @@ func (n *Network) families() []familySetup {
 		out = append(out, familySetup{netlink.FAMILY_V6, slot.Address(slot.Everything(netip.IPv6Unspecified())).IPNet, slot.Address(n.cfg.Subnet6).IPNet})
 	}
 	return out
+}
+
+// familyIDs are the address families that the kernel speaks, as netlink numbers them.
+func (n *Network) familyIDs() (ids []int) {
+	for _, f := range n.families() {
+		ids = append(ids, f.id)
+	}
+	return ids
 }
 
 func (n *Network) markRule(f familySetup) *netlink.Rule {

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/failclosed"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
@@ -490,7 +491,7 @@ func nothingLeft(t testing.TB, cfg Config) {
 		t.Fatal(err)
 	}
 	for _, r := range rules {
-		if r.Priority == rulePriority || r.Mark == 1<<29 || r.Priority == localMeant {
+		if r.Priority == rulePriority || r.Mark == 1<<29 || r.Priority == failclosed.LocalWait {
 			t.Errorf("routing rule %s is left", r)
 		}
 	}

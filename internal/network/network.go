@@ -24,6 +24,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/failclosed"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -179,8 +180,8 @@ type Network struct {
 	ct   *tracker
 	v6   bool // new slots get IPv6
 
-	hidden  atomic.Bool // the table's rules for source ports are in force
-	shutter *shutter    // nil before Reconcile, or where the kernel lacks it
+	hidden atomic.Bool       // the table's rules for source ports are in force
+	guard  *failclosed.Guard // nil before Reconcile, or where the kernel lacks what it needs
 
 	around atomic.Pointer[near]
 	nat64  atomic.Pointer[[]netip.Prefix] // the network's own prefixes
@@ -299,9 +300,9 @@ func (n *Network) Run(ctx context.Context) error {
 func (n *Network) Close() error {
 	n.kern.close()
 	n.ct.close()
-	n.shutter.close()
+	err := n.guard.Close()
 	n.link.Close()
-	return nil
+	return err
 }
 
 // HasIPv6 reports whether slots get IPv6 addresses.

@@ -89,7 +89,7 @@ func (n *Network) prepare() (*slotState, error) {
 		return nil, err
 	}
 	s := &slotState{Slot: n.plan.Slot(i, n.v6)}
-	err = s.Build(n.link, n.shut)
+	err = s.Build(n.link, n.attachGuard)
 	if err == nil {
 		if err = n.admit(s); err != nil {
 			err = errors.Join(err, s.Destroy(n.link))

@@ -117,12 +117,12 @@ func (n *Network) restore(s *slotState, links map[string]netlink.Link) error {
 	delete(links, s.Lease.Link) // what stays in links is to be removed
 	if linked && slot.IsNetns(s.Lease.NetNS) {
 		s.Index = uint32(link.Attrs().Index)
-		return n.shut(int(s.Index)) // an earlier version may not have
+		return n.attachGuard(int(s.Index)) // an earlier version may not have
 	}
 	if err := s.Destroy(n.link); err != nil {
 		return err
 	}
-	return s.Build(n.link, n.shut)
+	return s.Build(n.link, n.attachGuard)
 }
 
 // readBack learns from the table of an earlier process which marks its flows

@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/failclosed"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
 
@@ -72,11 +73,11 @@ func (n *Network) unprepareHost() error {
 			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
 		}
 	}
-	return errors.Join(all, n.unshutRoutes(), n.unreserveSourcePorts())
+	return errors.Join(all, n.unrouteGuard(), n.unreserveSourcePorts())
 }
 
-// unshutRoutes takes the rules away, unless another server needs them.
-func (n *Network) unshutRoutes() error {
+// unrouteGuard takes the rules away, unless another server needs them.
+func (n *Network) unrouteGuard() error {
 	var all error
 	for _, f := range n.families() {
 		rules, err := n.link.RuleList(f.id)
@@ -88,7 +89,9 @@ func (n *Network) unshutRoutes() error {
 			others = others || r.Priority == rulePriority
 		}
 		if !others {
-			all = errors.Join(all, ignore(n.link.RuleDel(shutRule(f.id, n.shutBit())), unix.ENOENT))
+			if err := n.link.RuleDel(failclosed.Rule(f.id, n.guardBit())); err != nil && !errors.Is(err, unix.ENOENT) {
+				all = errors.Join(all, err)
+			}
 		}
 	}
 	return all

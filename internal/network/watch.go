@@ -48,5 +48,5 @@ func (n *Network) keepRoutes() error {
 	if err != nil {
 		return fmt.Errorf("find lo: %w", err)
 	}
-	return errors.Join(n.routeMarked(lo), n.shutRoutes())
+	return errors.Join(n.routeMarked(lo), n.routeGuard())
 }

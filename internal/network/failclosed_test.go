@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/failclosed"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -100,7 +101,7 @@ func TestWithoutRulesAndServerNothingPasses(t *testing.T) {
 	host := listenHost(t, ":9999")
 	defer host.Close()
 	tap := w.tap()
-	if err := CheckShut(w.cfg.Name); err != nil {
+	if err := CheckGuard(w.cfg.Name); err != nil {
 		t.Errorf("doctor would say: %v", err)
 	}
 	w.halt()
@@ -146,20 +147,20 @@ func TestWithoutRulesAndServerNothingPasses(t *testing.T) {
 		t.Errorf("a denied destination after the server is back: %v", err)
 	}
 
-	// The proof that all this tests something: without the second lock it is open.
+	// The proof that all this tests something: without the fail-closed guard it is open.
 	w.halt()
 	flush(t)
-	if err := w.link.RuleDel(shutRule(netlink.FAMILY_V4, w.shutBit())); err != nil {
+	if err := w.link.RuleDel(failclosed.Rule(netlink.FAMILY_V4, w.guardBit())); err != nil {
 		t.Fatal(err)
 	}
-	if CheckShut(w.cfg.Name) == nil {
+	if CheckGuard(w.cfg.Name) == nil {
 		t.Error("doctor would see nothing")
 	}
 	sendAs(t, l, spoof, targets[0])
 	if !reaches(l, targets[4]) || tap.count(func(p packet) bool { return p.src.Addr() == spoof }) != 1 || !heardPlain(t, l) {
 		t.Error("without rules and routes it should be open")
 	}
-	if err := shutFamily(w.link, netlink.FAMILY_V4, w.shutBit()); err != nil {
+	if err := w.guard.Route(w.link, netlink.FAMILY_V4); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background()) // for halt, when the test ends
@@ -206,11 +207,11 @@ func TestRoutingRulesComeBack(t *testing.T) {
 	w := start(t)
 	w.lease()
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		if err := w.link.RuleDel(shutRule(family, w.shutBit())); err != nil {
+		if err := w.link.RuleDel(failclosed.Rule(family, w.guardBit())); err != nil {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "the rules are back", func() bool { return CheckShut(w.cfg.Name) == nil })
+	eventually(t, "the rules are back", func() bool { return CheckGuard(w.cfg.Name) == nil })
 }
 
 func TestTheHostsAddressesAreFollowed(t *testing.T) {
