@@ -29,6 +29,7 @@ var allowed = map[string][]string{
 	"internal/egress":              {"internal/share", "internal/policy", "internal/flowlog"},
 	"internal/resolver":            {"internal/share", "internal/policy", "internal/flowlog"},
 	"internal/network":             {"internal/share", "internal/sandbox", "internal/policy", "internal/flowlog"},
+	"internal/network/conntrack":   {"internal/policy"},
 	"internal/network/failclosed":  {"internal/network/slot"},
 	"internal/network/slot":        {"internal/network/sysctl", "internal/sandbox"},
 	"internal/network/sysctl":      {},

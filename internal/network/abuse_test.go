@@ -8,9 +8,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ti-mo/conntrack"
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 
+	"github.com/cordonhq/cordon/internal/network/conntrack"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -18,17 +19,14 @@ import (
 // tracked counts the flows that the tracker holds of a slot, towards a port.
 func (w *world) tracked(l sandbox.Lease, port uint16) (count int) {
 	w.t.Helper()
-	err := w.ct.call(func(c *conntrack.Conn) error {
-		flows, err := c.Dump(nil)
-		for _, f := range flows {
-			if f.TupleOrig.IP.SourceAddress == l.Addr4.Addr() && f.TupleOrig.Proto.DestinationPort == port {
-				count++
-			}
-		}
-		return err
-	})
+	flows, err := w.ct.Flows(conntrack.Mark{}) // whatever their mark
 	if err != nil {
 		w.t.Fatal(err)
+	}
+	for _, f := range flows {
+		if conntrack.Src(f).Addr() == l.Addr4.Addr() && conntrack.Dst(f).Port() == port {
+			count++
+		}
 	}
 	return count
 }
@@ -129,11 +127,11 @@ func portUnreachable(l sandbox.Lease, from, to netip.AddrPort) error {
 	binary.BigEndian.PutUint16(ip[2:], 29)
 	copy(ip[12:], from.Addr().AsSlice())
 	copy(ip[16:], to.Addr().AsSlice())
-	binary.BigEndian.PutUint16(ip[10:], checksum(ip[:20]))
+	binary.BigEndian.PutUint16(ip[10:], ^checksum.Checksum(ip[:20], 0))
 	binary.BigEndian.PutUint16(ip[20:], from.Port())
 	binary.BigEndian.PutUint16(ip[22:], to.Port())
 	binary.BigEndian.PutUint16(ip[24:], 9)
-	binary.BigEndian.PutUint16(m[2:], checksum(m))
+	binary.BigEndian.PutUint16(m[2:], ^checksum.Checksum(m, 0))
 	return inNamespace(l.NetNS, func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP)
 		if err != nil {
@@ -144,22 +142,19 @@ func portUnreachable(l sandbox.Lease, from, to netip.AddrPort) error {
 	})
 }
 
-// TestASlotRestsUntilItsFlowsAreForgotten breaks the connection to the tracker:
+// TestASlotRestsUntilItsFlowsAreForgotten closes the connection to the tracker:
 // the slot must not go before its flows do.
 func TestASlotRestsUntilItsFlowsAreForgotten(t *testing.T) {
 	w := start(t)
 	l := w.lease()
 	w.apply(l, policy.Input{})
-	w.halt() // so that nobody else empties the trash
+	w.halt() // so that only the test empties the trash
 	if err := w.Release(context.Background(), l); err != nil {
 		t.Fatal(err)
 	}
-	w.ct.mu.Lock()
-	if w.ct.conn == nil {
-		t.Fatal("no connection to break")
+	if err := w.ct.Close(); err != nil {
+		t.Fatal(err)
 	}
-	w.ct.conn.Close()
-	w.ct.mu.Unlock()
 	there := func() bool {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -168,6 +163,7 @@ func TestASlotRestsUntilItsFlowsAreForgotten(t *testing.T) {
 	if err := w.deleteReleased(); err == nil || !there() {
 		t.Errorf("with the tracker out of reach: error %v, slot there: %t", err, there())
 	}
+	w.ct = &conntrack.Tracker{}
 	if err := w.deleteReleased(); err != nil || there() {
 		t.Errorf("afterwards: error %v, slot there: %t", err, there())
 	}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/conntrack"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -32,65 +33,38 @@ func (n *Network) lost() {
 	}
 }
 
-// followFlows records the beginning and end of flows that the kernel forwards.
+// followFlows records the beginning and end of flows that the kernel forwards: those
+// that carry a slot's mark and are not the proxy's.
 func (n *Network) followFlows(ctx context.Context) error {
-	s, err := openTracked()
-	if err != nil {
-		return fmt.Errorf("follow flows: %w", err)
-	}
-	interrupted := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() { defer close(interrupted); s.interrupt() })
-	defer func() {
-		if !stop() {
-			<-interrupted
-		}
-		_ = s.close()
-	}()
-	in := newInbox()
-	for {
-		if err := s.wait(); err != nil {
-			return fmt.Errorf("wait for flows: %w", err)
-		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err := s.read(in, n.recordFlow, n.lost); err != nil {
-			return fmt.Errorf("follow flows: %w", err)
-		}
-		select { // let some gather
-		case <-ctx.Done():
-			return nil
-		case <-time.After(trackedBatch):
-		}
-	}
+	return conntrack.Watch(ctx, conntrack.Mark{Value: markTag, Mask: markTagMask | markProxied}, eventBuffer, n.recordFlow, n.lost)
 }
 
 // recordFlow records one event of the tracker, if it is about a slot's own flow.
-func (n *Network) recordFlow(f tracked) {
-	i, proxied, ok := slotOfMark(f.mark)
+func (n *Network) recordFlow(f conntrack.Event) {
+	i, proxied, ok := slotOfMark(f.Mark)
 	if !ok || proxied {
 		return
 	}
-	if at, ours := n.plan.SlotOf(f.src.Addr()); !ours || at != i {
+	if at, ours := n.plan.SlotOf(f.Src.Addr()); !ours || at != i {
 		return
 	}
 	o := n.owners[i].Load()
 	if o == nil || o.policy == nil {
 		return
 	}
-	flow := policy.Flow{Proto: f.proto, Dst: f.dst}
+	flow := policy.Flow{Proto: f.Proto, Dst: f.Dst}
 	out := flowlog.Event{
 		Time: time.Now(), Sandbox: string(o.id), Generation: o.policy.Generation(), Layer: flowlog.LayerKernel,
-		Proto: protoName(flow.Proto), Src: f.src, Dst: flow.Dst, Upstream: flow.Dst,
+		Proto: protoName(flow.Proto), Src: f.Src, Dst: flow.Dst, Upstream: flow.Dst,
 	}
 	v := explain(o.policy, flow)
 	out.Rule, out.Reason = v.rule, v.reason
 	switch {
-	case f.ended:
+	case f.Ended:
 		out.Verdict = flowlog.Closed
-		out.BytesOut, out.BytesIn = int64(f.bytesOut), int64(f.bytesIn)
-		if f.start != 0 && f.stop > f.start {
-			out.Duration = time.Duration(f.stop - f.start)
+		out.BytesOut, out.BytesIn = int64(f.BytesOut), int64(f.BytesIn)
+		if f.Start != 0 && f.Stop > f.Start {
+			out.Duration = time.Duration(f.Stop - f.Start)
 		}
 	case v.observed:
 		out.Verdict = flowlog.Observed

@@ -31,7 +31,7 @@ func (w *world) tap() *wiretap {
 	w.t.Helper()
 	tap := &wiretap{done: make(chan struct{})}
 	enter(w.t, w.internet, func() (err error) {
-		tap.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(bigEndian(unix.ETH_P_ALL)))
+		tap.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(networkOrder(unix.ETH_P_ALL)))
 		if err != nil {
 			return err
 		}
@@ -41,7 +41,7 @@ func (w *world) tap() *wiretap {
 		}
 		return errors.Join(
 			unix.SetsockoptTimeval(tap.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 20000}),
-			unix.Bind(tap.fd, &unix.SockaddrLinklayer{Protocol: bigEndian(unix.ETH_P_ALL), Ifindex: i.Index}))
+			unix.Bind(tap.fd, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_ALL), Ifindex: i.Index}))
 	})
 	stop := make(chan struct{})
 	go func() {

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"encoding/binary"
 	"io"
 	"log/slog"
 	"net"
@@ -10,12 +11,16 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
 type flowEvent = flowlog.Event
+
+// networkOrder returns v as it lies in memory in network order.
+func networkOrder(v uint16) uint16 { return binary.NativeEndian.Uint16(big16(v)) }
 
 // listenIn listens inside a slot.
 func listenIn(t testing.TB, l sandbox.Lease, addr string) net.Listener {
@@ -72,7 +77,7 @@ func echoICMP(l sandbox.Lease, to netip.Addr, kind byte) error {
 	}
 	m := make([]byte, 20)
 	m[0], m[5] = kind, 1
-	sum := checksum(m)
+	sum := ^checksum.Checksum(m, 0)
 	m[2], m[3] = byte(sum>>8), byte(sum)
 	if _, err := unix.Write(fd, m); err != nil {
 		return err

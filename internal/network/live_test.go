@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
@@ -529,7 +530,7 @@ func sendFrame(t testing.TB, l sandbox.Lease, mac net.HardwareAddr, src netip.Ad
 	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp)))
 	copy(ip[12:], src.AsSlice())
 	copy(ip[16:], to.Addr().AsSlice())
-	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+	binary.BigEndian.PutUint16(ip[10:], ^checksum.Checksum(ip, 0))
 	gate, err := net.InterfaceByName(l.Link)
 	if err != nil {
 		t.Fatal(err)
@@ -546,7 +547,7 @@ func sendFrame(t testing.TB, l sandbox.Lease, mac net.HardwareAddr, src netip.Ad
 		if err != nil {
 			return err
 		}
-		return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Protocol: bigEndian(unix.ETH_P_IP), Ifindex: i.Index, Halen: 6})
+		return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_IP), Ifindex: i.Index, Halen: 6})
 	})
 }
 

@@ -9,6 +9,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/conntrack"
 	"github.com/cordonhq/cordon/internal/network/failclosed"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
@@ -177,7 +179,7 @@ type Network struct {
 	plan slot.Plan // which slot has which address
 	kern *kernel
 	link *netlink.Handle
-	ct   *tracker
+	ct   *conntrack.Tracker
 	v6   bool // new slots get IPv6
 
 	hidden atomic.Bool       // the table's rules for source ports are in force
@@ -251,7 +253,7 @@ func New(cfg Config) (*Network, error) {
 		cfg: cfg, link: h,
 		plan:    slot.Plan{Name: cfg.Name, Dir: cfg.RunDir + "/netns", Subnet4: cfg.Subnet4, Subnet6: cfg.Subnet6, Most: maxSlots},
 		kern:    &kernel{},
-		ct:      &tracker{},
+		ct:      &conntrack.Tracker{},
 		ready:   make(chan *slotState, cfg.PoolSize),
 		wake:    make(chan struct{}, 1),
 		opened:  make(chan struct{}),
@@ -299,8 +301,7 @@ func (n *Network) Run(ctx context.Context) error {
 // sandboxes and their rules outlive the server.
 func (n *Network) Close() error {
 	n.kern.close()
-	n.ct.close()
-	err := n.guard.Close()
+	err := errors.Join(n.ct.Close(), n.guard.Close())
 	n.link.Close()
 	return err
 }

@@ -220,7 +220,7 @@ func TestEachRefusalNamesItsRule(t *testing.T) {
 		t.Fatal("no flow is marked:", flows, err)
 	}
 	for _, f := range flows { // as its timeout would
-		if err := w.forget(f); err != nil {
+		if err := w.ct.Forget(f); err != nil {
 			t.Fatal(err)
 		}
 	}

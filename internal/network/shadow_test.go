@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/conntrack"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -222,7 +223,7 @@ func (w *world) shadow(t *testing.T, l sandbox.Lease, s shadow, to netip.AddrPor
 			t.Fatal(err)
 		}
 		for _, f := range flows {
-			if f.TupleOrig.Proto.SourcePort == s.port && destination(f) == to {
+			if f.TupleOrig.Proto.SourcePort == s.port && conntrack.Dst(f) == to {
 				return func() error {
 					if err := <-done; err == nil {
 						return errors.New("is connected to the client")

@@ -10,9 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ti-mo/conntrack"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/conntrack"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -34,23 +34,20 @@ func TestWhatHasEndedLeavesTheTrackerSoon(t *testing.T) {
 		c.Close()
 		seen := false
 		for end := time.Now().Add(2 * time.Second); !seen && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-			err := w.ct.call(func(c *conntrack.Conn) error {
-				flows, err := c.Dump(nil)
-				for _, f := range flows {
-					if f.TupleOrig.IP.DestinationAddress != to.Addr() || f.ProtoInfo.TCP == nil {
-						continue
-					}
-					if most, over := ended[f.ProtoInfo.TCP.State]; over {
-						seen = true
-						if f.Timeout > most {
-							t.Errorf("%s stays for %d s; want %d", to, f.Timeout, most)
-						}
-					}
-				}
-				return err
-			})
+			flows, err := w.ct.Flows(conntrack.Mark{}) // whatever their mark
 			if err != nil {
 				t.Fatal(err)
+			}
+			for _, f := range flows {
+				if conntrack.Dst(f).Addr() != to.Addr() || f.ProtoInfo.TCP == nil {
+					continue
+				}
+				if most, over := ended[f.ProtoInfo.TCP.State]; over {
+					seen = true
+					if f.Timeout > most {
+						t.Errorf("%s stays for %d s; want %d", to, f.Timeout, most)
+					}
+				}
 			}
 		}
 		if !seen {

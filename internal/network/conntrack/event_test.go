@@ -1,4 +1,4 @@
-package network
+package conntrack
 
 import (
 	"encoding/binary"
@@ -51,49 +51,49 @@ func endOfFlow() []byte {
 	return b
 }
 
-func TestParseTracked(t *testing.T) {
+func TestParse(t *testing.T) {
 	whole := endOfFlow()
-	want := tracked{
-		ended: true, mark: 0xc0002001, proto: policy.TCP,
-		src: netip.MustParseAddrPort("10.223.0.2:32769"), dst: netip.MustParseAddrPort("198.51.100.10:7777"),
-		bytesOut: 1234, bytesIn: 5678, start: 1000, stop: 3000,
+	want := Event{
+		Ended: true, Mark: 0xc0002001, Proto: policy.TCP,
+		Src: netip.MustParseAddrPort("10.223.0.2:32769"), Dst: netip.MustParseAddrPort("198.51.100.10:7777"),
+		BytesOut: 1234, BytesIn: 5678, Start: 1000, Stop: 3000,
 	}
 	other := append([]byte{}, whole...)
 	binary.NativeEndian.PutUint16(other[4:], 3) // NLMSG_DONE
 	for _, c := range []struct {
 		name string
 		b    []byte
-		want []tracked
+		want []Event
 	}{
-		{"one event", whole, []tracked{want}},
-		{"two in one datagram", append(append([]byte{}, whole...), whole...), []tracked{want, want}},
-		{"a message of another kind before it", append(other, whole...), []tracked{want}},
+		{"one event", whole, []Event{want}},
+		{"two in one datagram", append(append([]byte{}, whole...), whole...), []Event{want, want}},
+		{"a message of another kind before it", append(other, whole...), []Event{want}},
 		{"a message cut off", whole[:len(whole)-4], nil},
 		{"nothing", nil, nil},
 	} {
-		var got []tracked
-		parseTracked(c.b, func(e tracked) { got = append(got, e) })
-		if d := cmp.Diff(c.want, got, cmp.AllowUnexported(tracked{}), cmpopts.EquateComparable(netip.AddrPort{})); d != "" {
+		var got []Event
+		parse(c.b, func(e Event) { got = append(got, e) })
+		if d := cmp.Diff(c.want, got, cmpopts.EquateComparable(netip.AddrPort{})); d != "" {
 			t.Errorf("%s: -want +got\n%s", c.name, d)
 		}
 	}
 }
 
-func TestParseTrackedAllocatesNothing(t *testing.T) {
+func TestParseAllocatesNothing(t *testing.T) {
 	b := endOfFlow()
 	var sum uint64
-	each := func(e tracked) { sum += e.bytesIn }
-	if n := testing.AllocsPerRun(100, func() { parseTracked(b, each) }); n > 0 {
+	each := func(e Event) { sum += e.BytesIn }
+	if n := testing.AllocsPerRun(100, func() { parse(b, each) }); n > 0 {
 		t.Errorf("%v allocations for an event, want none", n)
 	}
 }
 
-func FuzzParseTracked(f *testing.F) {
+func FuzzParse(f *testing.F) {
 	f.Add(endOfFlow())
 	f.Add(append(endOfFlow(), endOfFlow()[:30]...))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		count := 0
-		parseTracked(b, func(tracked) { count++ })
+		parse(b, func(Event) { count++ })
 		if count > len(b)/ctHeader {
 			t.Errorf("%d events in %d octets", count, len(b))
 		}
