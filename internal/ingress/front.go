@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
@@ -9,9 +10,10 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"strings"
 	"sync"
 	"time"
+
+	"github.com/pires/go-proxyproto"
 )
 
 // A proxy in front says who its client is in the first bytes of a connection
@@ -24,7 +26,8 @@ const (
 	frontBlock   = 4096 // of version 2, behind its first 16 octets; addresses and type-length-values
 )
 
-var frontSignature = []byte("\r\n\r\n\x00\r\nQUIT\n")
+// frontUnspecified is version 2 of a connection whose addresses the proxy does not say.
+var frontUnspecified = append(bytes.Clone(proxyproto.SIGV2), byte(proxyproto.PROXY), byte(proxyproto.UNSPEC))
 
 // fronted is a connection whose client is another than its peer.
 type fronted struct {
@@ -135,83 +138,57 @@ func (f *frontListener) identify(c net.Conn) net.Conn {
 // readFront reads a header and not one octet more. The zero address stands for the
 // peer itself: a health check of the proxy's.
 func readFront(r io.Reader) (netip.AddrPort, error) {
-	start := make([]byte, len(frontSignature))
-	if _, err := io.ReadFull(r, start); err != nil {
-		return netip.AddrPort{}, fmt.Errorf("read header of the PROXY protocol: %w", err)
-	}
-	if bytes.Equal(start, frontSignature) {
-		return readFrontBlock(r)
-	}
-	if !bytes.HasPrefix(start, []byte("PROXY ")) {
-		return netip.AddrPort{}, errors.New("it sends no header of the PROXY protocol: switch it on there, or take the address out of listen.trusted_proxies")
-	}
-	return readFrontLine(r, start)
-}
-
-// readFrontLine reads version 1, octet by octet: what follows is the client's.
-func readFrontLine(r io.Reader, line []byte) (netip.AddrPort, error) {
-	var b [1]byte
-	for !bytes.HasSuffix(line, []byte("\r\n")) {
-		if len(line) == frontLine {
-			return netip.AddrPort{}, errors.New("the PROXY line is too long")
-		}
-		if _, err := io.ReadFull(r, b[:]); err != nil {
-			return netip.AddrPort{}, fmt.Errorf("read PROXY line: %w", err)
-		}
-		line = append(line, b[0])
-	}
-	words := strings.Split(string(line[:len(line)-2]), " ")
-	if words[1] == "UNKNOWN" {
-		return netip.AddrPort{}, nil
-	}
-	if len(words) != 6 || words[1] != "TCP4" && words[1] != "TCP6" {
-		return netip.AddrPort{}, fmt.Errorf("the PROXY line %q is not of the form PROXY TCP4 source destination port port", line)
-	}
-	var ends [2]netip.AddrPort
-	for i := range ends {
-		addr, err := netip.ParseAddr(words[2+i])
-		port, ok := parsePort(words[4+i])
-		if err != nil || addr.Zone() != "" || addr.Is4() != (words[1] == "TCP4") || !ok && words[4+i] != "0" {
-			return netip.AddrPort{}, fmt.Errorf("the PROXY line %q has an address that is none", line)
-		}
-		ends[i] = netip.AddrPortFrom(addr.Unmap(), port)
-	}
-	return ends[0], nil
-}
-
-// readFrontBlock reads version 2 behind its signature.
-func readFrontBlock(r io.Reader) (netip.AddrPort, error) {
 	none := netip.AddrPort{}
-	var head [4]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return none, fmt.Errorf("read header of the PROXY protocol: %w", err)
+	raw, err := frontOctets(r)
+	if err != nil {
+		return none, err
 	}
-	size := int(binary.BigEndian.Uint16(head[2:]))
-	if size > frontBlock {
-		return none, fmt.Errorf("the PROXY header has %d octets, the limit is %d", size, frontBlock)
-	}
-	block := make([]byte, size)
-	if _, err := io.ReadFull(r, block); err != nil {
-		return none, fmt.Errorf("read header of the PROXY protocol: %w", err)
-	}
-	switch head[0] {
-	case 0x20: // LOCAL: whatever follows is to be ignored
+	if bytes.HasPrefix(raw, frontUnspecified) { // the package refuses it, as receivers may
 		return none, nil
-	case 0x21: // PROXY
+	}
+	h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(raw), len(raw)))
+	if err != nil {
+		return none, fmt.Errorf("the PROXY header %.60q: %w", raw, err)
+	}
+	if h.Command.IsLocal() {
+		return none, nil
+	}
+	if addr, ok := h.SourceAddr.(*net.TCPAddr); ok {
+		client := addr.AddrPort()
+		return netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), nil
+	}
+	return none, fmt.Errorf("the PROXY header is of the family %#x, which is not TCP's", byte(h.TransportProtocol))
+}
+
+// frontOctets reads as many octets as the header says that it has.
+func frontOctets(r io.Reader) ([]byte, error) {
+	raw := make([]byte, len(proxyproto.SIGV2), frontLine)
+	_, err := io.ReadFull(r, raw)
+	switch {
+	case err != nil:
+	case bytes.HasPrefix(raw, []byte("PROXY ")):
+		for b := make([]byte, 1); err == nil && raw[len(raw)-1] != '\n' && len(raw) < frontLine; { // what follows is the client's
+			if _, err = io.ReadFull(r, b); err == nil {
+				raw = append(raw, b...)
+			}
+		}
+	case bytes.Equal(raw, proxyproto.SIGV2):
+		head := make([]byte, 4)
+		if _, err = io.ReadFull(r, head); err != nil {
+			break
+		}
+		size := int(binary.BigEndian.Uint16(head[2:]))
+		if size > frontBlock {
+			return nil, fmt.Errorf("the PROXY header has %d octets, the limit is %d", size, frontBlock)
+		}
+		block := make([]byte, size)
+		_, err = io.ReadFull(r, block)
+		raw = append(append(raw, head...), block...)
 	default:
-		return none, fmt.Errorf("the PROXY header has the version and command %#x", head[0])
+		return nil, errors.New("it sends no header of the PROXY protocol: switch it on there, or take the address out of listen.trusted_proxies")
 	}
-	switch head[1] {
-	case 0x11: // TCP over IPv4
-		if size >= 12 {
-			return netip.AddrPortFrom(netip.AddrFrom4([4]byte(block[:4])), binary.BigEndian.Uint16(block[8:])), nil
-		}
-	case 0x21: // TCP over IPv6
-		if size >= 36 {
-			return netip.AddrPortFrom(netip.AddrFrom16([16]byte(block[:16])).Unmap(), binary.BigEndian.Uint16(block[32:])), nil
-		}
-	case 0x00: // UNSPEC
-		return none, nil
+	if err != nil {
+		return nil, fmt.Errorf("read header of the PROXY protocol: %w", err)
 	}
-	return none, fmt.Errorf("the PROXY header is of the family %#x with %d octets of addresses", head[1], size)
+	return raw, nil
 }

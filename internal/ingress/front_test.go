@@ -12,11 +12,13 @@ import (
 	"testing"
 	"testing/iotest"
 	"time"
+
+	"github.com/pires/go-proxyproto"
 )
 
 // block makes a header of version 2.
 func block(command, family byte, body string) string {
-	return string(frontSignature) + string([]byte{command, family}) + string(binary.BigEndian.AppendUint16(nil, uint16(len(body)))) + body
+	return string(proxyproto.SIGV2) + string([]byte{command, family}) + string(binary.BigEndian.AppendUint16(nil, uint16(len(body)))) + body
 }
 
 const (
