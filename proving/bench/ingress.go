@@ -44,6 +44,7 @@ func (s *Ingress) Serve(c IngressConfig, _ *struct{}) error {
 		Lookup:  func(id string) (*ingress.Target, bool) { t, ok := targets[id]; return t, ok },
 		API:     http.NotFoundHandler(),
 		TLS:     &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12},
+		Limits:  ingress.Limits{ConnsPerSandbox: 1 << 17}, // one client, one sandbox: a source may hold a part of these
 	})
 	if err != nil {
 		return err
