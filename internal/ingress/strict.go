@@ -3,6 +3,7 @@ package ingress
 import (
 	"bytes"
 	"crypto/tls"
+	"errors"
 	"net"
 	"net/http"
 	"os"
@@ -58,6 +59,11 @@ const (
 	watchDelay = 5 * time.Millisecond
 )
 
+// errFields ends a connection whose client sends too many fields, before net/http
+// makes a map of them: one of three octets takes some hundred of ours, for as long as
+// the rest of the header takes to come.
+var errFields = errors.New("too many header fields")
+
 func (w *watched) Read(b []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -76,6 +82,9 @@ func (w *watched) Read(b []byte) (int, error) {
 		}
 		if w.octets.feed(b[:n]); w.hurry && !w.octets.midway() {
 			w.setRead(time.Time{})
+		}
+		if w.octets.many {
+			return 0, errFields
 		}
 		return n, err
 	}
@@ -201,6 +210,7 @@ func (w *watched) admits(r *http.Request) *refusal {
 // framing follows the messages of a connection.
 type framing struct {
 	begun bool
+	many  bool // too many fields of one head
 	at    phase
 	left  uint64 // octets of a body or chunk
 	line  []byte // the beginning of a line whose end has not come
@@ -344,7 +354,11 @@ func (f *framing) headLine(text []byte) {
 	case h.lines == 0:
 		h.lines, h.old = 1, bytes.HasSuffix(text, []byte(" HTTP/1.0"))
 		return
-	case isBlank(text[0]):
+	}
+	if h.lines++; h.lines-1 > fieldsMost {
+		f.many = true
+	}
+	if isBlank(text[0]) {
 		f.lose("a field of it goes on in a second line")
 		return
 	}
