@@ -70,11 +70,13 @@ var backendAddr = netip.MustParseAddrPort("127.0.0.1:9000")
 // loopback: routes and relays are compared, not wires.
 func ingressTable(ctx context.Context, r *run) error {
 	w := &world{r: r}
-	t, figures, err := w.compareFronts(ctx)
+	t, figures, grown, err := w.compareFronts(ctx)
 	if err == nil {
 		t.print(r.out)
 		fmt.Fprintf(r.out, "\nMemory of an idle WebSocket over TLS, %d of them; the program's own, without the kernel's sockets\n\n", r.idle(2))
 		printFigures(r.out, figures)
+		fmt.Fprintf(r.out, "\nMemory that the program needs more while %d GiB go up through it and as many down, over HTTP/1.1\n\n", bulkSize>>30)
+		printFigures(r.out, grown)
 		err = ctx.Err()
 	}
 	if cerr := w.close(); err == nil {
@@ -83,40 +85,41 @@ func ingressTable(ctx context.Context, r *run) error {
 	return err
 }
 
-func (w *world) compareFronts(ctx context.Context) (*table, []figure, error) {
+func (w *world) compareFronts(ctx context.Context) (t *table, figures, grown []figure, err error) {
 	ns, err := lab.NewNetns()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	w.closers = append(w.closers, ns.Close)
 	if err := prepareClient(ns); err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	backend, err := w.start(ns, roleServer)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	if err := backend.call(ctx, "Serve", ServerConfig{Web: backendAddr, Cert: w.r.cert.file}, nil); err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	client, err := w.start(ns, roleClient)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	facts, ids, err := w.r.sandboxHosts()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	t := frontMeasures(&way{name: "service itself", client: client, addr: func(l Load) Load { l.Kind, l.Addr = loadPlain, backendAddr; return l }}, facts.Hosts[0])
+	t = frontMeasures(&way{name: "service itself", client: client, addr: func(l Load) Load { l.Kind, l.Addr = loadPlain, backendAddr; return l }}, facts.Hosts[0])
 	add := func(name string, p *process, port uint16) {
 		to := netip.AddrPortFrom(backendAddr.Addr(), port)
 		t.ways = append(t.ways, &way{name: name, client: client, program: p, addr: func(l Load) Load { l.Addr = to; return l }})
 	}
 	if err := w.fronts(ctx, ns, t, facts, ids, add); err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	figures := w.r.perConnection(ctx, t.ways[1:], Load{Kind: holdUpgraded, Name: facts.Hosts[0], Conns: w.r.idle(2)}, 25)
-	return t, figures, t.run(ctx, w.r)
+	grown = w.r.growth(ctx, t.ways[1:], Load{Name: facts.Hosts[0], Conns: 1}, 16)
+	figures = w.r.perConnection(ctx, t.ways[1:], Load{Kind: holdUpgraded, Name: facts.Hosts[0], Conns: w.r.idle(2)}, 25)
+	return t, figures, grown, t.run(ctx, w.r)
 }
 
 // fronts starts cordon's ingress and the peers that are there, each on a port of

@@ -170,11 +170,11 @@ var (
 	switching = []byte("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
 )
 
-// serveHTTP answers requests without a body, of HTTP/1.1.
+// serveHTTP answers requests of HTTP/1.1; only those for bulk may have a body.
 func serveHTTP(c net.Conn) {
 	r := bufio.NewReaderSize(c, 1024)
 	for {
-		reply, last := answer, false
+		reply, last, bulk := answer, false, ""
 		for {
 			line, err := r.ReadSlice('\n')
 			if err != nil {
@@ -183,6 +183,9 @@ func serveHTTP(c net.Conn) {
 			if len(line) <= 2 {
 				break
 			}
+			if bytes.HasPrefix(line, []byte(bulkDown)) || bytes.HasPrefix(line, []byte(bulkUp)) {
+				bulk = string(line)
+			}
 			name, value, _ := bytes.Cut(bytes.ToLower(line), []byte(":"))
 			switch {
 			case string(name) == "connection" && bytes.Contains(value, []byte("close")):
@@ -190,6 +193,12 @@ func serveHTTP(c net.Conn) {
 			case string(name) == "upgrade":
 				reply = switching
 			}
+		}
+		if bulk != "" {
+			if serveBulk(c, r, bulk) != nil {
+				return
+			}
+			continue
 		}
 		if _, err := c.Write(reply); err != nil || last {
 			return
