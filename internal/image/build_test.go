@@ -74,7 +74,11 @@ func TestPackageTemplates(t *testing.T) {
 				t.Errorf("it starts %q, ready by %+v", img.Start, img.Ready)
 			}
 			checkRootfs(t, img.Rootfs)
-			checkCommands(t, img.Rootfs)
+			root := writable(t, img.Rootfs)
+			checkCommands(t, root)
+			if name == "code-interpreter-v1" {
+				checkNpm(t, root)
+			}
 			start = time.Now()
 			if err := l.Verify(t.Context(), name); err != nil {
 				t.Error(err)
@@ -86,9 +90,8 @@ func TestPackageTemplates(t *testing.T) {
 
 // checkCommands runs what SDKs and users rely on, over a writable layer as the
 // runtime adds one.
-func checkCommands(t *testing.T, rootfs string) {
+func checkCommands(t *testing.T, root string) {
 	t.Helper()
-	root := writable(t, rootfs)
 	for command, want := range map[string]string{
 		"id": "uid=1000(user) gid=1000(user) groups=1000(user)", "sudo -n id -u": "0", "umask": "0022", "pwd; echo ~": "/home/user\n/home/user",
 		"python -c 'print(6*7)'": "42", "python3 -m venv --without-pip v && v/bin/python -c 'print(1)'": "1", "pip --version": "pip ",
@@ -96,9 +99,26 @@ func checkCommands(t *testing.T, rootfs string) {
 		"tput -T xterm-256color colors":  "256", "git --version": "git version", "git daemon --bad 2>&1": "usage: git daemon", "locale": "LANG=C.UTF-8",
 		"curl --version": "https", "touch /usr/x": "Permission denied", "sudo -n touch /usr/x && ls /usr/x": "/usr/x",
 		"cat /etc/apt/sources.list.d/*": "Suites: ",
+		// Nothing listens at that address: a loopback interface is all there is to it.
+		"echo 'deb [trusted=yes] http://127.0.0.1:1/ x main' | sudo tee /etc/apt/sources.list.d/x.list >x; sudo apt-get -o Dir::Etc::sourceparts=/ -o Dir::Etc::sourcelist=/etc/apt/sources.list.d/x.list -o Acquire::Retries=0 update; echo exit $?": "exit 100",
 	} {
 		if out := chrootRun(t, root, command); !strings.Contains(out, want) {
 			t.Errorf("%s:\n%s\nwant %q", command, out, want)
+		}
+	}
+}
+
+// checkNpm sees that the settings of the image reach npm, and that a user's own win.
+func checkNpm(t *testing.T, root string) {
+	t.Helper()
+	for _, own := range []struct{ set, want string }{
+		{"", "1000\n5000"},
+		{"printf 'fetch-retry-mintimeout=7000\\n' >.npmrc; ", "7000\n5000"},
+		{"rm .npmrc; export npm_config_fetch_retry_maxtimeout=8000; ", "1000\n8000"},
+	} {
+		const command = "npm config get fetch-retry-mintimeout; npm config get fetch-retry-maxtimeout"
+		if out := chrootRun(t, root, own.set+command); !strings.Contains(out, own.want) {
+			t.Errorf("%s%s:\n%s\nwant %q", own.set, command, out, own.want)
 		}
 	}
 }

@@ -21,7 +21,8 @@ import (
 // HostTemplate is the name of the template that needs no build and no network.
 const HostTemplate = "host"
 
-// hostVersion changes when the skeleton's content does.
+// hostVersion changes when sandboxes need what is new in the skeleton. A change ends paused
+// sandboxes of the template, so settings that only help wait for the next change of packages.
 const hostVersion = "2"
 
 // hostSource makes skeletons for the host template: an own /etc and empty

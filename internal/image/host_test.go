@@ -29,7 +29,7 @@ func TestHostTemplateShowsOnlyWhatIsListed(t *testing.T) {
 		}
 	}
 	checkRootfs(t, img.Rootfs)
-	for _, secret := range []string{"etc/ssl/private", "etc/ssh", "etc/apt", "root/.ssh", "etc/krb5.keytab", "var/lib/dpkg", "usr/local/share/ca-certificates"} {
+	for _, secret := range []string{"etc/ssl/private", "etc/ssh", "etc/apt/auth.conf", "etc/apt/auth.conf.d", "etc/apt/sources.list", "etc/apt/sources.list.d", "etc/apt/trusted.gpg.d", "root/.ssh", "etc/krb5.keytab", "var/lib/dpkg", "usr/local/share/ca-certificates"} {
 		if _, err := os.Lstat(filepath.Join(img.Rootfs, secret)); err == nil {
 			t.Errorf("/%s of the machine is visible", secret)
 		}
@@ -76,6 +76,7 @@ func TestHostTemplateRuns(t *testing.T) {
 		"cat /etc/shadow":               "Permission denied",
 		"awk 'BEGIN { print 6*7 }'":     "42", // through /etc/alternatives
 		"touch /usr/bin/x":              "Read-only file system",
+		"apt-config dump":               `APT::Update::Error-Mode "any";`,
 	} {
 		out := chrootRun(t, img.Rootfs, command)
 		if !strings.Contains(out, want) {
