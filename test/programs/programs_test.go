@@ -1,6 +1,10 @@
 package programs_test
 
-import "strings"
+import (
+	"strings"
+
+	"github.com/cordonhq/cordon/proving/stand"
+)
 
 // program is one that users run, with a script for a URL of a registry or site.
 // In the script URL stands for "https://host" or "http://host", HOST for the host.
@@ -22,6 +26,7 @@ func node(code string) string {
 }
 
 const (
+	deno    = tools + "/node/node_modules/@deno/linux-x64-glibc/deno"
 	modules = "TOOLS/node/node_modules/"
 	emptyJS = `echo '{"name":"x","version":"1.0.0","packageManager":""}' | sed 's/,"packageManager":""//' >package.json; `
 	pom     = `cat >pom.xml <<'X'
@@ -66,7 +71,6 @@ func defaults() []program {
 			"printf '[source.crates-io]\\nreplace-with=\"r\"\\n[source.r]\\nregistry=\"sparse+URL/\"\\n' >cargo/config.toml; cargo fetch"},
 		{name: "go", needs: tools + "/go/bin/go", script: "printf 'module x\\n\\ngo 1.21\\n\\nrequire small.test/small v1.0.0\\n' >go.mod; GOPROXY=URL GONOSUMDB='*' go mod download"},
 		{name: "apt", script: aptScript("")},
-		{name: "apt, Error-Mode=any", script: aptScript("-o APT::Update::Error-Mode=any")},
 		{name: "apt, Acquire::Retries=0", script: aptScript("-o Acquire::Retries=0")},
 		{name: "mvn", needs: "/usr/share/maven/bin/mvn", script: pom + "printf '<settings><mirrors><mirror><id>r</id><mirrorOf>*</mirrorOf><url>URL/maven2</url></mirror></mirrors></settings>' >s.xml; " +
 			"/usr/share/maven/bin/mvn -B -q -s s.xml -Dmaven.repo.local=repo validate"},
@@ -95,9 +99,16 @@ func clients() []program {
 		{name: "undici 7", script: node(`import { request } from "undici"; const r = await request("URL/"); console.log(r.statusCode, await r.body.text()); process.exit(r.statusCode == 200 ? 0 : 1)`)},
 		{name: "axios", script: node(`import axios from "axios"; const r = await axios.get("URL/"); console.log(r.status)`)},
 		{name: "got", script: node(`import got from "got"; const r = await got("URL/"); console.log(r.statusCode)`)},
+		{name: "Deno cache", needs: deno, script: "echo 'import \"URL/small.ts\"' >x.ts; " + deno + " cache --allow-import x.ts"},
+		{name: "Deno fetch", needs: deno, script: "echo 'const r = await fetch(\"URL/\"); console.log(r.status, await r.text()); Deno.exit(r.ok ? 0 : 1)' >x.ts; " + deno + " run --allow-net x.ts"},
 		{name: "Go net/http", script: "TOOLS/bin/goclient get URL/"},
+		{name: "ureq", needs: tools + "/bin/ureqget", script: "TOOLS/bin/ureqget URL/"},
 		{name: "Java HttpClient", needs: tools + "/java/JavaClient.class", script: "$JAVA_HOME/bin/java -Xshare:auto -cp TOOLS/java JavaClient client URL/"},
 		{name: "Java URLConnection", needs: tools + "/java/JavaClient.class", script: "$JAVA_HOME/bin/java -Xshare:auto -cp TOOLS/java JavaClient connection URL/"},
+		// It exits 0 whatever it shows. Its launcher, /usr/bin/chromium, wants a folder in /etc.
+		{name: "Chromium", needs: stand.Chromium, script: "/usr/lib/chromium/chromium --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --user-data-dir=$PWD/profile " +
+			"--disable-background-networking --disable-component-update --no-first-run --dump-dom URL/ 2>errors >page || { cat errors; exit 9; }; " +
+			"if grep -o 'Page load failed: .*' errors; then exit 1; fi; sed 's/<[^>]*>/\\n/g' page; ! grep -q '# denied' page"},
 	}
 }
 

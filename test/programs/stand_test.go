@@ -99,6 +99,7 @@ type outcome struct {
 const environment = `export PATH=` + tools + `/rust/bin:` + tools + `/go/bin:/usr/bin:/bin GOROOT=` + tools + `/go HOME=$PWD CARGO_HOME=$PWD/cargo GOPATH=$PWD/gopath ` +
 	`GOCACHE=$PWD/gocache GOTOOLCHAIN=local GOFLAGS=-mod=mod PIP_DISABLE_PIP_VERSION_CHECK=1 npm_config_update_notifier=false npm_config_audit=false npm_config_fund=false ` +
 	`YARN_ENABLE_TELEMETRY=0 YARN_ENABLE_GLOBAL_CACHE=false COREPACK_ENABLE_DOWNLOAD_PROMPT=0 GIT_TERMINAL_PROMPT=0 CI=1 NO_COLOR=1 FORCE_COLOR=0 ` +
+	`DENO_TLS_CA_STORE=system DENO_NO_UPDATE_CHECK=1 DENO_DIR=$PWD/deno ` +
 	`NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt JAVA_HOME=/usr/lib/jvm/java-17-openjdk-amd64; `
 
 // run runs a program's script in an empty folder, for at most limit.
