@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"internal/network":             {"internal/share", "internal/sandbox", "internal/policy", "internal/flowlog"},
 	"internal/network/conntrack":   {"internal/policy"},
 	"internal/network/failclosed":  {"internal/network/slot"},
+	"internal/network/nft":         {"internal/policy"},
 	"internal/network/slot":        {"internal/network/sysctl", "internal/sandbox"},
 	"internal/network/sysctl":      {},
 	"internal/runtime/gvisor":      {"internal/share", "internal/sandbox"},

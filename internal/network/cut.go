@@ -4,12 +4,14 @@ import (
 	"net/netip"
 
 	"github.com/cordonhq/cordon/internal/network/conntrack"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // flowsOf returns the flows that the slot's rules accepted, under any policy.
 func (n *Network) flowsOf(s *slotState) ([]conntrack.Flow, error) {
-	flows, err := n.ct.Flows(conntrack.Mark{Value: markOf(s.Num, 0), Mask: markSlot})
+	mark, mask := nft.OfSlot(s.Num)
+	flows, err := n.ct.Flows(conntrack.Mark{Value: mark, Mask: mask})
 	kept := flows[:0]
 	for _, f := range flows { // another server's slot may have the same number
 		if src := conntrack.Src(f).Addr(); src == s.Lease.Addr4.Addr() || src == s.Lease.Addr6.Addr() {
@@ -29,7 +31,7 @@ func (n *Network) cutRefused(s *slotState, p *policy.Compiled) error {
 	}
 	var refused []conntrack.Flow
 	for _, f := range flows {
-		if _, proxied, _ := slotOfMark(f.Mark); !proxied && !p.Decide(policy.Flow{Proto: conntrack.Proto(f), Dst: conntrack.Dst(f)}).Allow {
+		if _, proxied, _ := nft.SlotOfMark(f.Mark); !proxied && !p.Decide(policy.Flow{Proto: conntrack.Proto(f), Dst: conntrack.Dst(f)}).Allow {
 			refused = append(refused, f)
 		}
 	}
@@ -38,7 +40,7 @@ func (n *Network) cutRefused(s *slotState, p *policy.Compiled) error {
 
 // cutAll ends every flow the slot's rules accepted.
 func (n *Network) cutAll(s *slotState) error {
-	if !s.applied {
+	if s.inForce == nil {
 		return nil
 	}
 	flows, err := n.flowsOf(s)

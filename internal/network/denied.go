@@ -5,8 +5,7 @@ import (
 	"maps"
 	"net/netip"
 
-	"github.com/google/nftables"
-
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -69,13 +68,7 @@ func (n *Network) storeDenied(next map[netip.AddrPort]int) (was map[netip.AddrPo
 	if was == nil {
 		was = map[netip.AddrPort]int{}
 	}
-	err = n.kern.do(func(tx *transaction) {
-		for name, elems := range n.deniedElements() {
-			s := n.namedSet(name)
-			tx.FlushSet(s)
-			tx.add(s, elems)
-		}
-	})
+	err = n.kern.do(func(b *nft.Batch) { n.table().SetDenied(b, next) })
 	if err == nil {
 		n.deniedInForce = next
 	}
@@ -93,49 +86,10 @@ func (n *Network) cutDenied() error {
 	var all error
 	for _, s := range slots {
 		s.mu.Lock()
-		if o := n.owners[s.Num].Load(); !s.retired && s.applied && o != nil && o.policy != nil {
+		if o := n.owners[s.Num].Load(); !s.retired && s.inForce != nil && o != nil && o.policy != nil {
 			all = errors.Join(all, n.cutRefused(s, o.policy))
 		}
 		s.mu.Unlock()
 	}
 	return all
-}
-
-// deniedElements are the elements of the sets, by name.
-func (n *Network) deniedElements() map[string][]nftables.SetElement {
-	out := map[string][]nftables.SetElement{setDenied4: nil, setDenied6: nil, setDeniedPorts4: nil, setDeniedPorts6: nil}
-	m := n.denied.Load()
-	if m == nil {
-		return out
-	}
-	for dst := range *m {
-		name := setDenied4
-		switch a := dst.Addr(); {
-		case dst.Port() == 0 && a.Is6():
-			name = setDenied6
-		case dst.Port() != 0 && a.Is4():
-			name = setDeniedPorts4
-		case dst.Port() != 0:
-			name = setDeniedPorts6
-		}
-		key := dst.Addr().AsSlice()
-		if dst.Port() != 0 {
-			key = withPort(dst.Addr(), dst.Port())
-		}
-		out[name] = append(out[name], nftables.SetElement{Key: key})
-	}
-	return out
-}
-
-// addDenied fills the chain. Where a name decides, on the proxy's ports, it returns: the
-// address may be others' too.
-func (n *Network) addDenied(tx *transaction) {
-	no := goTo(classDeny.chain())
-	tx.rules(n.chain(chainDenied),
-		when(l4proto(policy.TCP), dport(80), returns()),
-		when(l4proto(policy.TCP), dport(443), returns()),
-		when(daddrInSet(setDenied4, false, false), no),
-		when(daddrInSet(setDenied6, true, false), no),
-		when(ported(), daddrInSet(setDeniedPorts4, false, true), no),
-		when(ported(), daddrInSet(setDeniedPorts6, true, true), no))
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -65,7 +66,7 @@ func TestAddressesOfDeniedNamesAreDenied(t *testing.T) {
 	if err := w.SetDenied(map[netip.AddrPort]int{at("198.51.100.10:0"): 0}); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.kern.do(func(tx *transaction) { tx.DelTable(w.table()) }); err != nil {
+	if err := w.kern.do(func(b *nft.Batch) { b.DelTable(w.table().Table()) }); err != nil {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -92,6 +93,7 @@ func TestADenialThatTheKernelRefusedIsTriedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	bad := &Network{cfg: w.cfg, open: true, kern: w.kern}
+	bad.measure()
 	bad.cfg.Name = "none" // there is no such table
 	for range 2 {
 		if err := bad.SetDenied(map[netip.AddrPort]int{at("198.51.100.10:0"): 0}); err == nil {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/network/conntrack"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -36,12 +37,13 @@ func (n *Network) lost() {
 // followFlows records the beginning and end of flows that the kernel forwards: those
 // that carry a slot's mark and are not the proxy's.
 func (n *Network) followFlows(ctx context.Context) error {
-	return conntrack.Watch(ctx, conntrack.Mark{Value: markTag, Mask: markTagMask | markProxied}, eventBuffer, n.recordFlow, n.lost)
+	mark, mask := nft.Forwarded()
+	return conntrack.Watch(ctx, conntrack.Mark{Value: mark, Mask: mask}, eventBuffer, n.recordFlow, n.lost)
 }
 
 // recordFlow records one event of the tracker, if it is about a slot's own flow.
 func (n *Network) recordFlow(f conntrack.Event) {
-	i, proxied, ok := slotOfMark(f.Mark)
+	i, proxied, ok := nft.SlotOfMark(f.Mark)
 	if !ok || proxied {
 		return
 	}
@@ -93,7 +95,7 @@ func explain(p *policy.Compiled, f policy.Flow) explanation {
 // followLogs records refused packets.
 func (n *Network) followLogs(ctx context.Context) error {
 	nf, err := nflog.Open(&nflog.Config{
-		Group: n.cfg.NFLogGroup, Copymode: nflog.CopyPacket, Bufsize: logSnaplen,
+		Group: n.cfg.NFLogGroup, Copymode: nflog.CopyPacket, Bufsize: nft.Snaplen,
 		QThresh: 16, Timeout: 1, // in 1/100 s: a refusal is in the log at once
 	})
 	if err != nil {
@@ -153,29 +155,29 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	if o.policy != nil {
 		out.Generation = o.policy.Generation()
 	}
-	if !n.overBudget(&out, class(*a.Prefix)) && !n.overShare(&out, class(*a.Prefix)) && !n.overQueries(&out, class(*a.Prefix)) {
-		judgeRefusal(&out, class(*a.Prefix), o.policy, p)
+	if !n.overBudget(&out, nft.Class(*a.Prefix)) && !n.overShare(&out, nft.Class(*a.Prefix)) && !n.overQueries(&out, nft.Class(*a.Prefix)) {
+		judgeRefusal(&out, nft.Class(*a.Prefix), o.policy, p)
 		s.explainPin(&out, o.policy, p.proto)
 	}
 	n.cfg.Flows.Record(out)
 }
 
 // judgeRefusal names the rule behind a refusal, by asking the policy again.
-func judgeRefusal(out *flowlog.Event, c class, p *policy.Compiled, pkt packet) {
+func judgeRefusal(out *flowlog.Event, c nft.Class, p *policy.Compiled, pkt packet) {
 	switch c {
-	case classSpoof:
+	case nft.ClassSpoof:
 		out.Rule, out.Reason = policy.Rule{ID: "source", Text: "packets carry the sandbox's own addresses"}, ReasonSpoofed
 		return
-	case classProxy:
+	case nft.ClassProxy:
 		out.Rule, out.Reason = policy.Rule{ID: "listener", Text: "the proxy or the resolver must run"}, ReasonNoSocket
 		return
-	case classLimit:
+	case nft.ClassLimit:
 		out.Rule, out.Reason = policy.Rule{ID: "limit", Text: "flows of one sandbox at a time"}, ReasonTooMany
 		return
-	case classProtocol:
+	case nft.ClassProtocol:
 		out.Rule, out.Reason = policy.Rule{ID: "protocol", Text: "only TCP, UDP and ICMP are forwarded"}, policy.ReasonProtocol
 		return
-	case classFloor:
+	case nft.ClassBlocked:
 		out.Rule, out.Reason = policy.Rule{ID: "floor", Text: "an address of the host"}, policy.ReasonFloor
 	default:
 		out.Rule, out.Reason = policy.Rule{}, ReasonReplaced
@@ -184,7 +186,7 @@ func judgeRefusal(out *flowlog.Event, c class, p *policy.Compiled, pkt packet) {
 		return
 	}
 	v := p.Decide(policy.Flow{Proto: pkt.proto, Dst: pkt.dst})
-	if !v.Allow && (c != classFloor || v.Reason == policy.ReasonFloor) {
+	if !v.Allow && (c != nft.ClassBlocked || v.Reason == policy.ReasonFloor) {
 		out.Rule, out.Reason = v.Rule, v.Reason
 	}
 }

@@ -86,7 +86,7 @@ func flush(t testing.TB) {
 	t.Helper()
 	k := &kernel{}
 	defer k.close()
-	if err := k.do(func(tx *transaction) { tx.FlushRuleset() }); err != nil {
+	if err := k.flushRuleset(); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 
@@ -20,7 +21,9 @@ import (
 type flowEvent = flowlog.Event
 
 // networkOrder returns v as it lies in memory in network order.
-func networkOrder(v uint16) uint16 { return binary.NativeEndian.Uint16(big16(v)) }
+func networkOrder(v uint16) uint16 {
+	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v))
+}
 
 // listenIn listens inside a slot.
 func listenIn(t testing.TB, l sandbox.Lease, addr string) net.Listener {
@@ -93,7 +96,7 @@ func (w *world) list(t testing.TB) string {
 	if err != nil {
 		t.Skip("nft is not installed: the table cannot be listed")
 	}
-	out, err := exec.Command(nft, "-n", "list", "table", "inet", w.table().Name).CombinedOutput()
+	out, err := exec.Command(nft, "-n", "list", "table", "inet", w.table().Table().Name).CombinedOutput()
 	if err != nil {
 		t.Fatal("list the table:", err, string(out))
 	}
@@ -102,3 +105,14 @@ func (w *world) list(t testing.TB) string {
 
 // logTo writes a log as text.
 func logTo(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
+
+// change makes changes with the library alone.
+func (k *kernel) change(queue func(*nftables.Conn)) error {
+	return k.read(func(c *nftables.Conn) error {
+		queue(c)
+		return c.Flush()
+	})
+}
+
+// flushRuleset does what "nft flush ruleset" does.
+func (k *kernel) flushRuleset() error { return k.change((*nftables.Conn).FlushRuleset) }

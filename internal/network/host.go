@@ -10,11 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
@@ -56,14 +55,7 @@ const trackerBytes, trackerTimes = "net/netfilter/nf_conntrack_acct", "net/netfi
 // most distributions: its settings are not there before the first rule that needs it.
 // The rule is gone with the transaction that makes it.
 func (n *Network) loadTracker() error {
-	err := n.kern.do(func(tx *transaction) {
-		t := &nftables.Table{Name: n.table().Name + "_load", Family: nftables.TableFamilyINet}
-		tx.AddTable(t)
-		c := &nftables.Chain{Name: "load", Table: t}
-		tx.AddChain(c)
-		tx.rules(c, when(ctStateAny(expr.CtStateBitNEW), accept()))
-		tx.DelTable(t)
-	})
+	err := n.kern.do(func(b *nft.Batch) { nft.LoadTracker(b, n.cfg.Name) })
 	if err != nil {
 		return fmt.Errorf("load the connection tracker: %w", err)
 	}

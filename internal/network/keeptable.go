@@ -7,13 +7,12 @@ import (
 	"slices"
 	"time"
 
-	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// guardTable puts the table back when somebody deletes it: a restart of the
-// distribution's nftables service flushes the rules of everybody. Without the
+// guardTable puts the table back when it is deleted: a restart of the
+// distribution's nftables service flushes all rules of the machine. Without the
 // table sandboxes would be routed like any other link.
 func (n *Network) guardTable(ctx context.Context) error {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: 1 << (unix.NFNLGRP_NFTABLES - 1)})
@@ -77,7 +76,7 @@ func (n *Network) ensureTable() error {
 	if err != nil || there {
 		return err
 	}
-	n.cfg.Log.Error("somebody deleted the table that confines the sandboxes; putting it back", "table", n.table().Name)
+	n.cfg.Log.Error("the table that confines the sandboxes was deleted; putting it back", "table", n.table().Table().Name)
 	n.mu.Lock()
 	slots := make([]*slotState, 0, len(n.slots))
 	for _, s := range n.slots {
@@ -103,13 +102,4 @@ func (n *Network) ensureTable() error {
 		return err
 	}
 	return n.replaceTable(kept)
-}
-
-func (n *Network) hasTable() (there bool, err error) {
-	err = n.kern.read(func(c *nftables.Conn) error {
-		tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
-		there = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == n.table().Name })
-		return err
-	})
-	return there, err
 }

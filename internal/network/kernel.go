@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/network/nft"
 )
 
 // kernel is the one connection to nftables. Each transaction is atomic in the
@@ -29,24 +31,17 @@ const (
 	transactionTimeout = 30 * time.Second
 )
 
-// transaction is a batch being built. The first error sticks.
-type transaction struct {
-	*nftables.Conn
-	kern *kernel
-	err  error
-}
-
 // do runs one transaction: build queues changes, and all of them take effect at
 // once or none does.
-func (k *kernel) do(build func(*transaction)) error {
+func (k *kernel) do(build func(*nft.Batch)) error {
+	var b nft.Batch
+	build(&b)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := k.open(); err != nil {
 		return err
 	}
-	tx := &transaction{Conn: k.conn, kern: k}
-	build(tx)
-	err := tx.err
+	err := b.Queue(k.conn, func() uint32 { k.setID++; return k.setID })
 	if err == nil {
 		err = k.sock.SetDeadline(time.Now().Add(transactionTimeout))
 	}
@@ -108,45 +103,42 @@ func (k *kernel) close() {
 	k.reset()
 }
 
-// set queues a new set with its elements, in messages small enough for netlink's
-// 16-bit attribute length.
-func (tx *transaction) set(s *nftables.Set, elems []nftables.SetElement) {
-	tx.kern.setID++
-	s.ID = tx.kern.setID
-	tx.note(tx.AddSet(s, nil))
-	tx.add(s, elems)
-}
-
-// add queues elements for a set.
-func (tx *transaction) add(s *nftables.Set, elems []nftables.SetElement) {
-	for len(elems) > 0 {
-		k := min(len(elems), elementsPerMessage)
-		tx.note(tx.SetAddElements(s, elems[:k]))
-		elems = elems[k:]
-	}
-}
-
-// remove queues the deletion of elements.
-func (tx *transaction) remove(s *nftables.Set, elems ...nftables.SetElement) {
-	tx.note(tx.SetDeleteElements(s, elems))
-}
-
-// rules queues rules for the end of a chain.
-func (tx *transaction) rules(c *nftables.Chain, rules ...rule) {
-	for _, r := range rules {
-		tx.AddRule(&nftables.Rule{Table: c.Table, Chain: c, Exprs: r})
-	}
-}
-
-func (tx *transaction) note(err error) {
-	if tx.err == nil {
-		tx.err = err
-	}
-}
-
-// elementsPerMessage keeps the widest element (IPv6 with port, both ends) below
-// 64 KiB a message.
-const elementsPerMessage = 400
-
 // absent reports whether an error says that something to be deleted is not there.
 func absent(err error) bool { return errors.Is(err, unix.ENOENT) }
+
+// sendBatch makes changes of an inet table that take effect together.
+func sendBatch(batch []nft.Message) error {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(transactionTimeout)); err != nil {
+		return err
+	}
+	// struct nfgenmsg: family, version, and the subsystem that a batch is for.
+	edge := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
+	msgs := []netlink.Message{{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: edge}}
+	for _, m := range batch {
+		data, err := netlink.MarshalAttributes(m.Attrs)
+		if err != nil {
+			return err
+		}
+		msgs = append(msgs, netlink.Message{
+			Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | m.Kind), Flags: netlink.Request | netlink.Acknowledge | m.Flags},
+			Data:   append([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, data...),
+		})
+	}
+	msgs = append(msgs, netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: edge})
+	if _, err := c.SendMessages(msgs); err != nil {
+		return err
+	}
+	for answered := 0; answered < len(batch); {
+		answers, err := c.Receive() // an error of the kernel's, if it is one
+		if err != nil {
+			return err
+		}
+		answered += len(answers)
+	}
+	return nil
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -112,8 +114,8 @@ func TestAFailedUpdateLeavesTheFormerPolicy(t *testing.T) {
 	live := open(t, l, at("198.51.101.1:7777"))
 	// Someone's chain in the way: the next program's rules jump to what is gone.
 	s := w.byID[l.Sandbox]
-	taken := &nftables.Set{Table: w.table(), Name: "s" + strings.TrimPrefix(s.chain(), "s") + "_2_deny4", KeyType: nftables.TypeMark}
-	if err := w.kern.do(func(tx *transaction) { tx.set(taken, nil) }); err != nil {
+	taken := &nftables.Set{Table: w.table().Table(), Name: fmt.Sprintf("s%d_2_deny4", s.Num), KeyType: nftables.TypeMark}
+	if err := w.kern.do(func(b *nft.Batch) { b.AddSet(taken, nil) }); err != nil {
 		t.Fatal(err)
 	}
 	bad := compiled(t, policy.Input{DenyOut: []string{"198.51.101.1", "198.51.103.1"}}, nil)
@@ -170,7 +172,7 @@ func TestReleaseLeavesNothing(t *testing.T) {
 		t.Errorf("flows are left: %v, %v", flows, err)
 	}
 	listing := w.list(t)
-	for _, word := range []string{s.chain() + " {", s.chain() + "_", s.MAC.String(), "goto " + s.chain() + "\n"} {
+	for _, word := range []string{fmt.Sprintf("s%d", s.Num) + " {", fmt.Sprintf("s%d", s.Num) + "_", s.MAC.String(), "goto " + fmt.Sprintf("s%d", s.Num) + "\n"} {
 		if strings.Contains(listing, word) {
 			t.Errorf("the table still knows %q:\n%s", word, listing)
 		}
@@ -435,13 +437,13 @@ func TestPinsAreBounded(t *testing.T) {
 	l := w.lease()
 	w.apply(l, policy.Input{DenyOut: []string{"0.0.0.0/0"}, AllowOut: []string{"*.example.com:5432"}})
 	addr := netip.MustParseAddr("198.18.0.0").As4()
-	for i := range maxPins + 10 {
+	for i := range nft.MaxPins + 10 {
 		addr[2], addr[3] = byte(i>>8), byte(i)
 		if err := w.Pin(l.Sandbox, "db.example.com", netip.AddrFrom4(addr), []uint16{5432}, time.Minute); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if n := len(w.byID[l.Sandbox].pins.live); n != maxPins {
+	if n := len(w.byID[l.Sandbox].pins.live); n != nft.MaxPins {
 		t.Errorf("%d pins are kept", n)
 	}
 	if names, due, _ := w.Pinned(l.Sandbox, netip.AddrPortFrom(netip.AddrFrom4(addr), 5432)); len(names) != 1 || due != nil {
@@ -577,7 +579,7 @@ func TestADeletedTableComesBack(t *testing.T) {
 	other := &kernel{}
 	defer other.close()
 	for range 3 {
-		if err := other.do(func(tx *transaction) { tx.FlushRuleset() }); err != nil {
+		if err := other.flushRuleset(); err != nil {
 			t.Fatal(err)
 		}
 		for end := time.Now().Add(2 * time.Second); ; time.Sleep(time.Millisecond) {

@@ -7,10 +7,10 @@ import (
 	"slices"
 
 	"github.com/gaissmai/bart"
-	"github.com/google/nftables"
 	vish "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -57,27 +57,12 @@ func (n *Network) readAddrs() error {
 		return nil
 	}
 	if was != nil && n.isOpen() == nil && !slices.Equal(was.ranges, next.ranges) { // Reconcile fills the sets of a new table
-		err = n.kern.do(func(tx *transaction) {
-			for i, set := range []string{setNear4, setNear6} {
-				s := n.namedSet(set)
-				tx.FlushSet(s)
-				tx.add(s, next.elements(i == 1))
-			}
-		})
+		err = n.kern.do(func(b *nft.Batch) { n.table().SetNear(b, next.ranges) })
 	}
 	if err == nil {
 		n.around.Store(next)
 	}
 	return err
-}
-
-// elements are what the sets of the kernel hold.
-func (a *near) elements(v6 bool) []nftables.SetElement {
-	list := make([]policy.PrefixPort, len(a.ranges))
-	for i, p := range a.ranges {
-		list[i].Prefix = p
-	}
-	return intervals(ranges(list, v6))
 }
 
 func (n *Network) look() (*near, error) {

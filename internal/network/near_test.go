@@ -10,6 +10,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -110,7 +111,7 @@ func TestWhatIsNearIsFollowed(t *testing.T) {
 	}
 	w.refusedTo(t, l, "198.51.103.7:7777")
 	// The sets survive a table that is put back.
-	if err := w.kern.do(func(tx *transaction) { tx.DelTable(w.table()) }); err != nil {
+	if err := w.kern.do(func(b *nft.Batch) { b.DelTable(w.table().Table()) }); err != nil {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {

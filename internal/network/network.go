@@ -27,6 +27,7 @@ import (
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/network/conntrack"
 	"github.com/cordonhq/cordon/internal/network/failclosed"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -219,11 +220,9 @@ var _ sandbox.Network = (*Network)(nil)
 type slotState struct {
 	slot.Slot
 
-	mu      sync.Mutex // serialises Apply, Pin, Unpin and Release; guards what follows
-	gen     uint16     // of the mark its accepted flows carry
-	tries   uint16     // the highest generation used
-	applied bool       // it has a chain
-	sets    []string   // of its chain
+	mu      sync.Mutex   // serialises Apply, Pin, Unpin and Release; guards what follows
+	tries   uint16       // the highest generation used
+	inForce *nft.InForce // nil before the first policy
 	pins    pinTable
 	key     uint32 // number of its owner's API key
 	spent   uint64 // of Config.MaxBytesOut, by an earlier server process
@@ -251,7 +250,7 @@ func New(cfg Config) (*Network, error) {
 	}
 	n := &Network{
 		cfg: cfg, link: h,
-		plan:    slot.Plan{Name: cfg.Name, Dir: cfg.RunDir + "/netns", Subnet4: cfg.Subnet4, Subnet6: cfg.Subnet6, Most: maxSlots},
+		plan:    slot.Plan{Name: cfg.Name, Dir: cfg.RunDir + "/netns", Subnet4: cfg.Subnet4, Subnet6: cfg.Subnet6, Most: nft.MaxSlots},
 		kern:    &kernel{},
 		ct:      &conntrack.Tracker{},
 		ready:   make(chan *slotState, cfg.PoolSize),

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -165,7 +166,7 @@ func TestTheKernelJudgesAsThePolicyDoes(t *testing.T) {
 	seen := map[netip.Addr]bool{}
 	var tried, allowed int
 	for _, prefix := range prefixes {
-		first, last := prefix.Masked().Addr(), lastOf(prefix)
+		first, last := prefix.Masked().Addr(), nft.Last(prefix)
 		for _, a := range []netip.Addr{first.Prev(), first, last, last.Next()} {
 			if !a.IsValid() || seen[a] || !a.IsGlobalUnicast() && !a.IsPrivate() || a.Is4In6() || uplink4.Masked().Contains(a) {
 				continue

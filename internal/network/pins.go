@@ -12,6 +12,7 @@ import (
 
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -23,7 +24,6 @@ const (
 	minPinLife  = 30 * time.Second
 	maxPinLife  = time.Hour
 	pinKept     = 24 * time.Hour
-	maxPins     = 4096
 	maxPinNames = 16
 	maxUnpinned = 256
 )
@@ -61,7 +61,7 @@ type pinName struct {
 type pinTable struct {
 	mu   sync.Mutex // for readers who cannot wait for the slot's, which is held for long
 	live map[pinKey]pin
-	prog *program // whose sets hold them; nil when its policy has no pins
+	prog *nft.Program // whose sets hold them; nil when its policy has no pins
 	gone unpinned
 }
 
@@ -214,9 +214,9 @@ func (n *Network) Unpin(id sandbox.ID, name string, dst netip.AddrPort) error {
 
 // dropPin removes a pin. The caller holds s.mu.
 func (n *Network) dropPin(s *slotState, k pinKey) error {
-	set, elem := s.pins.prog.pinElement(k, s.pins.live[k])
+	set, elem := s.pins.live[k].element(s.pins.prog, k)
 	s.pins.remove(k)
-	err := n.kern.do(func(tx *transaction) { tx.remove(set, elem) })
+	err := n.kern.do(func(b *nft.Batch) { b.Remove(set, elem) })
 	if absent(err) { // it ran out
 		return nil
 	}
@@ -256,13 +256,13 @@ func (n *Network) pinOne(s *slotState, k pinKey, entry pinName, paced bool) erro
 		}
 	}
 	next.kept = now.Add(pinKept)
-	set, elem := s.pins.prog.pinElement(k, next)
-	add := func(tx *transaction) { tx.add(set, []nftables.SetElement{elem}) }
-	err := n.kern.do(func(tx *transaction) {
+	set, elem := next.element(s.pins.prog, k)
+	add := func(b *nft.Batch) { b.Add(set, []nftables.SetElement{elem}) }
+	err := n.kern.do(func(b *nft.Batch) {
 		if known { // adding an element again leaves its timeout on kernels before 6.12
-			tx.remove(set, elem)
+			b.Remove(set, elem)
 		}
-		add(tx)
+		add(b)
 	})
 	if known && absent(err) { // it ran out meanwhile
 		err = n.kern.do(add)
@@ -277,7 +277,7 @@ func (n *Network) pinOne(s *slotState, k pinKey, entry pinName, paced bool) erro
 // makeRoom makes room for one more pin: it forgets those that the kernel forgot,
 // and if there are none, the one that was confirmed longest ago.
 func (n *Network) makeRoom(s *slotState, now time.Time) error {
-	if len(s.pins.live) < maxPins {
+	if len(s.pins.live) < nft.MaxPins {
 		return nil
 	}
 	var oldest pinKey
@@ -291,7 +291,7 @@ func (n *Network) makeRoom(s *slotState, now time.Time) error {
 			oldest, last = k, at
 		}
 	}
-	if len(s.pins.live) < maxPins {
+	if len(s.pins.live) < nft.MaxPins {
 		return nil
 	}
 	return n.dropPin(s, oldest)
@@ -307,12 +307,9 @@ func (p pin) verified() (last time.Time) {
 	return last
 }
 
-// pinElement encodes a pin for the set it belongs to. Its comment carries the last
-// name, for a server that starts anew and for people who list the table.
-func (p *program) pinElement(k pinKey, v pin) (*nftables.Set, nftables.SetElement) {
-	v6 := k.addr.Is6()
-	return p.kindOf(p.setName("pins", v6), setKind{v6: v6, ports: true, pins: true}),
-		nftables.SetElement{Key: withPort(k.addr, k.port), Timeout: max(time.Until(v.kept).Round(time.Second), time.Second), Comment: v.names[len(v.names)-1].name}
+// element encodes a pin for the set of a program that it belongs to.
+func (p pin) element(of *nft.Program, k pinKey) (*nftables.Set, nftables.SetElement) {
+	return of.Pin(netip.AddrPortFrom(k.addr, k.port), max(time.Until(p.kept).Round(time.Second), time.Second), p.names[len(p.names)-1].name)
 }
 
 // livePins returns the pins that a new policy keeps: those of names that it allows there.
@@ -336,22 +333,22 @@ func allowsPin(p *policy.Compiled, k pinKey, name string) bool {
 	return p.Decide(policy.Flow{Proto: policy.TCP, Dst: netip.AddrPortFrom(k.addr, k.port), Name: name}).Allow
 }
 
-func (n *Network) addPins(tx *transaction, prog *program, live map[pinKey]pin) {
+func addPins(b *nft.Batch, prog *nft.Program, live map[pinKey]pin) {
 	for k, v := range live {
-		set, elem := prog.pinElement(k, v)
-		tx.add(set, []nftables.SetElement{elem})
+		set, elem := v.element(prog, k)
+		b.Add(set, []nftables.SetElement{elem})
 	}
 }
 
 // adopt makes the pins of a program that is now in force the slot's.
-func (t *pinTable) adopt(live map[pinKey]pin, prog *program) {
+func (t *pinTable) adopt(live map[pinKey]pin, prog *nft.Program) {
 	t.mu.Lock()
 	t.live = live
 	t.mu.Unlock()
 	t.prog = nil
-	if prog.pins {
+	if prog.Pins {
 		t.prog = prog
-		prog.elems, prog.rules = nil, nil // only the names are needed from here on
+		prog.Forget()
 	}
 }
 

@@ -2,6 +2,7 @@ package network
 
 import (
 	"bufio"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -207,4 +208,4 @@ func onLoopback(text string) bool {
 	return slices.Equal(b, append(make([]byte, 15), 1))
 }
 
-var littleEndian = native(1)[0] == 1
+var littleEndian = binary.NativeEndian.Uint16([]byte{1, 0}) == 1

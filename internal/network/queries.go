@@ -3,9 +3,8 @@ package network
 import (
 	"fmt"
 
-	"github.com/google/nftables/expr"
-
 	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/share"
 )
@@ -26,45 +25,17 @@ const (
 // ReasonQueries is the resolver's reason for too many queries in a second.
 const ReasonQueries policy.Reason = "budget-queries"
 
-// The classes of queries that are dropped.
-const (
-	classQueries    class = "queries"     // a sandbox's
-	classKeyQueries class = "key_queries" // a key's
-)
-
-const setQueryRates, setKeyQueryRates = "query_rates", "key_query_rates"
-
 func newQueries(sandbox uint32) *share.Pool {
 	return share.NewPool(share.DNSDatagrams.Of(serverQueries*int64(sandbox), int64(sandbox)))
 }
 
-// addQueries fills the chains that drop queries beyond a rate.
-func (n *Network) addQueries(tx *transaction) {
-	tx.rules(n.chain(classKeyQueries.chain()), when(clearMark()))
-	for _, c := range []class{classQueries, classKeyQueries} {
-		tx.rules(n.chain(c.chain()), logs(n.cfg.NFLogGroup, string(c)), when(count(counterRefused), drop()))
-	}
-}
-
-// pacedQueries lead there.
-func (n *Network) pacedQueries() []rule {
-	r := n.queries.Resource()
-	udp := l4proto(policy.UDP)
-	return []rule{
-		when(udp, []expr.Any{loadIif()}, counted(setQueryRates, rate(uint32(r.Sandbox))), goTo(classQueries.chain())),
-		when(udp, markByKey()),
-		when(udp, loadMark(), counted(setKeyQueryRates, rate(uint32(r.Alone()))), goTo(classKeyQueries.chain())),
-		when(clearMark()),
-	}
-}
-
 // overQueries names the rate behind a refusal; false when it was none.
-func (n *Network) overQueries(out *flowlog.Event, c class) bool {
+func (n *Network) overQueries(out *flowlog.Event, c nft.Class) bool {
 	r := n.queries.Resource()
 	scope, most := share.Sandbox, r.Sandbox
 	switch c {
-	case classQueries:
-	case classKeyQueries:
+	case nft.ClassQueries:
+	case nft.ClassKeyQueries:
 		scope, most = share.Key, r.Alone()
 	default:
 		return false

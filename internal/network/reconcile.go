@@ -5,17 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
-	"regexp"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/vishvananda/netlink"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
@@ -49,7 +48,7 @@ func (n *Network) Reconcile(_ context.Context, inUse map[sandbox.ID]sandbox.Held
 	}
 	n.readBack(kept)
 	if err := n.replaceTable(kept); err != nil {
-		return fmt.Errorf("set up table %s: %w", n.table().Name, err)
+		return fmt.Errorf("set up table %s: %w", n.table().Table().Name, err)
 	}
 	n.publish(kept)
 	for _, k := range kept {
@@ -139,23 +138,21 @@ func (n *Network) readBack(kept []adopted) {
 		return
 	}
 	err = n.kern.read(func(c *nftables.Conn) error {
-		marks, err := c.GetSetElements(n.namedSet(setMarks))
+		t := n.table()
+		marks, err := c.GetSetElements(t.Set(nft.SetMarks))
 		if err != nil {
 			return err
 		}
 		for _, e := range marks {
-			if len(e.Key) != 4 || len(e.Val) != 4 {
-				continue
-			}
-			if s := byLink[binaryutil.NativeEndian.Uint32(e.Key)]; s != nil {
-				s.gen = uint16(binaryutil.NativeEndian.Uint32(e.Val) & markGen)
-				s.tries = s.gen
+			link, gen, ok := nft.ReadMark(e)
+			if s := byLink[link]; ok && s != nil {
+				s.tries = gen
 			}
 		}
-		if err := n.readSpent(c, bySlot); err != nil {
+		if err := readSpent(c, t.Table(), bySlot); err != nil {
 			return err
 		}
-		sets, err := c.GetSets(n.table())
+		sets, err := c.GetSets(t.Table())
 		if err != nil {
 			return err
 		}
@@ -166,17 +163,26 @@ func (n *Network) readBack(kept []adopted) {
 	}
 }
 
-var pinSetName = regexp.MustCompile(`^s(\d+)_\d+_pins[46]$`)
+// readSpent learns what the sandboxes of an earlier process had used of their budgets.
+func readSpent(c *nftables.Conn, t *nftables.Table, bySlot map[int]*slotState) error {
+	objs, err := c.GetNamedObjects(t)
+	if err != nil {
+		return fmt.Errorf("read the budgets: %w", err)
+	}
+	for _, o := range objs {
+		num, spent, ok := nft.ReadQuota(o)
+		if s := bySlot[num]; ok && s != nil {
+			s.spent = spent
+		}
+	}
+	return nil
+}
 
 func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slotState) error {
 	for _, set := range sets {
-		m := pinSetName.FindStringSubmatch(set.Name)
-		if m == nil {
-			continue
-		}
-		num, _ := strconv.Atoi(m[1])
+		num, ok := nft.ReadPinSet(set.Name)
 		s := bySlot[num]
-		if s == nil {
+		if !ok || s == nil {
 			continue
 		}
 		elems, err := c.GetSetElements(set)
@@ -184,11 +190,11 @@ func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slotState)
 			return err
 		}
 		for _, e := range elems {
-			k, ok := pinKeyOf(e.Key)
+			dst, ok := nft.ReadPin(e)
 			if !ok || e.Comment == "" {
 				continue
 			}
-			s.pins.set(k, pin{names: []pinName{{name: e.Comment}}, kept: time.Now().Add(e.Expires)})
+			s.pins.set(pinKey{dst.Addr(), dst.Port()}, pin{names: []pinName{{name: e.Comment}}, kept: time.Now().Add(e.Expires)})
 		}
 	}
 	return nil
@@ -197,48 +203,47 @@ func readPins(c *nftables.Conn, sets []*nftables.Set, bySlot map[int]*slotState)
 // replaceTable makes the table anew, with the kept slots.
 func (n *Network) replaceTable(kept []adopted) error {
 	type built struct {
-		adopted
-		prog *program
+		slot *slotState
+		prog *nft.Program
 		live map[pinKey]pin
 	}
+	t := n.table()
 	var all []built
 	for _, k := range kept {
-		b := built{adopted: k}
+		b := built{slot: k.slot}
 		if k.policy != nil {
 			k.slot.tries++
-			b.prog = n.compile(k.slot, markOf(k.slot.Num, k.slot.tries), k.policy.Kernel())
+			b.prog = t.Program(k.slot.rules(), k.slot.tries, k.policy.Kernel())
 			b.live = livePins(k.slot, k.policy)
 		}
 		all = append(all, b)
 	}
 	n.hidden.Store(false)
 	n.nearMu.Lock() // what is near the machine must not change between here and there
-	err := n.kern.do(func(tx *transaction) {
-		n.addTable(tx)
-		for _, b := range all {
-			n.addOwn(tx, b.slot)
-			if b.prog == nil {
-				continue
+	var denied map[netip.AddrPort]int
+	if m := n.denied.Load(); m != nil {
+		denied = *m
+	}
+	err := n.kern.do(func(b *nft.Batch) {
+		t.Make(b, n.around.Load().ranges, denied)
+		for _, a := range all {
+			t.Admit(b, a.slot.rules())
+			if a.prog != nil {
+				t.Enforce(b, a.slot.rules(), a.prog, nil, false)
+				addPins(b, a.prog, a.live)
 			}
-			n.addQuota(tx, b.slot)
-			n.addProgram(tx, b.slot, b.prog, false)
-			tx.add(n.namedSet(setKeys), []nftables.SetElement{keyElement(b.slot)})
-			tx.add(n.namedSet(setSlots), []nftables.SetElement{n.slotElement(b.slot)})
-			tx.add(n.namedSet(setMarks), []nftables.SetElement{n.markElement(b.slot, markOf(b.slot.Num, b.slot.tries))})
-			n.addPins(tx, b.prog, b.live)
 		}
 	})
-	if m := n.denied.Load(); err == nil && m != nil {
-		n.deniedInForce = *m
+	if err == nil && denied != nil {
+		n.deniedInForce = denied
 	}
 	n.nearMu.Unlock()
 	if err != nil {
 		return err
 	}
-	for _, b := range all {
-		if b.prog != nil {
-			b.slot.gen, b.slot.applied, b.slot.sets = b.slot.tries, true, b.prog.setNames()
-			b.slot.pins.adopt(b.live, b.prog)
+	for _, a := range all {
+		if a.prog != nil {
+			a.slot.adopt(a.prog, a.live)
 		}
 	}
 	return n.hide()

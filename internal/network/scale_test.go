@@ -124,12 +124,14 @@ func bareLink(b *testing.B, w *world) sandbox.Lease {
 	k := &kernel{}
 	b.Cleanup(k.close)
 	table := &nftables.Table{Name: "bare", Family: nftables.TableFamilyINet}
-	must(k.do(func(tx *transaction) {
-		tx.AddTable(table)
-		c := tx.AddChain(&nftables.Chain{Name: "post", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource})
-		tx.rules(c, when(saddrIn(l.Addr4.Masked()), oifStarts("up0"), load(&expr.Masq{})))
+	must(k.change(func(c *nftables.Conn) {
+		c.AddTable(table)
+		chain := c.AddChain(&nftables.Chain{Name: "post", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource})
+		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("up0\x00")}, &expr.Masq{},
+		}})
 	}))
-	b.Cleanup(func() { must(k.do(func(tx *transaction) { tx.DelTable(table) })) })
+	b.Cleanup(func() { must(k.change(func(c *nftables.Conn) { c.DelTable(table) })) })
 	return l
 }
 

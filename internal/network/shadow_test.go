@@ -42,11 +42,14 @@ func deaf(t testing.TB, path string) {
 		Name: "in", Table: table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
 	})
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: when(l4proto(policy.TCP), []expr.Any{
-		payload(expr.PayloadBaseTransportHeader, 13, 1, reg1),
-		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 1, Mask: []byte{0x12}, Xor: []byte{0}},
-		cmpEq([]byte{0x02}),
-	}, drop())})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{ // TCP with SYN and without ACK
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+		&expr.Payload{OperationType: expr.PayloadLoad, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1, DestRegister: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x12}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0x02}},
+		&expr.Verdict{Kind: expr.VerdictDrop},
+	}})
 	if err := c.Flush(); err != nil {
 		t.Fatal(err)
 	}
@@ -298,15 +301,15 @@ func TestAFlowThatAnotherTableTranslated(t *testing.T) {
 	deaf(t, w.internet)
 	other := &nftables.Table{Name: "other", Family: nftables.TableFamilyINet}
 	priority := nftables.ChainPriority(50)
-	if err := w.kern.do(func(tx *transaction) {
-		tx.AddTable(other)
-		c := tx.AddChain(&nftables.Chain{Name: "post", Table: other, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: &priority})
-		tx.AddRule(&nftables.Rule{Table: other, Chain: c, Exprs: load(&expr.Masq{})})
+	if err := w.kern.change(func(c *nftables.Conn) {
+		c.AddTable(other)
+		chain := c.AddChain(&nftables.Chain{Name: "post", Table: other, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: &priority})
+		c.AddRule(&nftables.Rule{Table: other, Chain: chain, Exprs: []expr.Any{&expr.Masq{}}})
 	}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := w.kern.do(func(tx *transaction) { tx.DelTable(other) }); err != nil {
+		if err := w.kern.change(func(c *nftables.Conn) { c.DelTable(other) }); err != nil {
 			t.Error(err)
 		}
 	})

@@ -3,10 +3,9 @@ package network
 import (
 	"strconv"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
 
@@ -16,22 +15,6 @@ import (
 // MaxFlows bounds the connections that live. Those that are over are not counted by
 // the kernel (nf_conncount), but stay in the table, two minutes by default: at
 // MaxNewFlows a second one sandbox would fill any table. So ours stay a few seconds.
-
-// Seconds that the tracker remembers a TCP connection after its end.
-const rememberWait, rememberClosed = 5, 2
-
-// rememberLive is the kernel's own default for one that is silent, five days.
-const rememberLive = 5 * 24 * 3600
-
-// brief is the object that says so. Its other times are the kernel's defaults.
-func (n *Network) brief() nftables.Obj {
-	return &nftables.NamedObj{Table: n.table(), Name: timeoutBrief, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{
-		L4Proto: unix.IPPROTO_TCP,
-		Policy: expr.CtStatePolicyTimeout{
-			expr.CtStateTCPESTABLISHED: rememberLive, expr.CtStateTCPTIMEWAIT: rememberWait, expr.CtStateTCPCLOSE: rememberClosed,
-		},
-	}}
-}
 
 const trackerMax = "net/netfilter/nf_conntrack_max"
 
@@ -45,7 +28,7 @@ func (n *Network) share() {
 		n.cfg.Log.Warn("the size of the connection tracker's table is not known", "err", err)
 		return
 	}
-	one := uint64(n.cfg.MaxFlows) + rememberWait*uint64(n.cfg.MaxNewFlows)
+	one := uint64(n.cfg.MaxFlows) + nft.RememberWait*uint64(n.cfg.MaxNewFlows)
 	want := max(uint64(n.cfg.MaxFlows)*uint64(n.cfg.Sandboxes), 2*one)
 	if want <= have {
 		return

@@ -13,12 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/network/conntrack"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // ended are the TCP states of connections that a slot's limit does not count.
-var ended = map[uint8]uint32{7: rememberWait, 8: rememberClosed} // TIME_WAIT, CLOSE
+var ended = map[uint8]uint32{7: nft.RememberWait, 8: nft.RememberClosed} // TIME_WAIT, CLOSE
 
 func TestWhatHasEndedLeavesTheTrackerSoon(t *testing.T) {
 	w := start(t)

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/network/failclosed"
+	"github.com/cordonhq/cordon/internal/network/nft"
 	"github.com/cordonhq/cordon/internal/network/sysctl"
 )
 
@@ -24,10 +25,7 @@ func (n *Network) Uninstall(_ context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = n.kern.do(func(tx *transaction) {
-		tx.AddTable(n.table())
-		tx.DelTable(n.table())
-	})
+	err = n.kern.do(func(b *nft.Batch) { b.DelTable(n.table().Table()) })
 	files, lerr := os.ReadDir(n.plan.Dir)
 	if lerr != nil && !errors.Is(lerr, os.ErrNotExist) {
 		err = errors.Join(err, lerr)

@@ -1,4 +1,4 @@
-package network
+package nft
 
 import (
 	"bytes"
@@ -11,7 +11,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
-	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
@@ -19,7 +18,7 @@ import (
 // knows the expressions that programs consist of, and of the shared chains what they
 // are for.
 type machine struct {
-	prog *program
+	prog *Program
 	flow policy.Flow
 	host bool // the destination is the host's
 	regs [64]byte
@@ -39,12 +38,12 @@ func (m *machine) run() string {
 		to, jumps, matched := m.rule(r)
 		switch {
 		case !matched || to == "" || jumps && to == chainScreen:
-		case jumps && (to == chainFloor || to == chainFloorNames):
-			floor := m.host || slices.ContainsFunc(policy.Floor(), func(f policy.FloorRange) bool { return f.Prefix.Contains(m.flow.Dst.Addr()) })
-			if floor && to == chainFloor {
-				return classFloor.chain()
+		case jumps && (to == chainBlocked || to == chainBlockedNames):
+			blocked := m.host || slices.ContainsFunc(policy.Floor(), func(f policy.FloorRange) bool { return f.Prefix.Contains(m.flow.Dst.Addr()) })
+			if blocked && to == chainBlocked {
+				return ClassBlocked.chain()
 			}
-			if floor {
+			if blocked {
 				return chainProxy
 			}
 		case jumps && to == chainDenied:
@@ -52,9 +51,9 @@ func (m *machine) run() string {
 			if m.host {
 				return chainOK
 			}
-		case jumps && to == chainHostHole:
+		case jumps && to == chainHostException:
 			if m.host {
-				return chainHole
+				return chainException
 			}
 		case jumps:
 			panic("the test knows nothing of chain " + to)
@@ -66,7 +65,7 @@ func (m *machine) run() string {
 }
 
 // rule runs one rule.
-func (m *machine) rule(r rule) (to string, jumps, matched bool) {
+func (m *machine) rule(r Rule) (to string, jumps, matched bool) {
 	for _, e := range r {
 		switch e := e.(type) {
 		case *expr.Ct:
@@ -127,13 +126,13 @@ func (m *machine) payload(e *expr.Payload) {
 }
 
 func (m *machine) lookup(e *expr.Lookup) bool {
-	i := slices.IndexFunc(m.prog.sets, func(s *nftables.Set) bool { return s.Name == e.SetName })
+	i := slices.IndexFunc(m.prog.Sets, func(s *nftables.Set) bool { return s.Name == e.SetName })
 	if i < 0 {
 		panic("no set " + e.SetName)
 	}
-	set, at := m.prog.sets[i], offset(e.SourceRegister)
+	set, at := m.prog.Sets[i], offset(e.SourceRegister)
 	inside := false
-	for _, el := range m.prog.elems[i] {
+	for _, el := range m.prog.Elems[i] {
 		key := m.regs[at : at+len(el.Key)]
 		switch {
 		case set.Concatenation: // each field by itself
@@ -182,7 +181,7 @@ func TestThePacketFilterDecidesAsThePolicy(t *testing.T) {
 		}
 		return text
 	}
-	n := &Network{cfg: Config{Name: "t"}}
+	table := Table{Name: "t"}
 	count := map[string]int{}
 	for range 1500 {
 		var in policy.Input
@@ -200,8 +199,8 @@ func TestThePacketFilterDecidesAsThePolicy(t *testing.T) {
 			in.DenyOut = append(in.DenyOut, "0.0.0.0/0")
 		}
 		in.Mode = []policy.Mode{policy.ModeEnforce, policy.ModeObserve}[rng.IntN(2)]
-		p := compiled(t, in, &op)
-		prog := n.compile(&slotState{Slot: slot.Slot{Num: 1}}, markOf(1, 1), p.Kernel())
+		p := compiled(t, in, op)
+		prog := table.Program(Slot{Num: 1}, 1, p.Kernel())
 		for range 60 {
 			f := policy.Flow{Proto: []policy.Proto{policy.TCP, policy.TCP, policy.UDP, policy.ICMP}[rng.IntN(4)], Dst: netip.AddrPortFrom(addr(), ports[rng.IntN(len(ports))])}
 			m := &machine{prog: prog, flow: f, host: hosts.Contains(f.Dst.Addr())}
@@ -209,17 +208,17 @@ func TestThePacketFilterDecidesAsThePolicy(t *testing.T) {
 			count[got]++
 			var allow bool
 			switch got {
-			case chainOK, chainHole:
+			case chainOK, chainException:
 				allow = true
 			case chainDNS:
 				allow = true
-			case classDeny.chain(), classFloor.chain():
+			case ClassDeny.chain(), ClassBlocked.chain():
 			case chainProxy:
 				continue
 			default:
 				t.Fatalf("%+v\n%+v\n%v leaves by %s", in, op, f, got)
 			}
-			if got == chainHole && f.Proto == policy.TCP && (f.Dst.Port() == 80 || f.Dst.Port() == 443) {
+			if got == chainException && f.Proto == policy.TCP && (f.Dst.Port() == 80 || f.Dst.Port() == 443) {
 				continue // that chain hands it to the proxy
 			}
 			for _, f.Name = range []string{"", "a.com", "x.a.com", "b", "x.cordon.localhost"} {
@@ -233,9 +232,18 @@ func TestThePacketFilterDecidesAsThePolicy(t *testing.T) {
 		}
 	}
 	t.Log(count)
-	for _, chain := range []string{chainOK, chainHole, chainProxy, classDeny.chain(), classFloor.chain()} {
+	for _, chain := range []string{chainOK, chainException, chainProxy, ClassDeny.chain(), ClassBlocked.chain()} {
 		if count[chain] < 500 {
 			t.Errorf("chain %s is reached %d times only: the test is lopsided", chain, count[chain])
 		}
 	}
+}
+
+func compiled(t *testing.T, in policy.Input, op policy.Operator) *policy.Compiled {
+	t.Helper()
+	p, err := policy.Compile(in, &op, 1)
+	if err != nil {
+		t.Fatal("compile:", err)
+	}
+	return p
 }

@@ -1,19 +1,14 @@
-package network
+package nft
 
 import (
 	"cmp"
-	"encoding/binary"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/google/nftables"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
-
-// logForget is how long a slot's log budget is remembered.
-const logForget = time.Minute
 
 // span is a range of addresses for one port (0: all), both ends included.
 type span struct {
@@ -27,7 +22,7 @@ func ranges(in []policy.PrefixPort, v6 bool) []span {
 	var out []span
 	for _, p := range in {
 		if p.Prefix.IsValid() && p.Prefix.Addr().Is6() == v6 {
-			out = append(out, span{p.Port, p.Prefix.Masked().Addr(), lastOf(p.Prefix)})
+			out = append(out, span{p.Port, p.Prefix.Masked().Addr(), Last(p.Prefix)})
 		}
 	}
 	slices.SortFunc(out, func(a, b span) int {
@@ -52,8 +47,8 @@ func touches(last, first netip.Addr) bool {
 	return !next.IsValid() || !next.Less(first)
 }
 
-// lastOf returns the highest address of a prefix.
-func lastOf(p netip.Prefix) netip.Addr {
+// Last returns the highest address of a prefix.
+func Last(p netip.Prefix) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for i := p.Bits(); i < len(b)*8; i++ {
 		b[i/8] |= 0x80 >> (i % 8)
@@ -89,29 +84,11 @@ func withPort(a netip.Addr, port uint16) []byte {
 	return append(a.AsSlice(), byte(port>>8), byte(port), 0, 0)
 }
 
-// ownKeys are the elements of own4 and own6 that admit the slot's own addresses.
-// For IPv6 the link-local one (RFC 4291, appendix A) is among them: neighbour
-// discovery uses it.
-func ownKeys(s *slotState) (own4, own6 []nftables.SetElement) {
-	key := func(a netip.Addr) nftables.SetElement {
-		k := append(append(native(s.Index), s.MAC...), 0, 0)
-		return nftables.SetElement{Key: append(k, a.AsSlice()...)}
+// prefixElements encodes prefixes of one family for an interval set.
+func prefixElements(list []netip.Prefix, v6 bool) []nftables.SetElement {
+	all := make([]policy.PrefixPort, len(list))
+	for i, p := range list {
+		all[i].Prefix = p
 	}
-	own4 = []nftables.SetElement{key(s.Lease.Addr4.Addr())}
-	if s.Lease.Addr6.IsValid() {
-		m := s.MAC
-		local := netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
-		own6 = []nftables.SetElement{key(s.Lease.Addr6.Addr()), key(local)}
-	}
-	return own4, own6
-}
-
-// pinKeyOf reads the key of a pin.
-func pinKeyOf(key []byte) (pinKey, bool) {
-	size := len(key) - 4
-	addr, ok := netip.AddrFromSlice(key[:max(size, 0)])
-	if !ok {
-		return pinKey{}, false
-	}
-	return pinKey{addr, binary.BigEndian.Uint16(key[size:])}, true
+	return intervals(ranges(all, v6))
 }

@@ -1,4 +1,4 @@
-package network
+package nft
 
 import (
 	"fmt"
@@ -73,15 +73,15 @@ func TestIntervalsCoverWhatTheirPrefixesDo(t *testing.T) {
 }
 
 func TestMarksOfSlots(t *testing.T) {
-	for _, s := range []int{0, 5, maxSlots - 1} {
+	for _, s := range []int{0, 5, MaxSlots - 1} {
 		for _, gen := range []uint16{0, 1, 4095, 4096} {
-			slot, proxied, ok := slotOfMark(markOf(s, gen))
+			slot, proxied, ok := SlotOfMark(MarkOf(s, gen))
 			if slot != s || proxied || !ok {
 				t.Errorf("mark of %d, %d reads %d, %t, %t", s, gen, slot, proxied, ok)
 			}
 		}
 	}
-	if _, _, ok := slotOfMark(0x1); ok {
+	if _, _, ok := SlotOfMark(0x1); ok {
 		t.Error("a foreign mark counts as ours")
 	}
 }

@@ -1,4 +1,4 @@
-package network
+package nft
 
 import (
 	"net/netip"
@@ -11,13 +11,13 @@ import (
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
-// rule is one rule as the kernel's little machine runs it: expressions from left
-// to right until one does not match. The functions below are its vocabulary, each
-// named after what nft(8) prints.
-type rule = []expr.Any
+// Rule is one rule as the kernel runs it: expressions from left to right until one does
+// not match. Each of the functions below makes some of them, and is named after what
+// nft(8) prints.
+type Rule = []expr.Any
 
 // when joins conditions and statements into a rule.
-func when(parts ...[]expr.Any) rule { return slices.Concat(parts...) }
+func when(parts ...[]expr.Any) Rule { return slices.Concat(parts...) }
 
 // The registers: reg1 to reg4 are 16 bytes wide; word(n) is the n-th of the 4-byte
 // pieces they consist of, for keys of several fields.
@@ -241,11 +241,11 @@ func ctReply() []expr.Any {
 // ctReplyPortOutside matches a connection whose answers are addressed to a port outside
 // of a range. The library writes the direction as four octets in network order, of
 // which the kernel reads the first.
-func ctReplyPortOutside(r PortRange) []expr.Any {
+func ctReplyPortOutside(first, last uint16) []expr.Any {
 	const reply = 1 << 24
 	return []expr.Any{
 		&expr.Ct{Register: reg1, Key: expr.CtKeyPROTODST, Direction: reply},
-		&expr.Range{Op: expr.CmpOpNeq, Register: reg1, FromData: big16(r.First), ToData: big16(r.Last)},
+		&expr.Range{Op: expr.CmpOpNeq, Register: reg1, FromData: big16(first), ToData: big16(last)},
 	}
 }
 
@@ -280,7 +280,7 @@ func ctMark(v, mask uint32) []expr.Any {
 func setCtMark(more uint32) []expr.Any {
 	out := []expr.Any{
 		loadIif(),
-		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: setMarks},
+		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: SetMarks},
 	}
 	if more != 0 {
 		out = append(out, &expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: native(^more), Xor: native(more)})
@@ -357,7 +357,7 @@ func count(name string) []expr.Any {
 
 // logs sends the start of a packet to the log group, at most logRate a second for
 // each slot, so that no sandbox can drown another's log lines or slow traffic.
-func logs(group uint16, prefix string) rule {
+func logs(group uint16, prefix string) Rule {
 	return []expr.Any{
 		loadIif(),
 		&expr.Dynset{SrcRegKey: reg1, SetName: setLogs, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{
@@ -365,7 +365,7 @@ func logs(group uint16, prefix string) rule {
 		}},
 		&expr.Log{
 			Key:   1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX | 1<<unix.NFTA_LOG_SNAPLEN,
-			Group: group, Snaplen: logSnaplen, Data: []byte(prefix),
+			Group: group, Snaplen: Snaplen, Data: []byte(prefix),
 		},
 	}
 }
