@@ -16,8 +16,8 @@ var anyServers = regexp.MustCompile(`^cd([a-z0-9]{1,6})-\d+$`)
 
 // alone refuses to start where somebody else uses our subnets: the later of two
 // servers would take the earlier one's addresses and get its sandboxes' packets.
-func (n *Network) alone() error {
-	links, err := n.link.LinkList()
+func (m *machine) alone() error {
+	links, err := m.link.LinkList()
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}
@@ -26,12 +26,12 @@ func (n *Network) alone() error {
 		names[l.Attrs().Index] = l.Attrs().Name
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := n.link.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		routes, err := m.link.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
 		}
 		for _, r := range routes {
-			if err := n.judgeRoute(r, names[r.LinkIndex]); err != nil {
+			if err := m.judgeRoute(r, names[r.LinkIndex]); err != nil {
 				return err
 			}
 		}
@@ -41,22 +41,22 @@ func (n *Network) alone() error {
 
 // judgeRoute refuses a route into our subnets by a link that is not ours. One that
 // leads to more than them, as to a company's 10.0.0.0/8, only loses that part.
-func (n *Network) judgeRoute(r netlink.Route, link string) error {
-	if _, ours := n.plan.Number(link); ours || link == "" || r.Dst == nil {
+func (m *machine) judgeRoute(r netlink.Route, link string) error {
+	if _, ours := m.plan.Number(link); ours || link == "" || r.Dst == nil {
 		return nil
 	}
 	ip, ok := netip.AddrFromSlice(r.Dst.IP)
 	ones, _ := r.Dst.Mask.Size()
 	dst := netip.PrefixFrom(ip.Unmap(), ones)
-	subnet := n.cfg.Subnet4
+	subnet := m.cfg.Subnet4
 	if dst.Addr().Is6() {
-		subnet = n.cfg.Subnet6
+		subnet = m.cfg.Subnet6
 	}
 	if !ok || ones == 0 || !dst.Overlaps(subnet) {
 		return nil
 	}
 	if ones < subnet.Bits() {
-		n.cfg.Log.Warn("part of a network that this machine reaches is the sandboxes' own: set network.subnet4 to another one if it is needed",
+		m.cfg.Log.Warn("part of a network that this machine reaches is the sandboxes' own: set network.subnet4 to another one if it is needed",
 			"network", dst, "link", link, "subnet", subnet)
 		return nil
 	}

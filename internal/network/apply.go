@@ -66,7 +66,7 @@ func (n *Network) install(s *slotState, p *policy.Compiled) error {
 	live := livePins(s, p)
 	big := prog.Size() > bigProgram
 	if big {
-		if err := n.fillAhead(prog); err != nil {
+		if err := n.kern.fillAhead(prog); err != nil {
 			return err
 		}
 	}
@@ -76,7 +76,7 @@ func (n *Network) install(s *slotState, p *policy.Compiled) error {
 	})
 	if err != nil {
 		if big {
-			err = errors.Join(err, n.dropSets(prog.Sets))
+			err = errors.Join(err, n.kern.dropSets(prog.Sets))
 		}
 		return err
 	}
@@ -91,27 +91,27 @@ func (s *slotState) adopt(prog *nft.Program, live map[pinKey]pin) {
 }
 
 // fillAhead makes a program's sets before anything refers to them.
-func (n *Network) fillAhead(prog *nft.Program) error {
+func (k *kernel) fillAhead(prog *nft.Program) error {
 	for i, set := range prog.Sets {
 		elems := prog.Elems[i]
-		err := n.kern.do(func(b *nft.Batch) { b.AddSet(set, elems[:min(len(elems), bigChunk)]) })
+		err := k.do(func(b *nft.Batch) { b.AddSet(set, elems[:min(len(elems), bigChunk)]) })
 		for at := bigChunk; err == nil && at < len(elems); at += bigChunk {
 			// An interval's start and end may fall into two transactions: until the
 			// second, the set says too much, and no rule reads it.
-			err = n.kern.do(func(b *nft.Batch) { b.Add(set, elems[at:min(len(elems), at+bigChunk)]) })
+			err = k.do(func(b *nft.Batch) { b.Add(set, elems[at:min(len(elems), at+bigChunk)]) })
 		}
 		if err != nil {
-			return errors.Join(fmt.Errorf("fill set %s: %w", set.Name, err), n.dropSets(prog.Sets[:i+1]))
+			return errors.Join(fmt.Errorf("fill set %s: %w", set.Name, err), k.dropSets(prog.Sets[:i+1]))
 		}
 	}
 	return nil
 }
 
 // dropSets deletes sets that nothing refers to; absent ones are skipped.
-func (n *Network) dropSets(sets []*nftables.Set) error {
+func (k *kernel) dropSets(sets []*nftables.Set) error {
 	var all error
 	for _, set := range sets {
-		if err := n.kern.do(func(b *nft.Batch) { b.DelSet(set) }); err != nil && !absent(err) {
+		if err := k.do(func(b *nft.Batch) { b.DelSet(set) }); err != nil && !absent(err) {
 			all = errors.Join(all, fmt.Errorf("delete set %s: %w", set.Name, err))
 		}
 	}

@@ -15,12 +15,12 @@ const (
 )
 
 // overBudget names the budget behind a refusal; false when it was none.
-func (n *Network) overBudget(out *flowlog.Event, c nft.Class) bool {
+func (s *shares) overBudget(out *flowlog.Event, c nft.Class) bool {
 	switch c {
 	case nft.ClassBytesOut:
-		out.Rule, out.Reason = policy.Rule{ID: "limit", Text: fmt.Sprintf("%d bytes out of one sandbox", n.cfg.MaxBytesOut)}, ReasonBytesOut
+		out.Rule, out.Reason = policy.Rule{ID: "limit", Text: fmt.Sprintf("%d bytes out of one sandbox", s.conf.MaxBytesOut)}, ReasonBytesOut
 	case nft.ClassNewFlows:
-		out.Rule, out.Reason = policy.Rule{ID: "limit", Text: fmt.Sprintf("%d new flows of one sandbox in a second", n.cfg.MaxNewFlows)}, ReasonNewFlows
+		out.Rule, out.Reason = policy.Rule{ID: "limit", Text: fmt.Sprintf("%d new flows of one sandbox in a second", s.conf.MaxNewFlows)}, ReasonNewFlows
 	default:
 		return false
 	}

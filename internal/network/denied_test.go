@@ -70,7 +70,7 @@ func TestAddressesOfDeniedNamesAreDenied(t *testing.T) {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if there, err := w.hasTable(); err == nil && there && w.hidden.Load() {
+		if there, err := w.kern.hasTable(w.table().Table().Name); err == nil && there && w.hidden.Load() {
 			break
 		}
 		if time.Now().After(end) {
@@ -92,8 +92,7 @@ func TestADenialThatTheKernelRefusedIsTriedAgain(t *testing.T) {
 	if err := w.Apply(t.Context(), l, compiled(t, policy.Input{}, op)); err != nil {
 		t.Fatal(err)
 	}
-	bad := &Network{cfg: w.cfg, open: true, kern: w.kern}
-	bad.measure()
+	bad := &Network{machine: &machine{cfg: w.Network.cfg, kern: w.kern}, shares: w.shares, open: true}
 	bad.cfg.Name = "none" // there is no such table
 	for range 2 {
 		if err := bad.SetDenied(map[netip.AddrPort]int{at("198.51.100.10:0"): 0}); err == nil {

@@ -28,9 +28,9 @@ const (
 var eventBuffer = 8 << 20
 
 // lost tells of one overrun. The kernel does not say how many events it dropped.
-func (n *Network) lost() {
-	if n.cfg.Lost != nil {
-		n.cfg.Lost(1)
+func (m *machine) lost() {
+	if m.cfg.Lost != nil {
+		m.cfg.Lost(1)
 	}
 }
 

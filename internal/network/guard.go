@@ -12,37 +12,37 @@ import (
 )
 
 // guardBit is the mark of packets that no rule has cleared.
-func (n *Network) guardBit() uint32 { return bits.RotateLeft32(n.cfg.Mark, 1) }
+func (m *machine) guardBit() uint32 { return bits.RotateLeft32(m.cfg.Mark, 1) }
 
 // loadGuard loads the fail-closed guard and puts its routing rules in place. A kernel
 // that cannot have it is logged, here and by doctor.
-func (n *Network) loadGuard() error {
-	g, err := failclosed.Load(n.guardBit())
+func (m *machine) loadGuard() error {
+	g, err := failclosed.Load(m.guardBit())
 	if err == nil {
 		err = failclosed.Try()
 	}
 	if err != nil {
-		n.cfg.Log.Warn("this kernel lacks what the fail-closed guard needs: if the nftables rules are flushed, the sandboxes are open until the server has put them back", "err", err)
+		m.cfg.Log.Warn("this kernel lacks what the fail-closed guard needs: if the nftables rules are flushed, the sandboxes are open until the server has put them back", "err", err)
 		return g.Close()
 	}
-	n.guard = g
-	return n.routeGuard()
+	m.guard = g
+	return m.routeGuard()
 }
 
 // routeGuard puts the guard's routing rules in place again if they were removed.
-func (n *Network) routeGuard() error {
-	if n.guard == nil {
+func (m *machine) routeGuard() error {
+	if m.guard == nil {
 		return nil
 	}
-	return n.guard.Route(n.link, n.familyIDs()...)
+	return m.guard.Route(m.link, m.familyIDs()...)
 }
 
 // attachGuard puts the guard on a link.
-func (n *Network) attachGuard(link int) error {
-	if n.guard == nil {
+func (m *machine) attachGuard(link int) error {
+	if m.guard == nil {
 		return nil
 	}
-	return n.guard.Attach(n.link, link)
+	return m.guard.Attach(m.link, link)
 }
 
 // CheckGuard reports why the sandboxes of the server called name, or those of one to

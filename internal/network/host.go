@@ -19,33 +19,32 @@ import (
 )
 
 // prepareHost sets what the rules need outside of the table.
-func (n *Network) prepareHost() error {
-	lo, err := n.link.LinkByName("lo")
+func (m *machine) prepareHost() error {
+	lo, err := m.link.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find lo: %w", err)
 	}
-	if err := n.link.LinkSetUp(lo); err != nil {
+	if err := m.link.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("bring up lo: %w", err)
 	}
-	if err := n.enableForwarding(); err != nil {
+	if err := m.enableForwarding(); err != nil {
 		return err
 	}
-	if err := n.loadTracker(); err != nil {
+	if err := m.loadTracker(); err != nil {
 		return err
 	}
 	for _, key := range []string{trackerBytes, trackerTimes} {
 		if err := sysctl.Write(key, "1"); err != nil {
-			n.cfg.Log.Warn("the flow log will miss figures", "err", err)
+			m.cfg.Log.Warn("the flow log will miss figures", "err", err)
 		}
 	}
-	n.share()
-	if err := n.reserveSourcePorts(); err != nil {
+	if err := m.reserveSourcePorts(); err != nil {
 		return err
 	}
-	if err := n.routeMarked(lo); err != nil {
+	if err := m.routeMarked(lo); err != nil {
 		return err
 	}
-	return n.loadGuard()
+	return m.loadGuard()
 }
 
 // The tracker's settings: bytes of each flow for the flow log, and how long it lived.
@@ -54,8 +53,8 @@ const trackerBytes, trackerTimes = "net/netfilter/nf_conntrack_acct", "net/netfi
 // loadTracker makes the kernel load its connection tracker where that is a module, as in
 // most distributions: its settings are not there before the first rule that needs it.
 // The rule is gone with the transaction that makes it.
-func (n *Network) loadTracker() error {
-	err := n.kern.do(func(b *nft.Batch) { nft.LoadTracker(b, n.cfg.Name) })
+func (m *machine) loadTracker() error {
+	err := m.kern.do(func(b *nft.Batch) { nft.LoadTracker(b, m.cfg.Name) })
 	if err != nil {
 		return fmt.Errorf("load the connection tracker: %w", err)
 	}
@@ -71,11 +70,11 @@ func (n *Network) loadTracker() error {
 
 // enableForwarding makes the host a router. Its other links forward then too, by
 // the rules of whoever owns them; ours touch no packet that is not a sandbox's.
-func (n *Network) enableForwarding() error {
+func (m *machine) enableForwarding() error {
 	if err := sysctl.Write("net/ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
-	if !n.v6 {
+	if !m.v6 {
 		return nil
 	}
 	// A router ignores router advertisements unless told twice (2): without this the
@@ -98,17 +97,17 @@ func (n *Network) enableForwarding() error {
 // get them. The rule names our subnet as the source: with src_valid_mark set (as
 // WireGuard's scripts do) the reverse path check would find it too otherwise and
 // drop every packet.
-func (n *Network) routeMarked(lo netlink.Link) error {
-	for _, f := range n.families() {
+func (m *machine) routeMarked(lo netlink.Link) error {
+	for _, f := range m.families() {
 		route := &netlink.Route{
-			Family: f.id, LinkIndex: lo.Attrs().Index, Table: n.cfg.RouteTable,
+			Family: f.id, LinkIndex: lo.Attrs().Index, Table: m.cfg.RouteTable,
 			Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all,
 		}
-		if err := n.link.RouteReplace(route); err != nil {
-			return fmt.Errorf("add local route in table %d: %w", n.cfg.RouteTable, err)
+		if err := m.link.RouteReplace(route); err != nil {
+			return fmt.Errorf("add local route in table %d: %w", m.cfg.RouteTable, err)
 		}
-		if err := n.link.RuleAdd(n.markRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add routing rule for mark %#x: %w", n.cfg.Mark, err)
+		if err := m.link.RuleAdd(m.markRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add routing rule for mark %#x: %w", m.cfg.Mark, err)
 		}
 	}
 	return nil
@@ -120,26 +119,26 @@ type familySetup struct {
 	all, src *net.IPNet
 }
 
-func (n *Network) families() []familySetup {
-	out := []familySetup{{netlink.FAMILY_V4, slot.Address(slot.Everything(netip.IPv4Unspecified())).IPNet, slot.Address(n.cfg.Subnet4).IPNet}}
+func (m *machine) families() []familySetup {
+	out := []familySetup{{netlink.FAMILY_V4, slot.Address(slot.Everything(netip.IPv4Unspecified())).IPNet, slot.Address(m.cfg.Subnet4).IPNet}}
 	if slot.HaveIPv6() {
-		out = append(out, familySetup{netlink.FAMILY_V6, slot.Address(slot.Everything(netip.IPv6Unspecified())).IPNet, slot.Address(n.cfg.Subnet6).IPNet})
+		out = append(out, familySetup{netlink.FAMILY_V6, slot.Address(slot.Everything(netip.IPv6Unspecified())).IPNet, slot.Address(m.cfg.Subnet6).IPNet})
 	}
 	return out
 }
 
 // familyIDs are the address families that the kernel speaks, as netlink numbers them.
-func (n *Network) familyIDs() (ids []int) {
-	for _, f := range n.families() {
+func (m *machine) familyIDs() (ids []int) {
+	for _, f := range m.families() {
 		ids = append(ids, f.id)
 	}
 	return ids
 }
 
-func (n *Network) markRule(f familySetup) *netlink.Rule {
+func (m *machine) markRule(f familySetup) *netlink.Rule {
 	r := netlink.NewRule()
-	mask := n.cfg.Mark
-	r.Family, r.Table, r.Src, r.Mark, r.Mask = f.id, n.cfg.RouteTable, f.src, n.cfg.Mark, &mask
+	mask := m.cfg.Mark
+	r.Family, r.Table, r.Src, r.Mark, r.Mask = f.id, m.cfg.RouteTable, f.src, m.cfg.Mark, &mask
 	r.Priority = rulePriority
 	return r
 }

@@ -69,7 +69,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 
 // ensureTable makes the table anew if it is gone.
 func (n *Network) ensureTable() error {
-	there, err := n.hasTable()
+	there, err := n.kern.hasTable(n.table().Table().Name)
 	if err == nil && there && !n.hidden.Load() {
 		return n.hide() // it failed when the table was put back
 	}
@@ -98,7 +98,7 @@ func (n *Network) ensureTable() error {
 		}
 		kept = append(kept, k)
 	}
-	if there, err = n.hasTable(); err != nil || there {
+	if there, err = n.kern.hasTable(n.table().Table().Name); err != nil || there {
 		return err
 	}
 	return n.replaceTable(kept)

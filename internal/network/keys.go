@@ -18,13 +18,22 @@ import (
 // hostPart of the tracker's table is the machine's own: one in so many.
 const hostPart = 4
 
+// shares are what API keys share in the kernel.
+type shares struct {
+	conf    *Config      // the Network's
+	tracked *share.Meter // entries of the tracker,
+	ports   *share.Pool  // ports towards one destination,
+	queries *share.Pool  // and datagrams to the resolver
+	pinning *share.Rates // how fast each key may have destinations pinned
+}
+
 // limits are what the kernel lets sandboxes have together.
-func (n *Network) limits() nft.Limits {
-	tracker, ports, queries := n.tracked.Pool().Resource(), n.ports.Resource(), n.queries.Resource()
+func (s *shares) limits() nft.Limits {
+	tracker, ports, queries := s.tracked.Pool().Resource(), s.ports.Resource(), s.queries.Resource()
 	half := func(entries int64) (flows, rate uint32) {
 		// Less than one sandbox may have makes no sense for all of a key's.
-		flows = max(uint32(entries/2), n.cfg.MaxFlows)
-		return flows, max(uint32(entries/2/nft.RememberWait), n.cfg.MaxNewFlows)
+		flows = max(uint32(entries/2), s.conf.MaxFlows)
+		return flows, max(uint32(entries/2/nft.RememberWait), s.conf.MaxNewFlows)
 	}
 	var l nft.Limits
 	l.KeyFlows, l.KeyRate = half(tracker.Alone())
@@ -36,27 +45,27 @@ func (n *Network) limits() nft.Limits {
 }
 
 // measure learns how much there is to share.
-func (n *Network) measure() {
-	have := n.cfg.entries
+func (s *shares) measure() {
+	have := s.conf.entries
 	if have == 0 {
 		var err error
 		if have, err = sysctl.Number(trackerMax); err != nil {
-			have = 1 << 16 // the tracker is not loaded yet; share measures again
+			have = 1 << 16 // the tracker is not loaded yet; fitTracker measures again
 		}
 	}
 	whole := int64(have - have/hostPart)
-	if n.tracked == nil {
-		n.tracked = share.NewMeter(share.Tracker.Of(whole, int64(n.cfg.MaxFlows)))
-		n.pinning = share.NewRates(share.Pins.Of(pinRate, 0), pinBurst)
-		n.queries = newQueries(n.cfg.MaxQueries)
-		n.ports = share.NewPool(share.SourcePorts.Of(int64(n.cfg.SourcePorts.Len()), 0))
+	if s.tracked == nil {
+		s.tracked = share.NewMeter(share.Tracker.Of(whole, int64(s.conf.MaxFlows)))
+		s.pinning = share.NewRates(share.Pins.Of(pinRate, 0), pinBurst)
+		s.queries = newQueries(s.conf.MaxQueries)
+		s.ports = share.NewPool(share.SourcePorts.Of(int64(s.conf.SourcePorts.Len()), 0))
 	}
-	n.tracked.Resize(whole)
+	s.tracked.Resize(whole)
 }
 
 // Pools count what the kernel refused for the limits of a key and of all, for metrics.
-func (n *Network) Pools() []*share.Pool {
-	return []*share.Pool{n.tracked.Pool(), n.ports, n.queries, n.pinning.Pool()}
+func (s *shares) Pools() []*share.Pool {
+	return []*share.Pool{s.tracked.Pool(), s.ports, s.queries, s.pinning.Pool()}
 }
 
 // Own implements sandbox.Network.
@@ -89,15 +98,15 @@ func (n *Network) keyNumber(owner string) uint32 {
 }
 
 // overShare names the share behind a refusal; false when it was none.
-func (n *Network) overShare(out *flowlog.Event, c nft.Class) bool {
-	pool, scope, l := n.tracked.Pool(), share.Key, n.limits()
+func (s *shares) overShare(out *flowlog.Event, c nft.Class) bool {
+	pool, scope, l := s.tracked.Pool(), share.Key, s.limits()
 	most, rate := l.KeyFlows, l.KeyRate
 	switch c {
 	case nft.ClassKeyFlows:
 	case nft.ClassAllFlows:
 		scope, most, rate = share.Server, l.AllFlows, l.AllRate
 	case nft.ClassKeyPorts:
-		pool, most, rate = n.ports, l.KeyPorts, 0
+		pool, most, rate = s.ports, l.KeyPorts, 0
 	case nft.ClassLimit:
 		pool.Refused(share.Sandbox)
 		return false // judgeRefusal names it

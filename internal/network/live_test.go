@@ -137,7 +137,7 @@ func TestAFailedUpdateLeavesTheFormerPolicy(t *testing.T) {
 	if err := echoes(live); err == nil {
 		t.Error("the second try did not cut the flow")
 	}
-	if err := w.dropSets([]*nftables.Set{taken}); err != nil {
+	if err := w.kern.dropSets([]*nftables.Set{taken}); err != nil {
 		t.Error(err)
 	}
 }
@@ -583,7 +583,7 @@ func TestADeletedTableComesBack(t *testing.T) {
 			t.Fatal(err)
 		}
 		for end := time.Now().Add(2 * time.Second); ; time.Sleep(time.Millisecond) {
-			if there, err := w.hasTable(); err == nil && there {
+			if there, err := w.kern.hasTable(w.table().Table().Name); err == nil && there {
 				break
 			}
 			if time.Now().After(end) {

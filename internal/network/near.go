@@ -132,9 +132,9 @@ func (n *Network) nat64Prefixes() []netip.Prefix {
 // onLinkRoutes notes networks that the machine reaches without a router and has no
 // address of the same length in, as with DHCPv6: those that the kernel or a router's
 // advertisement made a route for. What people and VPNs route by a link leads anywhere.
-func (n *Network) onLinkRoutes(note func(netip.Prefix)) error {
+func (m *machine) onLinkRoutes(note func(netip.Prefix)) error {
 	for _, family := range []int{vish.FAMILY_V4, vish.FAMILY_V6} {
-		routes, err := n.link.RouteListFiltered(family, &vish.Route{Table: unix.RT_TABLE_MAIN}, vish.RT_FILTER_TABLE)
+		routes, err := m.link.RouteListFiltered(family, &vish.Route{Table: unix.RT_TABLE_MAIN}, vish.RT_FILTER_TABLE)
 		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
 		}

@@ -115,7 +115,7 @@ func TestWhatIsNearIsFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if there, err := w.hasTable(); err == nil && there && w.hidden.Load() {
+		if there, err := w.kern.hasTable(w.table().Table().Name); err == nil && there && w.hidden.Load() {
 			break
 		}
 		if time.Now().After(end) {

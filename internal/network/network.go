@@ -31,7 +31,6 @@ import (
 	"github.com/cordonhq/cordon/internal/network/slot"
 	"github.com/cordonhq/cordon/internal/policy"
 	"github.com/cordonhq/cordon/internal/sandbox"
-	"github.com/cordonhq/cordon/internal/share"
 )
 
 // IPv6 says whether sandboxes get IPv6.
@@ -173,18 +172,25 @@ func (c Config) check() error {
 	return nil
 }
 
+// machine is what a Network needs of the machine outside of its table: links, routing rules,
+// kernel parameters, the fail-closed guard.
+type machine struct {
+	cfg   Config
+	plan  slot.Plan // which slot has which address
+	kern  *kernel
+	link  *netlink.Handle
+	v6    bool              // new slots get IPv6
+	guard *failclosed.Guard // nil before Reconcile, or where the kernel lacks what it needs
+}
+
 // Network implements sandbox.Network on the Linux kernel, in the network
 // namespace its process is in.
 type Network struct {
-	cfg  Config
-	plan slot.Plan // which slot has which address
-	kern *kernel
-	link *netlink.Handle
-	ct   *conntrack.Tracker
-	v6   bool // new slots get IPv6
+	*machine
+	*shares
+	ct *conntrack.Tracker
 
-	hidden atomic.Bool       // the table's rules for source ports are in force
-	guard  *failclosed.Guard // nil before Reconcile, or where the kernel lacks what it needs
+	hidden atomic.Bool // the table's rules for source ports are in force
 
 	around atomic.Pointer[near]
 	nat64  atomic.Pointer[[]netip.Prefix] // the network's own prefixes
@@ -207,11 +213,6 @@ type Network struct {
 	trash   []*slotState
 	keys    map[string]uint32 // API keys by number, in the order they were met
 	open    bool
-
-	tracked *share.Meter // what keys share in the kernel: entries of the tracker,
-	ports   *share.Pool  // ports towards one destination,
-	queries *share.Pool  // and datagrams to the resolver
-	pinning *share.Rates // how fast each key may have destinations pinned
 }
 
 var _ sandbox.Network = (*Network)(nil)
@@ -248,10 +249,13 @@ func New(cfg Config) (*Network, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open route netlink: %w", err)
 	}
+	m := &machine{
+		cfg: cfg, kern: &kernel{}, link: h,
+		plan: slot.Plan{Name: cfg.Name, Dir: cfg.RunDir + "/netns", Subnet4: cfg.Subnet4, Subnet6: cfg.Subnet6, Most: nft.MaxSlots},
+	}
 	n := &Network{
-		cfg: cfg, link: h,
-		plan:    slot.Plan{Name: cfg.Name, Dir: cfg.RunDir + "/netns", Subnet4: cfg.Subnet4, Subnet6: cfg.Subnet6, Most: nft.MaxSlots},
-		kern:    &kernel{},
+		machine: m,
+		shares:  &shares{conf: &m.cfg},
 		ct:      &conntrack.Tracker{},
 		ready:   make(chan *slotState, cfg.PoolSize),
 		wake:    make(chan struct{}, 1),

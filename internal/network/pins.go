@@ -208,15 +208,15 @@ func (n *Network) Unpin(id sandbox.ID, name string, dst netip.AddrPort) error {
 			return nil
 		}
 		s.pins.gone.add(k, name)
-		return n.dropPin(s, k)
+		return s.dropPin(n.kern, k)
 	})
 }
 
 // dropPin removes a pin. The caller holds s.mu.
-func (n *Network) dropPin(s *slotState, k pinKey) error {
+func (s *slotState) dropPin(kern *kernel, k pinKey) error {
 	set, elem := s.pins.live[k].element(s.pins.prog, k)
 	s.pins.remove(k)
-	err := n.kern.do(func(b *nft.Batch) { b.Remove(set, elem) })
+	err := kern.do(func(b *nft.Batch) { b.Remove(set, elem) })
 	if absent(err) { // it ran out
 		return nil
 	}
@@ -251,7 +251,7 @@ func (n *Network) pinOne(s *slotState, k pinKey, entry pinName, paced bool) erro
 		}
 	}
 	if !known {
-		if err := n.makeRoom(s, now); err != nil {
+		if err := s.makeRoom(n.kern, now); err != nil {
 			return err
 		}
 	}
@@ -276,7 +276,7 @@ func (n *Network) pinOne(s *slotState, k pinKey, entry pinName, paced bool) erro
 
 // makeRoom makes room for one more pin: it forgets those that the kernel forgot,
 // and if there are none, the one that was confirmed longest ago.
-func (n *Network) makeRoom(s *slotState, now time.Time) error {
+func (s *slotState) makeRoom(kern *kernel, now time.Time) error {
 	if len(s.pins.live) < nft.MaxPins {
 		return nil
 	}
@@ -294,7 +294,7 @@ func (n *Network) makeRoom(s *slotState, now time.Time) error {
 	if len(s.pins.live) < nft.MaxPins {
 		return nil
 	}
-	return n.dropPin(s, oldest)
+	return s.dropPin(kern, oldest)
 }
 
 // verified is when one of its names was last found to have the address.

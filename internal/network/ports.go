@@ -57,26 +57,26 @@ const reservedPorts = "net/ipv4/ip_local_reserved_ports"
 // reserveSourcePorts keeps the range free of sockets of the host that did not ask for
 // a port by number. What was reserved before is kept in a file, for uninstalling
 // (docs/operations.md).
-func (n *Network) reserveSourcePorts() error {
+func (m *machine) reserveSourcePorts() error {
 	list, err := readReserved()
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(n.reservedFile()); errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(filepath.Dir(n.reservedFile()), 0o755); err != nil {
+	if _, err := os.Stat(m.reservedFile()); errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(m.reservedFile()), 0o755); err != nil {
 			return fmt.Errorf("keep the former reserved ports: %w", err)
 		}
-		if err := os.WriteFile(n.reservedFile(), []byte(formatPorts(list)+"\n"), 0o644); err != nil {
+		if err := os.WriteFile(m.reservedFile(), []byte(formatPorts(list)+"\n"), 0o644); err != nil {
 			return fmt.Errorf("keep the former reserved ports: %w", err)
 		}
 	}
-	for _, finding := range CheckSourcePorts(n.cfg.SourcePorts) {
-		n.cfg.Log.Warn(finding)
+	for _, finding := range CheckSourcePorts(m.cfg.SourcePorts) {
+		m.cfg.Log.Warn(finding)
 	}
-	return sysctl.Write(reservedPorts, formatPorts(append(list, n.cfg.SourcePorts)))
+	return sysctl.Write(reservedPorts, formatPorts(append(list, m.cfg.SourcePorts)))
 }
 
-func (n *Network) reservedFile() string { return filepath.Join(n.cfg.RunDir, "reserved_ports") }
+func (m *machine) reservedFile() string { return filepath.Join(m.cfg.RunDir, "reserved_ports") }
 
 func readReserved() ([]PortRange, error) {
 	text, err := sysctl.Read(reservedPorts)

@@ -30,8 +30,8 @@ func newQueries(sandbox uint32) *share.Pool {
 }
 
 // overQueries names the rate behind a refusal; false when it was none.
-func (n *Network) overQueries(out *flowlog.Event, c nft.Class) bool {
-	r := n.queries.Resource()
+func (s *shares) overQueries(out *flowlog.Event, c nft.Class) bool {
+	r := s.queries.Resource()
 	scope, most := share.Sandbox, r.Sandbox
 	switch c {
 	case nft.ClassQueries:
@@ -40,7 +40,7 @@ func (n *Network) overQueries(out *flowlog.Event, c nft.Class) bool {
 	default:
 		return false
 	}
-	n.queries.Refused(scope)
+	s.queries.Refused(scope)
 	whose := "sandbox"
 	if scope == share.Key {
 		whose = "API key"

@@ -37,6 +37,7 @@ func (n *Network) Reconcile(_ context.Context, inUse map[sandbox.ID]sandbox.Held
 	if err := n.prepareHost(); err != nil {
 		return fmt.Errorf("prepare the host: %w", err)
 	}
+	n.fitTracker()
 	links, err := n.ourLinks()
 	if err != nil {
 		return err
@@ -95,14 +96,14 @@ func (n *Network) adopt(inUse map[sandbox.ID]sandbox.Held) ([]adopted, error) {
 }
 
 // ourLinks returns the links with our prefix, by name.
-func (n *Network) ourLinks() (map[string]netlink.Link, error) {
-	all, err := n.link.LinkList()
+func (m *machine) ourLinks() (map[string]netlink.Link, error) {
+	all, err := m.link.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
 	out := map[string]netlink.Link{}
 	for _, l := range all {
-		if _, ours := n.plan.Number(l.Attrs().Name); ours {
+		if _, ours := m.plan.Number(l.Attrs().Name); ours {
 			out[l.Attrs().Name] = l
 		}
 	}
@@ -111,17 +112,17 @@ func (n *Network) ourLinks() (map[string]netlink.Link, error) {
 
 // restore finds a kept slot's link and namespace, or makes them anew when the
 // machine was restarted or someone deleted them.
-func (n *Network) restore(s *slotState, links map[string]netlink.Link) error {
+func (m *machine) restore(s *slotState, links map[string]netlink.Link) error {
 	link, linked := links[s.Lease.Link]
 	delete(links, s.Lease.Link) // what stays in links is to be removed
 	if linked && slot.IsNetns(s.Lease.NetNS) {
 		s.Index = uint32(link.Attrs().Index)
-		return n.attachGuard(int(s.Index)) // an earlier version may not have
+		return m.attachGuard(int(s.Index)) // an earlier version may not have
 	}
-	if err := s.Destroy(n.link); err != nil {
+	if err := s.Destroy(m.link); err != nil {
 		return err
 	}
-	return s.Build(n.link, n.attachGuard)
+	return s.Build(m.link, m.attachGuard)
 }
 
 // readBack learns from the table of an earlier process which marks its flows
@@ -133,7 +134,7 @@ func (n *Network) readBack(kept []adopted) {
 	for _, k := range kept {
 		byLink[k.slot.Index], bySlot[k.slot.Num] = k.slot, k.slot
 	}
-	there, err := n.hasTable()
+	there, err := n.kern.hasTable(n.table().Table().Name)
 	if err == nil && !there {
 		return
 	}

@@ -18,34 +18,34 @@ import (
 
 const trackerMax = "net/netfilter/nf_conntrack_max"
 
-// share makes the tracker's table fit what the sandboxes may have, or says that it
+// fitTracker makes the tracker's table fit what the sandboxes may have, or says that it
 // does not. An entry takes some 400 bytes while it is in use and none before, so the
 // table may grow to a sixteenth of the memory.
-func (n *Network) share() {
-	defer n.measure()
+func (s *shares) fitTracker() {
+	defer s.measure()
 	have, err := sysctl.Number(trackerMax)
 	if err != nil {
-		n.cfg.Log.Warn("the size of the connection tracker's table is not known", "err", err)
+		s.conf.Log.Warn("the size of the connection tracker's table is not known", "err", err)
 		return
 	}
-	one := uint64(n.cfg.MaxFlows) + nft.RememberWait*uint64(n.cfg.MaxNewFlows)
-	want := max(uint64(n.cfg.MaxFlows)*uint64(n.cfg.Sandboxes), 2*one)
+	one := uint64(s.conf.MaxFlows) + nft.RememberWait*uint64(s.conf.MaxNewFlows)
+	want := max(uint64(s.conf.MaxFlows)*uint64(s.conf.Sandboxes), 2*one)
 	if want <= have {
 		return
 	}
 	const entry, part = 400, 16
 	if top := memory() / part / entry; top > have {
 		if err := sysctl.Write(trackerMax, strconv.FormatUint(min(want, top), 10)); err == nil {
-			n.cfg.Log.Info("the connection tracker's table may grow", "entries", min(want, top), "before", have)
+			s.conf.Log.Info("the connection tracker's table may grow", "entries", min(want, top), "before", have)
 			have = min(want, top)
 		}
 	}
 	if few*one > have {
-		n.cfg.Log.Warn(trackerAdvice, "entries", have, "each", one)
+		s.conf.Log.Warn(trackerAdvice, "entries", have, "each", one)
 	}
-	if most := have / 2; uint64(n.cfg.MaxFlows) > most {
-		n.cfg.MaxFlows = uint32(most)
-		n.cfg.Log.Warn("one sandbox may have half of the connection tracker's table, not more", "flows", most)
+	if most := have / 2; uint64(s.conf.MaxFlows) > most {
+		s.conf.MaxFlows = uint32(most)
+		s.conf.Log.Warn("one sandbox may have half of the connection tracker's table, not more", "flows", most)
 	}
 }
 

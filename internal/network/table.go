@@ -20,10 +20,10 @@ func (n *Network) table() nft.Table {
 }
 
 // hasTable reports whether the kernel has the table.
-func (n *Network) hasTable() (there bool, err error) {
-	err = n.kern.read(func(c *nftables.Conn) error {
+func (k *kernel) hasTable(name string) (there bool, err error) {
+	err = k.read(func(c *nftables.Conn) error {
 		tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
-		there = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == n.table().Table().Name })
+		there = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == name })
 		return err
 	})
 	return there, err

@@ -60,25 +60,25 @@ func (n *Network) Uninstall(_ context.Context) error {
 
 // unprepareHost takes back what prepareHost added. Forwarding stays as it is:
 // others may have come to rely on it.
-func (n *Network) unprepareHost() error {
+func (m *machine) unprepareHost() error {
 	var all error
-	for _, f := range n.families() {
-		if err := n.link.RuleDel(n.markRule(f)); err != nil && !errors.Is(err, unix.ENOENT) {
+	for _, f := range m.families() {
+		if err := m.link.RuleDel(m.markRule(f)); err != nil && !errors.Is(err, unix.ENOENT) {
 			all = errors.Join(all, fmt.Errorf("delete routing rule: %w", err))
 		}
-		route := &netlink.Route{Family: f.id, Table: n.cfg.RouteTable, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all}
-		if err := n.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) && !absent(err) {
+		route := &netlink.Route{Family: f.id, Table: m.cfg.RouteTable, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Dst: f.all}
+		if err := m.link.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) && !absent(err) {
 			all = errors.Join(all, fmt.Errorf("delete local route: %w", err))
 		}
 	}
-	return errors.Join(all, n.unrouteGuard(), n.unreserveSourcePorts())
+	return errors.Join(all, m.unrouteGuard(), m.unreserveSourcePorts())
 }
 
 // unrouteGuard takes the rules away, unless another server needs them.
-func (n *Network) unrouteGuard() error {
+func (m *machine) unrouteGuard() error {
 	var all error
-	for _, f := range n.families() {
-		rules, err := n.link.RuleList(f.id)
+	for _, f := range m.families() {
+		rules, err := m.link.RuleList(f.id)
 		if err != nil {
 			return fmt.Errorf("list routing rules: %w", err)
 		}
@@ -87,7 +87,7 @@ func (n *Network) unrouteGuard() error {
 			others = others || r.Priority == rulePriority
 		}
 		if !others {
-			if err := n.link.RuleDel(failclosed.Rule(f.id, n.guardBit())); err != nil && !errors.Is(err, unix.ENOENT) {
+			if err := m.link.RuleDel(failclosed.Rule(f.id, m.guardBit())); err != nil && !errors.Is(err, unix.ENOENT) {
 				all = errors.Join(all, err)
 			}
 		}
@@ -96,8 +96,8 @@ func (n *Network) unrouteGuard() error {
 }
 
 // unreserveSourcePorts takes the range off the list, but for what was reserved before.
-func (n *Network) unreserveSourcePorts() error {
-	b, err := os.ReadFile(n.reservedFile())
+func (m *machine) unreserveSourcePorts() error {
+	b, err := os.ReadFile(m.reservedFile())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // it was never reserved
 	}
@@ -114,10 +114,10 @@ func (n *Network) unreserveSourcePorts() error {
 	}
 	var kept []PortRange
 	for _, r := range list {
-		kept = append(kept, without(r, n.cfg.SourcePorts)...)
+		kept = append(kept, without(r, m.cfg.SourcePorts)...)
 	}
 	for _, r := range before {
-		if lo, hi := max(r.First, n.cfg.SourcePorts.First), min(r.Last, n.cfg.SourcePorts.Last); lo <= hi {
+		if lo, hi := max(r.First, m.cfg.SourcePorts.First), min(r.Last, m.cfg.SourcePorts.Last); lo <= hi {
 			kept = append(kept, PortRange{lo, hi})
 		}
 	}
@@ -128,7 +128,7 @@ func (n *Network) unreserveSourcePorts() error {
 	if err := sysctl.Write(reservedPorts, text); err != nil {
 		return err
 	}
-	return os.Remove(n.reservedFile())
+	return os.Remove(m.reservedFile())
 }
 
 // without is what is left of a when b is taken away.

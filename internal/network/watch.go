@@ -43,10 +43,10 @@ func (n *Network) watchHost(ctx context.Context) error {
 	}
 }
 
-func (n *Network) keepRoutes() error {
-	lo, err := n.link.LinkByName("lo")
+func (m *machine) keepRoutes() error {
+	lo, err := m.link.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find lo: %w", err)
 	}
-	return errors.Join(n.routeMarked(lo), n.routeGuard())
+	return errors.Join(m.routeMarked(lo), m.routeGuard())
 }
