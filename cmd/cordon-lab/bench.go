@@ -28,7 +28,7 @@ touched. Figures are medians over rounds, with the range of the
 middle half; they are compared with the first column, in turns within one run. See docs/performance.md.`,
 		Example: `  sudo cordon-lab bench egress
   sudo cordon-lab bench all --rounds 21 --each 300ms
-  sudo cordon-lab bench ingress --vs /tmp/cordon-lab-before`,
+  sudo cordon-lab bench egress ingress --vs /tmp/cordon-lab-before`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if os.Geteuid() != 0 {
 				return errNotRoot("bench")
@@ -66,7 +66,8 @@ middle half; they are compared with the first column, in turns within one run. S
 	f.IntVar(&o.Flows, "flows", 0, "idle connections when memory is measured (default 10000, or what the limit on open files allows)")
 	f.IntVar(&o.Starts, "starts", 0, "sandboxes started one by one (default 30)")
 	f.IntVar(&o.Burst, "burst", 0, "sandboxes started ten at a time (default 100)")
-	f.StringVar(&versus, "vs", "", "another build's program with a bench; the ingress is compared with its instead of with peers")
+	f.StringVar(&versus, "vs", "", "another build's program with a bench; egress and ingress are compared with its instead of with peers")
+	f.StringArrayVar(&o.Rows, "rows", nil, "of egress with --vs: only rows whose names contain one of these (\"proxy path: new TLS\")")
 	f.StringVar(&o.Template, "template", "", "what sandboxes start from (default base, or host while that is not built)")
 	return cmd
 }

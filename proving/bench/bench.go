@@ -47,9 +47,11 @@ type Options struct {
 	// Self is the command line that runs Process: the role and its configuration
 	// are appended. Required.
 	Self []string
-	// Versus is the command line that runs Process of another build, which the ingress
-	// is compared with instead of with the peers; for ingress, may be empty.
+	// Versus is the command line that runs Process of another build, which egress and
+	// ingress are compared with instead of with the peers; may be empty.
 	Versus []string
+	// Rows are parts of the names of the rows of egress to compare with it; none: all.
+	Rows []string
 	// Server is the command line of a server, without its configuration; for start.
 	Server []string
 	// CacheDir has the images, and Template is the one that sandboxes start from.

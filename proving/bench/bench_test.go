@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func quick(t *testing.T, table string) string {
+func quick(t *testing.T, table string, versus ...string) string {
 	t.Helper()
 	lab.Privileged(t)
 	var out bytes.Buffer
@@ -34,7 +34,7 @@ func quick(t *testing.T, table string) string {
 	defer cancel()
 	o := Options{
 		Tables: []string{table}, Rounds: 1, Each: 20 * time.Millisecond, Sandboxes: 3, CIDRs: 100, Flows: 20, Starts: 1, Burst: 2,
-		Self: []string{os.Args[0], processArg}, Server: []string{server}, Template: "host", CacheDir: t.TempDir(),
+		Self: []string{os.Args[0], processArg}, Server: []string{server}, Template: "host", CacheDir: t.TempDir(), Versus: versus,
 	}
 	if os.Getenv("REQUIRE_PRIVILEGED") != "" { // make test has built it
 		o.Interpreter, o.CacheDir = "code-interpreter-v1", "/var/cache/cordon"
@@ -63,5 +63,37 @@ func TestEveryMeasurementWorks(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestAnotherBuildIsCompared compares the build with itself.
+func TestAnotherBuildIsCompared(t *testing.T) {
+	t.Parallel()
+	out := quick(t, "egress", os.Args[0], processArg)
+	if strings.Contains(out, "not measured") {
+		t.Error("a row was not measured")
+	}
+	for _, title := range []string{"kernel path", "kernel path, 3 sandboxes, 100 CIDRs", "proxy path"} {
+		if !strings.Contains(out, "\n"+title+"  ") {
+			t.Errorf("no table %q", title)
+		}
+	}
+}
+
+func TestRowsAreChosenByAPartOfTheirNames(t *testing.T) {
+	all := []measure{row("new TLS connections, 32 at a time", perSecond, Load{}), row("up", gigabits, Load{})}
+	o := Options{Rows: []string{"TLS connections, 32"}}
+	if got := o.chosen(all); len(got) != 1 || got[0].reads[0].name != all[0].reads[0].name {
+		t.Errorf("chosen: %v", got)
+	}
+	if got := (&Options{}).chosen(all); len(got) != len(all) {
+		t.Errorf("chosen without a choice: %v", got)
+	}
+}
+
+func TestRatioIsOfMedians(t *testing.T) {
+	got := ratioCells(medianUsec, []float64{100, 100, 100, 100, 100}, []float64{50, 150, 75, 200, 75})
+	if want := "100 µs\t75 µs\t0.75\t0.75–1.50"; got != want {
+		t.Errorf("cells %q, want %q", got, want)
 	}
 }

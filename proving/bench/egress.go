@@ -15,6 +15,9 @@ import (
 // egressTables measures the kernel path, then the proxy path, each with wires
 // and processes of its own.
 func egressTables(ctx context.Context, r *run) error {
+	if len(r.Versus) > 0 {
+		return egressVersus(ctx, r)
+	}
 	for _, t := range []func(context.Context, *run, *world) error{kernelTable, proxyTable} {
 		w, err := r.newWorld(ctx)
 		if err == nil {
@@ -56,7 +59,11 @@ func (w *world) close() (err error) {
 
 // start starts a process that ends with the world.
 func (w *world) start(ns *lab.Netns, role string) (*process, error) {
-	p, err := w.r.start(ns, role)
+	return w.startOf(w.r.Self, ns, role)
+}
+
+func (w *world) startOf(self []string, ns *lab.Netns, role string) (*process, error) {
+	p, err := startProcess(ns, self, role)
 	if err == nil {
 		w.keep(p)
 	}
@@ -94,13 +101,13 @@ func (w *world) bare(name string) (*way, *lab.Netns, error) {
 	return &way{name: name, client: p}, router, err
 }
 
-// gateway is a way through cordon.
-func (w *world) gateway(ctx context.Context, name string, c GatewayConfig) (*way, error) {
+// gateway is a way through cordon, as the build has it whose processes self starts.
+func (w *world) gateway(ctx context.Context, name string, self []string, c GatewayConfig) (*way, error) {
 	router, err := w.router()
 	if err != nil {
 		return nil, err
 	}
-	g, err := w.start(router, roleGateway)
+	g, err := w.startOf(self, router, roleGateway)
 	if err != nil {
 		return nil, err
 	}
@@ -162,31 +169,21 @@ func kernelTable(ctx context.Context, r *run, w *world) error {
 	if err != nil {
 		return err
 	}
-	one, err := w.gateway(ctx, "cordon", GatewayConfig{Policy: oneRule})
+	one, err := w.gateway(ctx, "cordon", r.Self, GatewayConfig{Policy: oneRule})
 	if err != nil {
 		return err
 	}
 	manyName := fmt.Sprintf("cordon, %d sandboxes, %d CIDRs", r.Sandboxes, r.CIDRs)
-	many, err := w.gateway(ctx, manyName, GatewayConfig{Policy: manyRules(r.CIDRs), Slots: r.Sandboxes})
+	many, err := w.gateway(ctx, manyName, r.Self, GatewayConfig{Policy: manyRules(r.CIDRs), Slots: r.Sandboxes})
 	if err != nil {
 		return err
 	}
-	raw := func(kind string, conns int) Load { return Load{Kind: kind, Addr: rawAddr, Conns: conns} }
 	t := &table{
-		title: "Kernel path: no name rule, no proxy. Forwarding is the same wires with connection tracking and masquerading only.",
-		ways:  []*way{bare, one, many},
-		measures: []measure{
-			row("down, one stream", gigabits, raw(loadDown, 1)),
-			row("up, one stream", gigabits, raw(loadUp, 1)),
-			row("request/response, 1 connection", perSecond, raw(loadEcho, 1)),
-			row("request/response, 32 connections", perSecond, raw(loadEcho, 32)),
-			row("new connections, 1 at a time", perSecond, raw(loadConnect, 1)),
-			row("new connections, 32 at a time", perSecond, raw(loadConnect, 32)),
-			{load: Load{Kind: loadRefused, Addr: refusedAddr}, unless: []string{bare.name}, reads: []reading{
-				{"refusal, SYN to ECONNREFUSED, p50", medianUsec}, {"refusal, p99", tailUsec},
-			}},
-		},
+		title:    "Kernel path: no name rule, no proxy. Forwarding is the same wires with connection tracking and masquerading only.",
+		ways:     []*way{bare, one, many},
+		measures: kernelMeasures(),
 	}
+	t.measures[6].unless = []string{bare.name}
 	for _, m := range t.measures[:6] {
 		t.goals = append(t.goals,
 			goal{row: m.reads[0].name, way: one.name, against: bare.name, least: 0.97},
@@ -200,42 +197,73 @@ func kernelTable(ctx context.Context, r *run, w *world) error {
 	return r.updates(ctx, one)
 }
 
+// kernelMeasures are the rows of the kernel path; the last is of refusals.
+func kernelMeasures() []measure {
+	raw := func(kind string, conns int) Load { return Load{Kind: kind, Addr: rawAddr, Conns: conns} }
+	return []measure{
+		row("down, one stream", gigabits, raw(loadDown, 1)),
+		row("up, one stream", gigabits, raw(loadUp, 1)),
+		row("request/response, 1 connection", perSecond, raw(loadEcho, 1)),
+		row("request/response, 32 connections", perSecond, raw(loadEcho, 32)),
+		row("new connections, 1 at a time", perSecond, raw(loadConnect, 1)),
+		row("new connections, 32 at a time", perSecond, raw(loadConnect, 32)),
+		{load: Load{Kind: loadRefused, Addr: refusedAddr}, reads: []reading{
+			{"refusal, SYN to ECONNREFUSED, p50", medianUsec}, {"refusal, p99", tailUsec},
+		}},
+	}
+}
+
 // updates measures how soon a policy update takes effect.
 func (r *run) updates(ctx context.Context, w *way) error {
-	var answered, refused, cut []float64
-	millis := func(from, to time.Time) float64 { return float64(to.Sub(from).Nanoseconds()) / 1e6 }
+	var took updateTimes
 	for range r.Rounds * 2 {
-		var done Applied
-		if err := w.program.call(ctx, "Apply", oneRule, &done); err != nil {
+		if err := took.measure(ctx, w); err != nil {
 			return err
 		}
-		load := Load{Kind: loadEcho, Addr: rawAddr, For: 10 * time.Second}
-		if err := w.client.call(ctx, "Live", load, nil); err != nil {
-			return err
-		}
-		var seen Watched
-		watched := make(chan error, 1)
-		go func() { watched <- w.client.call(ctx, "Watch", load, &seen) }()
-		select {
-		case err := <-watched:
-			return fmt.Errorf("watch before an update: %w", err)
-		case <-time.After(30 * time.Millisecond):
-		}
-		tight := policy.Input{DenyOut: append(slices.Clone(oneRule.DenyOut), rawAddr.Addr().String())}
-		if err := w.program.call(ctx, "Apply", tight, &done); err != nil {
-			return err
-		}
-		if err := <-watched; err != nil {
-			return fmt.Errorf("watch an update: %w", err)
-		}
-		answered = append(answered, millis(done.Began, done.Ended))
-		refused = append(refused, millis(done.Began, seen.Refused))
-		cut = append(cut, millis(done.Began, seen.Cut))
 	}
-	fmt.Fprintf(r.out, "\nPolicy update, %d times, from the call\n\n", len(cut))
-	printFigures(r.out, []figure{
-		{"answered", "ms", answered, 0, 0.5}, {"first new connection refused", "ms", refused, 20, 0.5}, {"live connection cut", "ms", cut, 1000, 0.99},
-	})
+	fmt.Fprintf(r.out, "\nPolicy update, %d times, from the call\n\n", len(took.cut))
+	printFigures(r.out, took.figures())
+	return nil
+}
+
+// updateTimes are milliseconds from the call of a policy update.
+type updateTimes struct{ answered, refused, cut []float64 }
+
+func (u *updateTimes) figures() []figure {
+	return []figure{
+		{"answered", "ms", u.answered, 0, 0.5}, {"first new connection refused", "ms", u.refused, 20, 0.5}, {"live connection cut", "ms", u.cut, 1000, 0.99},
+	}
+}
+
+// measure adds one update.
+func (u *updateTimes) measure(ctx context.Context, w *way) error {
+	var done Applied
+	if err := w.program.call(ctx, "Apply", oneRule, &done); err != nil {
+		return err
+	}
+	load := Load{Kind: loadEcho, Addr: rawAddr, For: 10 * time.Second}
+	if err := w.client.call(ctx, "Live", load, nil); err != nil {
+		return err
+	}
+	var seen Watched
+	watched := make(chan error, 1)
+	go func() { watched <- w.client.call(ctx, "Watch", load, &seen) }()
+	select {
+	case err := <-watched:
+		return fmt.Errorf("watch before an update: %w", err)
+	case <-time.After(30 * time.Millisecond):
+	}
+	tight := policy.Input{DenyOut: append(slices.Clone(oneRule.DenyOut), rawAddr.Addr().String())}
+	if err := w.program.call(ctx, "Apply", tight, &done); err != nil {
+		return err
+	}
+	if err := <-watched; err != nil {
+		return fmt.Errorf("watch an update: %w", err)
+	}
+	millis := func(to time.Time) float64 { return float64(to.Sub(done.Began).Nanoseconds()) / 1e6 }
+	u.answered = append(u.answered, millis(done.Ended))
+	u.refused = append(u.refused, millis(seen.Refused))
+	u.cut = append(u.cut, millis(seen.Cut))
 	return nil
 }
 
@@ -255,11 +283,21 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 	if err != nil {
 		return err
 	}
-	cordon, err := w.gateway(ctx, "cordon", GatewayConfig{Policy: nameRules()})
+	cordon, err := w.gateway(ctx, "cordon", r.Self, GatewayConfig{Policy: nameRules()})
 	if err != nil {
 		return err
 	}
-	t := proxyMeasures(direct, cordon)
+	t := &table{
+		title:    "Proxy path: names decide (SNI, Host). The same clients, wires and server for each.",
+		ways:     []*way{direct, cordon},
+		measures: proxyMeasures(),
+		goals:    proxyGoals,
+	}
+	for i := range t.measures {
+		if kind := t.measures[i].load.Kind; kind == loadDeniedTLS || kind == loadDeniedHTTP {
+			t.measures[i].unless = []string{direct.name}
+		}
+	}
 	for _, p := range []struct {
 		peer
 		transparent bool
@@ -274,7 +312,7 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 		}
 		t.ways = append(t.ways, way)
 	}
-	idle := Load{Kind: loadEcho, Addr: rawAddr, Name: rawName, Conns: r.idle(3)} // some proxies keep pipes
+	idle := r.idleLoad()
 	figures := r.perConnection(ctx, t.ways[1:], idle, 12)
 	if err := t.run(ctx, r); err != nil {
 		return err
@@ -285,10 +323,15 @@ func proxyTable(ctx context.Context, r *run, w *world) error {
 	return ctx.Err()
 }
 
+// idleLoad is what memory is measured with.
+func (r *run) idleLoad() Load {
+	return Load{Kind: loadEcho, Addr: rawAddr, Name: rawName, Conns: r.idle(3)} // some proxies keep pipes
+}
+
 // proxyMeasures are the rows of the proxy path. The bulk and echo loads show a
 // real hello, get the head of an answer and then send plain octets: what is measured
 // is the way, not AES.
-func proxyMeasures(direct, cordon *way) *table {
+func proxyMeasures() []measure {
 	raw := func(kind string, conns int) Load {
 		return Load{Kind: kind, Addr: rawAddr, Name: rawName, Conns: conns}
 	}
@@ -300,35 +343,32 @@ func proxyMeasures(direct, cordon *way) *table {
 	}
 	denied := func(kind string, l Load) measure {
 		l.Kind, l.Name = kind, deniedName
-		return measure{load: l, reads: []reading{{kind + ", 32 at a time", perSecond}}, unless: []string{direct.name}}
+		return measure{load: l, reads: []reading{{kind + ", 32 at a time", perSecond}}}
 	}
 	latency := raw(loadConnect, 1)
-	return &table{
-		title: "Proxy path: names decide (SNI, Host). The same clients, wires and server for each.",
-		ways:  []*way{direct, cordon},
-		measures: []measure{
-			row("down, one stream", gigabits, raw(loadDown, 1)),
-			row("up, one stream", gigabits, raw(loadUp, 1)),
-			row("request/response, 1 connection", perSecond, raw(loadEcho, 1)),
-			row("request/response, 32 connections", perSecond, raw(loadEcho, 32)),
-			row("new HTTP connections, 1 at a time", perSecond, short(loadHTTP, 1)),
-			row("new HTTP connections, 32 at a time", perSecond, short(loadHTTP, 32)),
-			row("new TLS connections, 1 at a time", perSecond, short(loadTLS, 1)),
-			row("new TLS connections, 32 at a time", perSecond, short(loadTLS, 32)),
-			{load: latency, reads: []reading{{"connect to first answer, p50", medianUsec}, {"connect to first answer, p99", tailUsec}}},
-			denied(loadDeniedTLS, short(loadTLS, 32)),
-			denied(loadDeniedHTTP, short(loadHTTP, 32)),
-		},
-		goals: []goal{
-			{row: "down, one stream", way: "cordon", against: "direct", least: 0.75},
-			{row: "up, one stream", way: "cordon", against: "direct", least: 0.75},
-			{row: "down, one stream", way: "cordon", against: "HAProxy", least: 1.1},
-			{row: "up, one stream", way: "cordon", against: "HAProxy", least: 1.1},
-			{row: "new HTTP connections, 32 at a time", way: "cordon", against: "HAProxy", least: 0.8},
-			{row: "new TLS connections, 32 at a time", way: "cordon", against: "HAProxy", least: 1},
-			{row: "connect to first answer, p50", way: "cordon", against: "direct", most: 200},
-		},
+	return []measure{
+		row("down, one stream", gigabits, raw(loadDown, 1)),
+		row("up, one stream", gigabits, raw(loadUp, 1)),
+		row("request/response, 1 connection", perSecond, raw(loadEcho, 1)),
+		row("request/response, 32 connections", perSecond, raw(loadEcho, 32)),
+		row("new HTTP connections, 1 at a time", perSecond, short(loadHTTP, 1)),
+		row("new HTTP connections, 32 at a time", perSecond, short(loadHTTP, 32)),
+		row("new TLS connections, 1 at a time", perSecond, short(loadTLS, 1)),
+		row("new TLS connections, 32 at a time", perSecond, short(loadTLS, 32)),
+		{load: latency, reads: []reading{{"connect to first answer, p50", medianUsec}, {"connect to first answer, p99", tailUsec}}},
+		denied(loadDeniedTLS, short(loadTLS, 32)),
+		denied(loadDeniedHTTP, short(loadHTTP, 32)),
 	}
+}
+
+var proxyGoals = []goal{
+	{row: "down, one stream", way: "cordon", against: "direct", least: 0.75},
+	{row: "up, one stream", way: "cordon", against: "direct", least: 0.75},
+	{row: "down, one stream", way: "cordon", against: "HAProxy", least: 1.1},
+	{row: "up, one stream", way: "cordon", against: "HAProxy", least: 1.1},
+	{row: "new HTTP connections, 32 at a time", way: "cordon", against: "HAProxy", least: 0.8},
+	{row: "new TLS connections, 32 at a time", way: "cordon", against: "HAProxy", least: 1},
+	{row: "connect to first answer, p50", way: "cordon", against: "direct", most: 200},
 }
 
 // perConnection holds idle connections through each way and compares what its
