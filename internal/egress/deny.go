@@ -50,7 +50,7 @@ func (f *flow) deny(c *policy.Compiled, d denial) {
 		f.answer(alertAccessDenied[:], d.whole)
 		return
 	case f.proto == "http" && c.OnDeny() == policy.OnDenyExplain:
-		f.answer(f.explanation(d), false)
+		f.answer(f.explanation(d), d.whole)
 		return
 	}
 	f.drain() // answers to earlier requests of the connection
@@ -61,7 +61,7 @@ func (f *flow) deny(c *policy.Compiled, d denial) {
 // that closing would be a reset for, it does not wait for the client's end.
 func (f *flow) answer(b []byte, whole bool) {
 	_ = f.client.SetDeadline(time.Now().Add(farewell))
-	n, err := f.client.Write(b)
+	n, err := writeLast(f.client, b)
 	f.bytesIn.Add(int64(n))
 	if err != nil {
 		reset(f.client)

@@ -26,6 +26,7 @@ type httpConn struct {
 	size int    // of the request head as it came
 
 	sent   int64  // to the client before the answer that is due
+	whole  bool   // nothing of the request is left to be sent
 	up     source // reads from conn
 	conn   net.Conn
 	connTo ruling // what conn was dialled for
@@ -161,7 +162,7 @@ func (h *httpConn) serve(ctx context.Context) outcome {
 	what := q.what()
 	if !r.Allow {
 		h.drop()
-		d := denial{rule: r.Rule, reason: r.Reason, name: q.name, detail: what}
+		d := denial{rule: r.Rule, reason: r.Reason, name: q.name, detail: what, whole: !q.hasBody() && len(f.in.pending()) == h.size}
 		if q.name != "" && r.Reason == policy.ReasonNoName { // it did not count: the port is not one of HTTP
 			d.reason = ReasonProtocolMismatch
 		}
@@ -246,6 +247,7 @@ func (h *httpConn) exchange() (outcome, error) {
 		f.p.conns.Add(1)
 		go body.run()
 	}
+	h.whole = body == nil
 	out, err := h.relay()
 	if body != nil {
 		out = body.settle(out, err == nil && !q.expect)
@@ -371,7 +373,11 @@ func (h *httpConn) rewritten(n int) (int, error) {
 // relayCounted passes on a head of n bytes and a body of length bytes.
 func (h *httpConn) relayCounted(n int, length int64) (outcome, error) {
 	have := min(int64(len(h.up.pending())-n), length)
-	if !h.toClient(h.up.pending()[:n+int(have)]) {
+	send := h.toClient
+	if have == length && h.whole && (h.resp.close || h.req.close || h.req.minor == 0) {
+		send = h.lastToClient
+	}
+	if !send(h.up.pending()[:n+int(have)]) {
 		return ended, errClientGone
 	}
 	h.up.consume(n + int(have))
@@ -422,6 +428,13 @@ func (h *httpConn) toClient(b []byte) bool {
 		return true
 	}
 	n, err := h.f.client.Write(b)
+	h.f.bytesIn.Add(int64(n))
+	return err == nil
+}
+
+// lastToClient is toClient for what the connection is closed after.
+func (h *httpConn) lastToClient(b []byte) bool {
+	n, err := writeLast(h.f.client, b)
 	h.f.bytesIn.Add(int64(n))
 	return err == nil
 }

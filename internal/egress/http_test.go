@@ -250,6 +250,40 @@ var badHTTP = []struct {
 	{"257 fields", lines("GET / HTTP/1.1", "Host: a.example", strings.TrimSuffix(strings.Repeat("A: b\r\n", 256), "\r\n")), ReasonBadRequest},
 }
 
+// TestADeniedRequestHoldsNothing: a client that has sent its whole request is answered
+// and let go, whether it closes its own direction or not; one that still has something
+// to send is waited for, as its answer would be lost in a reset.
+func TestADeniedRequestHoldsNothing(t *testing.T) {
+	l := newLab(t, policy.Input{AllowOut: []string{"a.example"}, DenyOut: []string{"0.0.0.0/0"}})
+	for _, tt := range []struct {
+		name, sent string
+		held       int64 // connections, right after the answer
+	}{
+		{"whole", lines("GET / HTTP/1.1", "Host: b.example"), 0},
+		{"with a body to come", lines("POST / HTTP/1.1", "Host: b.example", "Content-Length: 5"), 1},
+		{"with another behind it", lines("GET / HTTP/1.1", "Host: b.example") + lines("GET / HTTP/1.1", "Host: b.example"), 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := l.connect("93.184.216.1:80")
+			send(t, c, tt.sent)
+			if got, err := everything(c); !strings.HasPrefix(got, "HTTP/1.1 403 ") || err != nil {
+				t.Fatalf("got %q, %v", got, err)
+			}
+			held := l.p.open.Used()
+			for end := time.Now().Add(farewell / 2); held != tt.held && time.Now().Before(end); held = l.p.open.Used() {
+				time.Sleep(time.Millisecond)
+			}
+			if held != tt.held {
+				t.Errorf("%d connections are held, want %d", held, tt.held)
+			}
+			c.Close()
+			for l.p.open.Used() != 0 { // or the next one counts it
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+}
+
 // wantForbidden sends s and asserts that a 403 comes, and the end.
 func wantForbidden(t testing.TB, c net.Conn, s string) {
 	t.Helper()

@@ -73,6 +73,10 @@ func (s *splicing) look(fd int, limit int64) (may int64, wait bool) {
 	if s.side == fromServer {
 		return s.lookAtAnswer(fd, limit)
 	}
+	if s.settled.Load() { // nothing to look for
+		s.side = unguarded
+		return limit, false
+	}
 	a := s.ps.getAnswer()
 	n, errno := peekAt(fd, a.b[:1])
 	s.ps.answers.Put(a)

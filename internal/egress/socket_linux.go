@@ -36,6 +36,32 @@ func peekAt(fd int, b []byte) (int, syscall.Errno) {
 	return int(n), errno
 }
 
+// writeLast is Write for the last bytes before a FIN, which then leaves in the same
+// segment: one packet and its acknowledgement less for each connection. The caller
+// must end its direction next; the kernel keeps a part of a segment back until then.
+func writeLast(c *net.TCPConn, b []byte) (n int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var errno syscall.Errno
+	err = raw.Write(func(fd uintptr) bool {
+		for n < len(b) {
+			var m uintptr
+			m, _, errno = unix.Syscall6(unix.SYS_SENDTO, fd, uintptr(unsafe.Pointer(&b[n])), uintptr(len(b)-n), unix.MSG_MORE|unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+			if errno != 0 {
+				break
+			}
+			n += int(m)
+		}
+		return errno != unix.EAGAIN && errno != unix.EINTR
+	})
+	if err == nil && errno != 0 {
+		err = errno
+	}
+	return n, err
+}
+
 // silent reports whether an idle connection is open with nothing to read.
 func silent(c net.Conn) bool {
 	_, err := peek(c)

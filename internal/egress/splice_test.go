@@ -1,12 +1,15 @@
 package egress
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cordonhq/cordon/internal/policy"
 )
@@ -102,4 +105,72 @@ func TestIdleFlowsHoldNoPipes(t *testing.T) {
 	if n := pipes() - before; n > 2 {
 		t.Errorf("%d ends of pipes are left", n)
 	}
+}
+
+// tcpPair is two ends of one connection.
+func tcpPair(t *testing.T) (near, far *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp4", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a.(*net.TCPConn), c.(*net.TCPConn)
+}
+
+// TestTheLastBytesLeaveWithTheEnd: what writeLast took stays back until the direction
+// ends, and is then all there.
+func TestTheLastBytesLeaveWithTheEnd(t *testing.T) {
+	for _, size := range []int{1, 300, 3 << 20} { // more than the socket takes at once
+		near, far := tcpPair(t)
+		sent := bytes.Repeat([]byte("x"), size)
+		written := make(chan error, 1)
+		go func() {
+			n, err := writeLast(near, sent)
+			if n != size {
+				err = fmt.Errorf("wrote %d of %d: %w", n, size, err)
+			}
+			written <- err
+		}()
+		var got []byte
+		if size > 64<<10 {
+			got = make([]byte, size/2)
+			if _, err := io.ReadFull(far, got); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			_ = far.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+			if n, err := far.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%d bytes: read %d of them before the end, %v", size, n, err)
+			}
+			_ = far.SetReadDeadline(time.Time{})
+		}
+		rest := make(chan []byte, 1)
+		go func() { b, _ := io.ReadAll(far); rest <- b }()
+		if err := <-written; err != nil {
+			t.Fatal(err)
+		}
+		near.Close()
+		if got = append(got, <-rest...); !bytes.Equal(got, sent) {
+			t.Errorf("%d bytes of %d came", len(got), size)
+		}
+		far.Close()
+	}
+	near, far := tcpPair(t)
+	reset(far)
+	for end := time.Now().Add(time.Second); time.Now().Before(end); {
+		if _, err := writeLast(near, []byte("x")); err != nil {
+			near.Close()
+			return
+		}
+	}
+	t.Error("writing to a connection that was reset gives no error")
 }
