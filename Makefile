@@ -21,7 +21,7 @@ build: ## build bin/cordon with the agent inside, and bin/cordon-lab
 	@mkdir -p bin cmd/cordon/embedded cmd/cordon-lab/embedded
 	$(GO) build -ldflags='-s -w' -o cmd/cordon/embedded/cordon-agent ./cmd/cordon-agent
 	$(GO) build -ldflags='-s -w' -o cmd/cordon-lab/embedded/cordon-probe ./proving/conformance/probe/cordon-probe
-	$(GO) build -ldflags="-s -w -X main.built=$$(scripts/version)" -o bin/cordon ./cmd/cordon
+	$(GO) build -ldflags="-s -w -X github.com/cordonhq/cordon/internal/cli.built=$$(scripts/version)" -o bin/cordon ./cmd/cordon
 	$(GO) build -ldflags='-s -w' -o bin/cordon-lab ./cmd/cordon-lab
 
 setup: ## install what demo and test need and the machine lacks

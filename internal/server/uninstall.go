@@ -1,0 +1,118 @@
+package server
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/flowlog"
+	"github.com/cordonhq/cordon/internal/network"
+	"github.com/cordonhq/cordon/internal/runtime/gvisor"
+)
+
+// Uninstall removes what a server made in the kernel, and the folders. It ends the
+// sandboxes first: while their rules are there, nothing of them leaves the machine.
+func Uninstall(ctx context.Context, cfg Config, folders []string, out io.Writer) error {
+	name, err := holdName(ctx, locksDir, cfg.Name)
+	if errs.Is(err, errs.Conflict) {
+		return errs.New(errs.Conflict, "the server %s runs: stop it first (sudo systemctl stop cordon)", cfg.Name)
+	}
+	if err != nil {
+		return err
+	}
+	defer os.Remove(locksDir) // refused while another server has a lock there
+	defer name.Close()
+	if err := endSandboxes(ctx, &cfg); err != nil {
+		return fmt.Errorf("end the sandboxes: %w", err)
+	}
+	if err := removeNetwork(ctx, &cfg); err != nil {
+		return fmt.Errorf("remove rules and links: %w", err)
+	}
+	for _, dir := range folders {
+		if dir == cfg.CacheDir && othersRun() {
+			fmt.Fprintf(out, "The images in %s stay: another cordon server runs on this machine.\n", dir)
+			continue
+		}
+		if err := unmountBelow(dir); err != nil {
+			return err
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// othersRun reports whether another server holds its name, here or in another network
+// namespace: a file in locksDir beside this process's own.
+func othersRun() bool {
+	locks, err := os.ReadDir(locksDir)
+	return err != nil || len(locks) > 1
+}
+
+// endSandboxes kills what runs, adopted or not, and removes the cgroups.
+func endSandboxes(ctx context.Context, cfg *Config) error {
+	run, err := gvisor.New(forRuntime(cfg, slog.New(slog.DiscardHandler)))
+	if err != nil {
+		return err
+	}
+	ids, err := run.List(ctx)
+	for _, id := range ids {
+		err = errors.Join(err, run.Destroy(ctx, id))
+	}
+	return errors.Join(err, run.Close())
+}
+
+func removeNetwork(ctx context.Context, cfg *Config) error {
+	c, err := forNetwork(cfg)
+	if err != nil {
+		return err
+	}
+	flows, err := flowlog.New(flowlog.Config{})
+	if err != nil {
+		return err
+	}
+	c.Flows, c.Log = flows, slog.New(slog.DiscardHandler)
+	n, err := network.New(c)
+	if err != nil {
+		return err
+	}
+	return errors.Join(n.Uninstall(ctx), n.Close())
+}
+
+// unmountBelow takes away the mounts in a folder, the latest first, so that removing it
+// cannot reach into them.
+func unmountBelow(dir string) error {
+	f, err := os.Open("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var points []string
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		// proc(5): the second field, with octal escapes for space, tab, newline and backslash.
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 2 {
+			continue
+		}
+		point := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(fields[1])
+		if rel, err := filepath.Rel(dir, point); err == nil && rel != "." && !strings.HasPrefix(rel, "..") {
+			points = append(points, point)
+		}
+	}
+	for i := len(points) - 1; i >= 0; i-- {
+		if err := unix.Unmount(points[i], unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("unmount %s: %w", points[i], err)
+		}
+	}
+	return nil
+}
