@@ -194,7 +194,7 @@ var (
 // a reader on a code host would.
 func TestLinksLeadSomewhere(t *testing.T) {
 	var files []string
-	for _, pattern := range []string{"../../*.md", "../../docs/*.md", "../../docs/*/*.md"} {
+	for _, pattern := range []string{"../../*.md", "../../docs/*.md", "../../docs/*/*.md", "../../examples/*.md"} {
 		found, err := filepath.Glob(pattern)
 		must(t, err)
 		files = append(files, found...)
