@@ -60,7 +60,7 @@ func Table(resources []Resource) string {
 		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | `%s` |\n", r.What, s.whole, r.part(), s.sandbox, r.Answer, r.Name)
 	}
 	for _, line := range []string{
-		"| CPU time | all CPUs | all of it; keys that want more get the same | `sandboxes.cpus` | it runs slower | |",
+		"| CPU time | all CPUs | all of it; keys that want more get the same | `sandboxes.cpus` | it runs behind keys that use less | |",
 		"| disk I/O, where the kernel weighs it | the disk's | likewise | as its key | it waits | |",
 		"| flow log | 65,536 verdicts | all of it | 4096 | the key that has most loses its oldest | |",
 	} {

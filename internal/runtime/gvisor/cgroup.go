@@ -318,12 +318,14 @@ func (g cgroups) starved(id sandbox.ID) bool {
 }
 
 // cpuTime is the CPU time used by all processes of the sandbox.
-func (g cgroups) cpuTime(id sandbox.ID) (time.Duration, error) {
+func (g cgroups) cpuTime(id sandbox.ID) (time.Duration, error) { return g.cpuTimeIn(g.dirs(id)) }
+
+func (g cgroups) cpuTimeIn(dirs []string) (time.Duration, error) {
 	if g.unified {
-		us, err := g.value(id, "cpu.stat", "usage_usec")
+		us, err := valueIn(dirs, "cpu.stat", "usage_usec")
 		return time.Duration(us) * time.Microsecond, err
 	}
-	ns, err := g.value(id, "cpuacct.usage", "")
+	ns, err := valueIn(dirs, "cpuacct.usage", "")
 	return time.Duration(ns), err
 }
 

@@ -71,6 +71,8 @@ type Runtime struct {
 	locks   keyed // of the steps of each sandbox, which may take seconds
 	reads   keyed // of each sandbox's state on disk, with the bundle; never held for long
 	workers workers
+
+	endRanks func() // waits for the goroutine that ranks the owners' groups
 }
 
 // New returns a Runtime. The binary's main must have called Dispatch first.
@@ -116,7 +118,12 @@ func New(cfg Config) (*Runtime, error) {
 	if err := groups.limitAll(cfg.All); err != nil {
 		return nil, err
 	}
-	return &Runtime{cfg: cfg, name: "gvisor/" + runscVersion, groups: groups}, nil
+	r := &Runtime{cfg: cfg, name: "gvisor/" + runscVersion, groups: groups}
+	ctx, cancel := context.WithCancel(context.Background())
+	var ranks sync.WaitGroup
+	ranks.Go(func() { (&ranker{groups: groups}).run(ctx) })
+	r.endRanks = func() { cancel(); ranks.Wait() }
+	return r, nil
 }
 
 // Name implements sandbox.Runtime.
@@ -540,6 +547,7 @@ func (k *keyed) lock(id sandbox.ID) (unlock func()) {
 // namespace of the gofers. Running sandboxes go on, and keep theirs; a later Create
 // makes it anew. So a server that will start again may call it or not.
 func (r *Runtime) Close() error {
+	r.endRanks()
 	r.workers.close()
 	r.groups.removeEmpty()
 	path := filepath.Join(r.root(), specutils.NullNetNSFilename)
