@@ -14,8 +14,13 @@ import (
 // of its work. So a group that uses more than its part of the CPUs runs behind the others
 // (cpu.idle): the kernel lets a task of any other group preempt it at once, and gives it
 // what the others leave. The others use less than their parts, so what they leave is at
-// least its own part. The rank is one among the groups of sandboxes: towards the rest of
-// the machine, all of them weigh what they did.
+// least its own part.
+//
+// The rank is one among the groups of sandboxes. The server and the kernel's own threads,
+// which carry packets and end the grace periods that each change of network rules waits
+// for, are outside, and work for all owners: beside a group that kept every CPU busy, they
+// were traced to wait for up to 380 ms. So while a group is behind, all sandboxes together
+// weigh a tenth of what they do otherwise, towards the rest of the machine.
 
 const (
 	// rankEvery is how often the ranks follow what is used; with many groups less often,
@@ -70,12 +75,14 @@ type ranker struct {
 	groups cgroups
 	ranks  map[string]rank
 	total  map[string]time.Duration // CPU time at the last look
+	light  bool                     // whether all sandboxes together weigh little
 	looked time.Time
 }
 
 // run ranks until ctx ends. Then all groups are equal again: nothing follows what they use
 // while no server runs.
 func (k *ranker) run(ctx context.Context) {
+	k.groups.weighAll(false) // a server that was killed may have left it
 	t := time.NewTimer(rankEvery)
 	defer t.Stop()
 	for {
@@ -83,6 +90,9 @@ func (k *ranker) run(ctx context.Context) {
 		case <-ctx.Done():
 			for group := range k.ranks {
 				k.groups.background(group, false)
+			}
+			if k.light {
+				k.groups.weighAll(false)
 			}
 			return
 		case now := <-t.C:
@@ -111,12 +121,18 @@ func (k *ranker) look(now time.Time, cpus float64) {
 	}
 	was := k.ranks
 	k.total, k.ranks = total, rerank(was, used, cpus)
+	light := false
 	for group, r := range k.ranks {
 		before, known := was[group]
 		if !known || before.behind != r.behind {
 			k.groups.background(group, r.behind)
 		}
+		light = light || r.behind
 	}
+	if light || k.light { // again and again: another server of this machine may have ended it
+		k.groups.weighAll(light)
+	}
+	k.light = light
 }
 
 // ofOwners are the groups that have sandboxes now, but those that wait for an owner.
@@ -141,9 +157,27 @@ func (g cgroups) background(group string, behind bool) {
 	g.places.mu.Lock() // the group may be removed meanwhile
 	defer g.places.mu.Unlock()
 	for _, dir := range g.groupDirs(group) {
-		file := filepath.Join(dir, "cpu.idle")
-		if b, err := os.ReadFile(file); err == nil && strings.TrimSpace(string(b)) != value {
-			_ = writeExisting(file, value)
-		}
+		writeOther(filepath.Join(dir, "cpu.idle"), value)
+	}
+}
+
+// weighAll sets what all sandboxes weigh together: the kernel's default for a group, or
+// about a tenth of it.
+func (g cgroups) weighAll(light bool) {
+	shares, weight := "1024", "100" // of version 1, of version 2
+	if light {
+		shares, weight = "102", "10"
+	}
+	top, _, _ := strings.Cut(strings.Trim(g.parent, "/"), "/")
+	for _, m := range g.mounts {
+		writeOther(filepath.Join(m, top, "cpu.shares"), shares)
+		writeOther(filepath.Join(m, top, "cpu.weight"), weight)
+	}
+}
+
+// writeOther writes to a file that is there and says something else.
+func writeOther(path, value string) {
+	if b, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(b)) != value {
+		_ = writeExisting(path, value)
 	}
 }

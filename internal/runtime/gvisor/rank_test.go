@@ -170,7 +170,7 @@ func TestRanksStarveNoGroup(t *testing.T) {
 
 func TestTheKernelIsToldOfRanksAndOfTheirEnd(t *testing.T) {
 	for _, unified := range []bool{false, true} {
-		files := map[string]string{"cpu.idle": "0\n", "cpuacct.usage": "0\n", "cpu.stat": "usage_usec 0\n", "cgroup.subtree_control": ""}
+		files := map[string]string{"cpu.idle": "0\n", "cpuacct.usage": "0\n", "cpu.stat": "usage_usec 0\n", "cpu.shares": "1024\n", "cpu.weight": "100\n", "cgroup.subtree_control": ""}
 		g := fakeTree(t, unified, files)
 		const other = "kfedcba9876543210"
 		ids := map[string]sandbox.ID{owner: sandboxid.New(), other: sandboxid.New(), "": sandboxid.New()}
@@ -202,11 +202,14 @@ func TestTheKernelIsToldOfRanksAndOfTheirEnd(t *testing.T) {
 		if idle(owner) != "1" || idle(other) != "0" || idle("") != "0" {
 			t.Errorf("version 2 %t: cpu.idle is %q of the busy owner, %q of the other, %q of spares", unified, idle(owner), idle(other), idle(""))
 		}
+		if all := read(t, g, "..", "cpu.shares") + " " + read(t, g, "..", "cpu.weight"); all != "102 10" {
+			t.Errorf("version 2 %t: all sandboxes weigh %q beside a busy owner", unified, all)
+		}
 		// A group that was made anew begins in front.
 		use(owner, 0)
 		look()
-		if idle(owner) != "0" {
-			t.Errorf("version 2 %t: a group made anew is behind", unified)
+		if all := read(t, g, "..", "cpu.shares"); idle(owner) != "0" || all != "1024" {
+			t.Errorf("version 2 %t: cpu.idle of a group made anew is %q, all sandboxes weigh %q", unified, idle(owner), all)
 		}
 		for i := range 5 {
 			use(owner, time.Duration(i)*2*rankEvery)
@@ -215,7 +218,7 @@ func TestTheKernelIsToldOfRanksAndOfTheirEnd(t *testing.T) {
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
 		k.run(ended)
-		if idle(owner) != "0" {
+		if idle(owner) != "0" || read(t, g, "..", "cpu.weight") != "100" {
 			t.Errorf("version 2 %t: a group is behind when its server has ended", unified)
 		}
 	}
