@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -20,7 +21,7 @@ type spares struct {
 	mu     sync.Mutex // guards the rest
 	pool   map[string][]*started
 	failed map[string]failure
-	took   map[string]time.Time // by owner: when it last took one
+	asked  map[string]asked // by owner
 }
 
 // failure is what is known of a template whose last spares could not be made.
@@ -30,13 +31,27 @@ type failure struct {
 }
 
 func newSpares(l *launcher, busy func() bool) *spares {
-	return &spares{launcher: l, busy: busy, wake: make(chan struct{}, 1), pool: map[string][]*started{}, failed: map[string]failure{}, took: map[string]time.Time{}}
+	return &spares{launcher: l, busy: busy, wake: make(chan struct{}, 1), pool: map[string][]*started{}, failed: map[string]failure{}, asked: map[string]asked{}}
 }
 
 // A key that creates sandboxes in a loop would take every spare as soon as it is ready. So
-// while several keys use them, that is took one within sharedFor, the last spare is not
-// for the key that took the one before.
-const sharedFor = time.Minute
+// while several keys use them, that is asked for one within sharedFor, the last spare is not
+// for a key that asks much more often than another.
+const (
+	sharedFor = time.Minute
+	askedFor  = 10 * time.Second // what was asked for this long ago counts for a third
+	muchMore  = 2
+)
+
+// asked is how often an owner asked for a spare of late, as of a time.
+type asked struct {
+	at time.Time
+	n  float64
+}
+
+func (a asked) by(now time.Time) float64 {
+	return a.n * math.Exp(-now.Sub(a.at).Seconds()/askedFor.Seconds())
+}
 
 // take returns a spare that runs exactly the image of o, or nil.
 func (s *spares) take(ctx context.Context, o *origin) (*started, error) {
@@ -48,10 +63,12 @@ func (s *spares) take(ctx context.Context, o *origin) (*started, error) {
 		return nil, err
 	}
 	release() // a spare has its memory already
+	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.asked[o.owner] = asked{now, s.asked[o.owner].by(now) + 1}
 	list := s.pool[o.img.Name]
-	if len(list) == 1 && s.greedy(o.owner, time.Now()) {
+	if len(list) == 1 && s.greedy(o.owner, now) {
 		return nil, nil
 	}
 	i := slices.IndexFunc(list, func(up *started) bool { return up.img.Digest == o.img.Digest })
@@ -65,25 +82,40 @@ func (s *spares) take(ctx context.Context, o *origin) (*started, error) {
 	default:
 	}
 	up.spare, up.img = true, o.img
-	s.took[o.owner] = time.Now()
 	return up, nil
 }
 
-// greedy reports whether an owner took the last spare that was taken, and others use them
-// too. It needs s.mu.
+// greedy reports whether an owner asks for spares much more often than another that uses
+// them. It needs s.mu.
 func (s *spares) greedy(owner string, now time.Time) bool {
-	others := false
-	for who, at := range s.took {
+	mine := s.asked[owner].by(now)
+	greedy := false
+	for who, a := range s.asked {
 		switch {
-		case now.Sub(at) > sharedFor:
-			delete(s.took, who)
-		case who != owner && at.After(s.took[owner]):
-			return false
-		case who != owner:
-			others = true
+		case now.Sub(a.at) > sharedFor:
+			delete(s.asked, who)
+		case who != owner && a.by(now)*muchMore < mine:
+			greedy = true
 		}
 	}
-	return others
+	return greedy
+}
+
+// owed reports whether no spare is left of a template while some key asks much more often
+// than another: the next spare is for the other one.
+func (s *spares) owed(template string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.pool[template]) > 0 {
+		return false
+	}
+	now := time.Now()
+	for owner := range s.asked {
+		if s.greedy(owner, now) {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *spares) put(template string, up *started) {
@@ -204,7 +236,7 @@ func (s *spares) make(ctx context.Context, template string) error {
 	if err != nil {
 		return err
 	}
-	s.waitQuiet(ctx)
+	s.waitQuiet(ctx, template)
 	up, err := s.fromImage("", img).Start(ctx, sandboxid.New(), nil)
 	if err != nil {
 		return err
@@ -214,10 +246,11 @@ func (s *spares) make(ctx context.Context, template string) error {
 }
 
 // waitQuiet lets starts for owners finish first, for a while: a spare is for
-// the next request, not against the present one.
-func (s *spares) waitQuiet(ctx context.Context) {
+// the next request, not against the present one. Those of a key that creates sandboxes all
+// the time do not finish, so a spare that another key will need does not wait.
+func (s *spares) waitQuiet(ctx context.Context, template string) {
 	for range 100 {
-		if !s.busy() {
+		if !s.busy() || s.owed(template) {
 			return
 		}
 		pause(ctx, 10*time.Millisecond)

@@ -143,3 +143,47 @@ func TestTheLastSpareIsForTheKeyThatTookNone(t *testing.T) {
 		wg.Wait()
 	})
 }
+
+// TestAKeyThatCreatesAllTheTimeLeavesSparesToOthers has one key create sixteen at a time
+// while another creates one every three seconds: a spare takes one second to start.
+func TestAKeyThatCreatesAllTheTimeLeavesSparesToOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		m := newManager(t, w, func(c *Config) {
+			c.Runtime = slowHost{fakeRuntime{w}, new(atomic.Int64)}
+			c.Spares = map[string]int{"base": 2}
+		})
+		runManager(t, m)
+		create := func(owner string) {
+			rec, err := m.Create(t.Context(), CreateRequest{Owner: owner})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := m.Kill(t.Context(), owner, rec.ID); err != nil {
+				t.Error(err)
+			}
+		}
+		create("quiet")
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for range 16 {
+			wg.Go(func() {
+				for ctx.Err() == nil {
+					create("greedy")
+					time.Sleep(time.Millisecond)
+				}
+			})
+		}
+		for range 20 {
+			time.Sleep(3 * time.Second)
+			began := time.Now()
+			create("quiet")
+			if took := time.Since(began); took > 100*time.Millisecond {
+				t.Errorf("a create took %v while a spare should have waited", took)
+			}
+		}
+		cancel()
+		wg.Wait()
+	})
+}
