@@ -120,7 +120,7 @@ func TestASpellOfWorkIsForgotten(t *testing.T) {
 			back = i - 9
 		}
 	}
-	if back == 0 || back > 12 {
+	if back < 8 || back > 12 { // a second, so that a group that does not rest does not flap
 		t.Errorf("it is back after %d looks", back)
 	}
 }
