@@ -14,7 +14,7 @@ import (
 // anyServers is the form of a link's name of any server: plan.prefix and a number.
 var anyServers = regexp.MustCompile(`^cd([a-z0-9]{1,6})-\d+$`)
 
-// alone refuses to start where somebody else uses our subnets: the later of two
+// alone refuses to start where the sandboxes' subnets are in use: the later of two
 // servers would take the earlier one's addresses and get its sandboxes' packets.
 func (m *machine) alone() error {
 	links, err := m.link.LinkList()

@@ -32,7 +32,7 @@ func (n *Network) SetDenied(all map[netip.AddrPort]int) error {
 		addr := dst.Addr().Unmap()
 		next[netip.AddrPortFrom(addr, dst.Port())] = entry
 		for _, t := range policy.Translations(netip.PrefixFrom(addr, addr.BitLen()), n.nat64Prefixes()...) {
-			if t.IsSingleIP() { // 6to4 forms are whole networks, which nobody routes any more (RFC 7526)
+			if t.IsSingleIP() { // 6to4 forms are whole networks, which are no longer routed (RFC 7526)
 				next[netip.AddrPortFrom(t.Addr(), dst.Port())] = entry
 			}
 		}

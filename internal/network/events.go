@@ -132,7 +132,7 @@ func (n *Network) followLogs(ctx context.Context) error {
 }
 
 // recordRefusal records one refused packet. The slot is known by the link it came
-// from, because its source address may be a lie.
+// from, because its source address may be forged.
 func (n *Network) recordRefusal(a nflog.Attribute) {
 	if a.InDev == nil || a.Payload == nil || a.Prefix == nil {
 		return
@@ -146,7 +146,7 @@ func (n *Network) recordRefusal(a nflog.Attribute) {
 	}
 	o := n.owners[s.Num].Load()
 	if o == nil || o.gone {
-		return // in the pool or released: nobody's traffic
+		return // in the pool or released: the traffic of no sandbox
 	}
 	out := flowlog.Event{
 		Time: time.Now(), Sandbox: string(o.id), Layer: flowlog.LayerKernel, Verdict: flowlog.Denied,

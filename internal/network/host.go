@@ -69,7 +69,7 @@ func (m *machine) loadTracker() error {
 }
 
 // enableForwarding makes the host a router. Its other links forward then too, by
-// the rules of whoever owns them; ours touch no packet that is not a sandbox's.
+// the machine's own rules; the table touches only packets of sandboxes.
 func (m *machine) enableForwarding() error {
 	if err := sysctl.Write("net/ipv4/ip_forward", "1"); err != nil {
 		return err

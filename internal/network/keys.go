@@ -84,7 +84,7 @@ func (n *Network) Own(l sandbox.Lease, owner string) error {
 	return nil
 }
 
-// keyNumber is the number of a key; 0 is nobody's.
+// keyNumber is the number of a key; 0 stands for no key.
 func (n *Network) keyNumber(owner string) uint32 {
 	if owner == "" {
 		return 0

@@ -15,10 +15,10 @@ import (
 	"github.com/cordonhq/cordon/internal/policy"
 )
 
-// near is what lies around the machine and belongs to the floor with it: its own
+// near is what lies around the machine and is always blocked with it: its own
 // addresses, those that others know it by (behind a one-to-one NAT no link has them, and
 // the router leads a packet to them back to the machine), what it reaches without a
-// router, and the NAT64 forms of all IPv4 ranges of the floor in the network's own
+// router, and the NAT64 forms of all always blocked IPv4 ranges in the network's own
 // prefix. It is replaced, never changed.
 type near struct {
 	own    map[netip.Addr]struct{}
@@ -33,8 +33,8 @@ func (n *Network) SetNAT64(prefixes []netip.Prefix) error {
 	return n.readAddrs()
 }
 
-// IsHost reports whether addr is the machine's own or near it, as of the last moment.
-// The kernel asks its own tables; this is for those who judge what a name resolves to.
+// IsHost reports whether addr is the machine's own or near it, as it was read last.
+// The kernel asks its own tables; this is for the packages that judge what a name resolves to.
 func (n *Network) IsHost(addr netip.Addr) bool {
 	around := n.around.Load()
 	addr = addr.Unmap()
@@ -131,7 +131,7 @@ func (n *Network) nat64Prefixes() []netip.Prefix {
 
 // onLinkRoutes notes networks that the machine reaches without a router and has no
 // address of the same length in, as with DHCPv6: those that the kernel or a router's
-// advertisement made a route for. What people and VPNs route by a link leads anywhere.
+// advertisement made a route for. A route that was configured, by hand or by a VPN, leads anywhere.
 func (m *machine) onLinkRoutes(note func(netip.Prefix)) error {
 	for _, family := range []int{vish.FAMILY_V4, vish.FAMILY_V6} {
 		routes, err := m.link.RouteListFiltered(family, &vish.Route{Table: unix.RT_TABLE_MAIN}, vish.RT_FILTER_TABLE)
@@ -153,7 +153,7 @@ func (m *machine) onLinkRoutes(note func(netip.Prefix)) error {
 }
 
 // global reports whether addresses of p may be reached over the internet: the others
-// are in the floor anyway.
+// are always blocked anyway.
 func global(p netip.Prefix) bool {
 	return p.Addr().IsGlobalUnicast() && !p.Addr().IsPrivate()
 }
@@ -167,8 +167,8 @@ func onLink(p netip.Prefix) bool {
 	return p.Bits() >= 32 && p.Bits() < 128
 }
 
-// CheckPublic returns a sentence where the machine has no global address and nobody
-// said which one others know it by.
+// CheckPublic returns a sentence where the machine has no global address and the
+// configuration does not say which one others know it by.
 func CheckPublic(configured []netip.Prefix) []string {
 	if len(configured) > 0 {
 		return nil

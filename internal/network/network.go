@@ -1,10 +1,9 @@
-// Package network hides the kernel: namespaces, veth pairs, addresses, routes,
-// one nftables table and the connection tracker. Callers see slots that are
-// ready, policies that are in force or not, and verdicts in the flow log.
-//
-// Every packet of a sandbox meets the same few chains (table.go draws them). A
-// slot without a policy is dropped because nothing names it; there is no rule
-// that has to be there for a packet not to pass.
+// Package network gives each sandbox a network of its own and enforces its policy in the
+// kernel. It keeps a pool of slots (package slot), puts programs of nftables rules in force
+// for them (package nft), ends flows that a policy no longer allows and reports others
+// (package conntrack), and keeps sandboxes closed while the rules are gone (package
+// failclosed). Callers see slots that are ready, policies that are in force or not, and
+// verdicts in the flow log.
 package network
 
 import (
@@ -57,8 +56,8 @@ type Config struct {
 	Subnet4, Subnet6 netip.Prefix
 	IPv6             IPv6
 	// ProxyPort and DNSPort are where the transparent proxy and the resolver
-	// listen on 127.0.0.1 and ::1 (TCP; the resolver UDP too). While nobody
-	// listens, what is meant for them is refused.
+	// listen on 127.0.0.1 and ::1 (TCP; the resolver UDP too). While they do not
+	// listen, what is meant for them is refused.
 	ProxyPort, DNSPort uint16
 	// Mark is the packet mark bit that sends a packet to the transparent
 	// sockets, RouteTable the routing table that does it; default 1<<28 and a
@@ -68,8 +67,7 @@ type Config struct {
 	// SourcePorts are the ports that flows of sandboxes have outside; nothing of the
 	// host may listen there. Default DefaultSourcePorts.
 	SourcePorts PortRange
-	// PublicAddresses are those that others know the machine by, where no link of it has
-	// them.
+	// PublicAddresses are those that others know the machine by and that no link of it has.
 	PublicAddresses []netip.Prefix
 	// NFLogGroup is the netfilter log group that refused packets go to; default
 	// derived from Name. Groups belong to a whole network namespace.
@@ -89,14 +87,14 @@ type Config struct {
 	// at once; default [DefaultQueries].
 	MaxQueries uint32
 	// MaxBytesOut is how many bytes, headers and all, the flows that a sandbox opens
-	// may take out in all, whoever passes them on; then every packet is refused. A
+	// may take out in all, by the kernel or by the proxy; then every packet is refused. A
 	// restart of the server does not begin a new budget, a new slot does. 0: no limit.
 	MaxBytesOut uint64
 	// Quarantine is how long a released slot's addresses rest; default one minute.
 	Quarantine time.Duration
 	Flows      flowlog.Recorder // required
-	// Lost is told of events that the kernel dropped because we were slow, at least so
-	// many; may be nil.
+	// Lost is called with a number when the kernel dropped at least so many events because
+	// they were read too slowly; may be nil.
 	Lost func(atLeast uint64)
 	Log  *slog.Logger // required
 
@@ -313,7 +311,7 @@ func (n *Network) Close() error {
 func (n *Network) HasIPv6() bool { return n.v6 }
 
 // Owner returns the sandbox that has addr, IPv4 or IPv6, and the policy it is
-// under. It takes no lock. False: nobody, or nobody with a policy in force yet.
+// under. It takes no lock. False: no sandbox has it, or none with a policy in force yet.
 func (n *Network) Owner(addr netip.Addr) (sandbox.ID, *policy.Compiled, bool) {
 	i, ok := n.plan.SlotOf(addr)
 	if !ok {
@@ -334,7 +332,7 @@ func (n *Network) poke() {
 	}
 }
 
-// isOpen returns an error until Reconcile is done: before that nobody knows which
+// isOpen returns an error until Reconcile is done: before that it is not known which
 // slots are taken.
 func (n *Network) isOpen() error {
 	n.mu.Lock()

@@ -10,7 +10,7 @@ import (
 )
 
 // Queries of all sandboxes wait in one socket until the resolver reads them, and what
-// finds it full is lost, whoever sent it. So what a sandbox and a key send beyond a rate
+// finds it full is lost, of all keys. So what a sandbox and a key send beyond a rate
 // is dropped before it gets there: datagrams, as a flood of them needs one flow only.
 // The rates are far above what the resolver's own budgets let through, as answers that
 // it has kept cost nothing there.

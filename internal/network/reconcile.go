@@ -60,7 +60,7 @@ func (n *Network) Reconcile(_ context.Context, inUse map[sandbox.ID]sandbox.Held
 			return fmt.Errorf("judge the live flows of sandbox %s: %w", k.id, err)
 		}
 	}
-	return n.removeStrangers(links)
+	return n.removeUnheld(links)
 }
 
 // adopted is a kept lease.
@@ -111,7 +111,7 @@ func (m *machine) ourLinks() (map[string]netlink.Link, error) {
 }
 
 // restore finds a kept slot's link and namespace, or makes them anew when the
-// machine was restarted or someone deleted them.
+// machine was restarted or they were deleted.
 func (m *machine) restore(s *slotState, links map[string]netlink.Link) error {
 	link, linked := links[s.Lease.Link]
 	delete(links, s.Lease.Link) // what stays in links is to be removed
@@ -263,29 +263,29 @@ func (n *Network) publish(kept []adopted) {
 	}
 }
 
-// removeStrangers removes slots that nobody holds, and opens the network.
-func (n *Network) removeStrangers(links map[string]netlink.Link) error {
+// removeUnheld removes slots that no lease holds, and opens the network.
+func (n *Network) removeUnheld(links map[string]netlink.Link) error {
 	files, err := os.ReadDir(n.plan.Dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("list namespaces: %w", err)
 	}
-	strangers := map[int]bool{}
+	unheld := map[int]bool{}
 	for _, f := range files {
 		if i, ours := n.plan.Number(f.Name()); ours {
-			strangers[i] = true
+			unheld[i] = true
 		}
 	}
 	for name := range links {
 		i, _ := n.plan.Number(name)
-		strangers[i] = true
+		unheld[i] = true
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for i := range strangers {
+	for i := range unheld {
 		if n.slots[i] != nil {
 			continue
 		}
-		// Its addresses are admitted nowhere: the new table does not know it. Deleting
+		// Its addresses are admitted nowhere: the new table has no entry for it. Deleting
 		// takes a while each, so it is left to Run.
 		s := &slotState{Slot: n.plan.Slot(i, true), retired: true}
 		n.slots[i] = s

@@ -10,11 +10,11 @@ import (
 )
 
 // The tracker's table is the whole machine's. When it is full the kernel drops what
-// is new, of everybody; so what one sandbox can take of it has a bound.
+// is new, of the machine too; so what one sandbox can take of it has a bound.
 //
 // MaxFlows bounds the connections that live. Those that are over are not counted by
 // the kernel (nf_conncount), but stay in the table, two minutes by default: at
-// MaxNewFlows a second one sandbox would fill any table. So ours stay a few seconds.
+// MaxNewFlows a second one sandbox would fill any table. So those of sandboxes stay a few seconds.
 
 const trackerMax = "net/netfilter/nf_conntrack_max"
 

@@ -54,7 +54,7 @@ func (n *Network) Uninstall(_ context.Context) error {
 	for i := range n.owners {
 		n.owners[i].Store(nil)
 	}
-	_ = os.Remove(n.plan.Dir) // not ours alone: it stays when it is not empty
+	_ = os.Remove(n.plan.Dir) // other servers may use it: it stays when it is not empty
 	return errors.Join(err, n.unprepareHost())
 }
 

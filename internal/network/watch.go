@@ -17,7 +17,7 @@ const watched = 1<<(unix.RTNLGRP_IPV4_IFADDR-1) | 1<<(unix.RTNLGRP_IPV6_IFADDR-1
 const watchPause = 50 * time.Millisecond
 
 // watchHost follows the machine's own addresses, and puts our routing rules back
-// when somebody removes them.
+// when they are removed.
 func (n *Network) watchHost(ctx context.Context) error {
 	c, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: watched})
 	if err != nil {

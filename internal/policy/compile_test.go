@@ -183,7 +183,7 @@ func TestCompileRefusesABadOperator(t *testing.T) {
 		want string
 	}{
 		{"a broken hole", Operator{FloorOpen: []string{"10.0.0.1", "10.0.0.0/99"}}, `operator floorOpen[1] is "10.0.0.0/99": neither an IP address, a CIDR nor a domain name`},
-		{"a wildcard hole", Operator{FloorOpen: []string{"*.internal"}}, `operator floorOpen[0] is "*.internal": a hole in the floor needs an exact name`},
+		{"a wildcard exception", Operator{FloorOpen: []string{"*.internal"}}, `operator floorOpen[0] is "*.internal": an exception to the always blocked ranges needs an exact name`},
 		{"a broken deny", Operator{AlwaysDeny: []string{"a b"}}, `operator alwaysDeny[0] is "a b": neither an IP address, a CIDR nor a domain name`},
 		{"a bad port", Operator{AlwaysAllow: []string{"a.com:x"}}, `operator alwaysAllow[0] is "a.com:x": the port must be a decimal number from 1 to 65535`},
 		{"a self domain that is an address", Operator{SelfDomains: []string{"127.0.0.1"}}, `operator selfDomains[0] is "127.0.0.1": not a domain name`},

@@ -135,7 +135,7 @@ func (c *Compiled) addOperator(op *Operator) error {
 		for i, text := range l.texts {
 			list, err := l.read(text)
 			if err == nil && l.set == &c.floorOpen && (isPreset(text) || list[0].wildcard) {
-				err = errors.New("a hole in the floor needs an exact name")
+				err = errors.New("an exception to the always blocked ranges needs an exact name")
 			}
 			if err != nil {
 				return errs.New(errs.Invalid, "operator %s[%d] is %q: %v", l.field, i, text, err)

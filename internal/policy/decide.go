@@ -4,9 +4,9 @@ import (
 	"net/netip"
 )
 
-// Decide judges a flow: the operator's denials, the floor, the operator's
+// Decide judges a flow: the operator's denials, the always blocked ranges, the operator's
 // permissions, then allow, then deny, then default allow. No mode changes what the
-// operator and the floor deny. Port 53 is judged like any other: whether the resolver may be spoken to.
+// operator denies and what is always blocked. Port 53 is judged like any other: whether the resolver may be spoken to.
 func (c *Compiled) Decide(f Flow) Verdict {
 	port, name := f.Dst.Port(), f.Name
 	switch f.Proto {
@@ -53,7 +53,7 @@ func (c *Compiled) whyDenied(f Flow, port uint16) Reason {
 }
 
 // DecideAddr judges an address the proxy is about to dial for a flow that was
-// allowed by name: only the floor and the operator's denials can still refuse it.
+// allowed by name: only the always blocked ranges and the operator's denials can still refuse it.
 func (c *Compiled) DecideAddr(name string, dst netip.AddrPort) Verdict {
 	addr, port := plain(dst.Addr()), dst.Port()
 	if v, settled := c.decideAbove(name, addr, port); settled {
@@ -91,7 +91,7 @@ func (c *Compiled) DecideQuery(name string) Verdict {
 }
 
 // AnswerAllowed reports whether the resolver may hand addr to the sandbox as an
-// answer for name: floor addresses are removed (rebinding) unless the operator opened them.
+// answer for name: always blocked addresses are removed (rebinding) unless the operator opened them.
 func (c *Compiled) AnswerAllowed(name string, addr netip.Addr) bool {
 	addr = plain(addr)
 	if _, floor := c.inFloor(addr); !floor {
@@ -112,7 +112,7 @@ func (c *Compiled) AnswerAllowed(name string, addr netip.Addr) bool {
 // address they are, without a zone.
 func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 
-// decideFloor settles a flow to a floor address. The service's own address is
+// decideFloor settles a flow to an always blocked address. The service's own address is
 // judged like a public one when the name shown is ours: the ingress behind it
 // checks everything again.
 func (c *Compiled) decideFloor(name string, dst netip.Addr, port uint16) (v Verdict, settled bool) {
@@ -130,7 +130,7 @@ func (c *Compiled) decideFloor(name string, dst netip.Addr, port uint16) (v Verd
 	return Verdict{Rule: rule, Reason: ReasonFloor}, true
 }
 
-// inFloor finds the floor range of an address or of the IPv4 address it leads to.
+// inFloor finds the always blocked range of an address or of the IPv4 address it leads to.
 func (c *Compiled) inFloor(a netip.Addr) (Rule, bool) {
 	if !a.IsValid() {
 		return Rule{ID: "floor", Text: "no address"}, true
@@ -148,7 +148,7 @@ func (c *Compiled) inFloor(a netip.Addr) (Rule, bool) {
 }
 
 // decideAbove settles a flow that the layers above the sandbox's own rules speak of:
-// the operator's denials, the floor with its holes, the operator's permissions.
+// the operator's denials, the always blocked ranges with their exceptions, the operator's permissions.
 func (c *Compiled) decideAbove(name string, dst netip.Addr, port uint16) (v Verdict, settled bool) {
 	if r := c.opDeny.matchDenied(dst, port).or(c.opDeny.matchName(name, port)); r != 0 {
 		return c.forbidden(r), true

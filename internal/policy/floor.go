@@ -8,7 +8,7 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// FloorRange is one range of the floor.
+// FloorRange is one always blocked range.
 type FloorRange struct {
 	Prefix netip.Prefix
 	Why    string // "cloud metadata, link-local, RFC 3927"
@@ -46,9 +46,9 @@ func floor4() []FloorRange {
 }
 
 // floor6 lists whole transition mechanisms where nothing that is reachable is
-// lost: nobody routes them, and an embedded address in their low bits cannot be
+// lost: they are not routed, and an embedded address in their low bits cannot be
 // told by a prefix. NAT64 and 6to4 carry public addresses, so only the forms of
-// floor ranges are in the floor (Floor, embedded).
+// always blocked ranges are always blocked (Floor, embedded).
 func floor6() []FloorRange {
 	return []FloorRange{
 		{netip.MustParsePrefix("::/128"), "unspecified, RFC 4291"},
@@ -65,7 +65,7 @@ func floor6() []FloorRange {
 	}
 }
 
-// floorTable is the floor as a trie, made once because every policy shares it
+// floorTable has the always blocked ranges as a trie, made once because every policy shares it
 // and nobody writes to it.
 var floorTable = sync.OnceValue(func() *bart.Table[Rule] {
 	t := new(bart.Table[Rule])

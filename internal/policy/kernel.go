@@ -9,8 +9,8 @@ import "net/netip"
 //  1. OperatorDeny → reject; OperatorExact: what DeniedAddr says, but TCP ProxyPorts → reject
 //  2. Service: TCP ProxyPorts to ServiceAddr4 → the proxy
 //  3. FloorOpen, and HostOpen where the destination is the host's → accept, but with
-//     OperatorNames TCP ProxyPorts → the proxy; with FloorNames TCP ProxyPorts to the
-//     floor → the proxy; the floor (Floor and the host's addresses) → reject
+//     OperatorNames TCP ProxyPorts → the proxy; with FloorNames TCP ProxyPorts to what is
+//     always blocked → the proxy; what is always blocked (Floor and the host's addresses) → reject
 //  4. OperatorNames and NameRules: TCP ProxyPorts → the proxy
 //  5. OperatorAllow, Allow → accept, but with OperatorNames TCP ProxyPorts → the proxy
 //  6. NameRules: TCP ProxyPorts → the proxy
@@ -53,7 +53,7 @@ func (c *Compiled) Kernel() KernelRules { return c.kernel }
 func (c *Compiled) deriveKernel() {
 	k := &c.kernel
 	k.Generation = c.generation
-	k.FloorOpen, k.HostOpen = holes(c.floorOpen.prefixes)
+	k.FloorOpen, k.HostOpen = exceptions(c.floorOpen.prefixes)
 	k.FloorNames = c.floorOpen.proxied()
 	k.OperatorDeny = merge(translated(c.opDeny.prefixes))
 	k.OperatorExact = c.opDenyExact && c.deniedAddr != nil
@@ -94,10 +94,10 @@ func translated(in []PrefixPort) []PrefixPort {
 	return out
 }
 
-// holes cuts the operator's holes to what they open: a hole in the floor says nothing
-// of an address outside of it. What of a hole is outside of Floor may still be the
+// exceptions cuts the operator's exceptions to what they open: one says nothing of an
+// address that is not always blocked. What of it is outside of Floor may still be the
 // host's.
-func holes(in []PrefixPort) (floor, host []PrefixPort) {
+func exceptions(in []PrefixPort) (blocked, host []PrefixPort) {
 	for _, p := range in {
 		whole := false
 		for _, r := range Floor() {
@@ -109,11 +109,11 @@ func holes(in []PrefixPort) (floor, host []PrefixPort) {
 				part = r.Prefix
 			}
 			whole = whole || part == p.Prefix
-			floor = append(floor, PrefixPort{part, p.Port})
+			blocked = append(blocked, PrefixPort{part, p.Port})
 		}
 		if !whole {
 			host = append(host, p)
 		}
 	}
-	return merge(floor), merge(host)
+	return merge(blocked), merge(host)
 }

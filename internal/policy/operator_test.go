@@ -63,7 +63,7 @@ func inKernel(k KernelRules, f Flow, pinned, host bool) outcome {
 	return passes
 }
 
-// crowdedAddr is an address that rules, holes and the floor meet at.
+// crowdedAddr is an address that rules, exceptions and always blocked ranges meet at.
 func crowdedAddr(rng *rand.Rand) netip.Addr {
 	switch rng.IntN(6) {
 	case 0:
@@ -132,7 +132,7 @@ func TestTheKernelDecidesAsDecide(t *testing.T) {
 			if f.Dst.Addr().Is4In6() {
 				continue // never on a wire
 			}
-			// What the floor says of the IPv6 forms of the host's own addresses is
+			// What is blocked of the IPv6 forms of the host's own addresses is
 			// compared with the sets that the kernel has beside the policy's rules.
 			v4, embeds := embedded(f.Dst.Addr())
 			host := hosts.Contains(f.Dst.Addr()) || embeds && hosts.Contains(v4)
@@ -214,7 +214,7 @@ func TestDenialsOfTheOperatorComeBeforeItsHoles(t *testing.T) {
 		"tcp 10.2.0.1:22":               "allow floor-open operator.open[0]",
 		"tcp 10.1.0.1:22":               "deny operator operator.deny[0]",
 		"tcp 172.16.0.1:443 intra.corp": "deny operator operator.deny[1]",
-		"tcp 9.9.9.9:22":                "deny deny-address deny[0]", // a hole in the floor opens nothing else
+		"tcp 9.9.9.9:22":                "deny deny-address deny[0]", // an exception opens nothing else
 		"tcp 203.0.113.7:5432":          "allow floor-open operator.open[3]",
 		"tcp 203.0.113.8:5432":          "deny deny-address deny[0]",
 	} {

@@ -31,8 +31,8 @@ const (
 // Mode says whether the rules are enforced or only watched.
 type Mode string
 
-// The modes. The zero value is ModeEnforce. ModeObserve lets everything above
-// the floor pass and records what would have been denied.
+// The modes. The zero value is ModeEnforce. ModeObserve lets everything pass that is
+// not always blocked and that the operator does not deny, and records what would have been denied.
 const (
 	ModeEnforce Mode = "enforce"
 	ModeObserve Mode = "observe"
@@ -52,7 +52,7 @@ type Input struct {
 // Operator is the layer above every sandbox's rules, from the server's
 // configuration. The zero value adds nothing.
 type Operator struct {
-	// FloorOpen lists exact holes in the floor: "cidr", "cidr:port",
+	// FloorOpen lists exact exceptions to the always blocked ranges: "cidr", "cidr:port",
 	// "name" or "name:port".
 	FloorOpen []string
 	// AlwaysDeny and AlwaysAllow are decided before the sandbox's own rules,
@@ -65,7 +65,7 @@ type Operator struct {
 	// through its ingress, e.g. "cordon.localhost". Such a name resolves to
 	// ServiceAddr4 inside a sandbox.
 	SelfDomains []string
-	// HostAddrs are the host's own addresses, part of the floor.
+	// HostAddrs are the host's own addresses, which are always blocked.
 	HostAddrs []netip.Prefix
 	// IsHost tells more of them, of the moment it is asked; nil: no more.
 	IsHost func(netip.Addr) bool

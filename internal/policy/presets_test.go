@@ -119,7 +119,7 @@ func TestPresetsThatCannotBe(t *testing.T) {
 		{"a port", Input{AllowOut: []string{"preset:npm:443"}, DenyOut: all}, nil, []string{`use preset:npm`}},
 		{"without deny-all", Input{AllowOut: []string{"preset:npm"}}, nil, []string{needsDenyAll}},
 		{"in denyOut", Input{DenyOut: []string{"preset:npm"}}, nil, []string{"invalid denied CIDR preset:npm", "network.denyOut[0]", "allowOut"}},
-		{"as a hole in the floor", Input{}, &Operator{FloorOpen: []string{"preset:npm"}}, []string{`operator floorOpen[0] is "preset:npm"`, "exact name"}},
+		{"as an exception to the always blocked ranges", Input{}, &Operator{FloorOpen: []string{"preset:npm"}}, []string{`operator floorOpen[0] is "preset:npm"`, "exact name"}},
 		{"unknown to the operator", Input{}, &Operator{AlwaysAllow: []string{"preset:nope"}}, []string{`operator alwaysAllow[0] is "preset:nope"`, "use python"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

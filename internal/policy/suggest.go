@@ -35,7 +35,7 @@ const (
 
 // Suggest returns the smallest policy that allows what was seen and nothing else:
 // names where a name was shown or had been asked for, addresses otherwise, each with
-// its port unless it is a name on 80 or 443. What the floor refuses is left out,
+// its port unless it is a name on 80 or 443. What is always blocked is left out,
 // and so is what no rule can be about.
 //
 // UDP and ICMP can be allowed by address only. Where the address had been asked for

@@ -33,7 +33,7 @@ const (
 	ReasonQueryType   policy.Reason = "query-type"        // a type, class or opcode that is not served
 	ReasonBadName     policy.Reason = "bad-name"          // not a name that a host can have
 	ReasonMalformed   policy.Reason = "malformed"         // not one well-formed question
-	ReasonRebinding   policy.Reason = "rebinding"         // every address of the answer was in the floor
+	ReasonRebinding   policy.Reason = "rebinding"         // every address of the answer is always blocked
 	ReasonRate        policy.Reason = "budget-queries"    // too many queries a second
 	ReasonLabels      policy.Reason = "budget-labels"     // too many names below one rule in a minute
 	ReasonConcurrency policy.Reason = "budget-concurrent" // too many queries or connections at once

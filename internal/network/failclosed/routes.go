@@ -11,11 +11,11 @@ import (
 )
 
 // The rule that drops marked packets must stand before the one for the host's own
-// addresses, which the kernel puts at 0 and where all packets for the host end. So ours
+// addresses, which the kernel puts at 0 and where all packets for the host end. So the guard's
 // is at 0, and the kernel's is put there again behind it.
 const (
 	localAt   = 0 // of the rule for the host's own addresses
-	LocalWait = 1 // where that rule is while ours is put before it
+	LocalWait = 1 // where that rule is while the guard's is put before it
 )
 
 // Route puts the routing rules of families in place, if they are not. A family is

@@ -94,7 +94,7 @@ const (
 	chainBlockedNames  = "floor_names" // the same, for policies where a name may be an exception
 	chainDenied        = "denied"      // returns unless the operator denies a name that the address is of
 	chainHostOpen      = "host_open"   // ok for what is the host's; returns for the rest
-	chainHostException = "host_hole"   // likewise with hole
+	chainHostException = "host_hole"   // likewise with chainException
 	chainException     = "hole"        // ok, but TCP 80 and 443 go to the proxy
 	chainOK            = "ok"
 	chainProxy         = "proxy"
@@ -373,7 +373,7 @@ func (t Table) addShared(b *Batch) {
 	b.rules(t.chain(chainAnswer), when(opensTCP(), drop()), when(accept()))
 	b.rules(t.chain(chainLink),
 		// Not what is only related: the tracker finds the flow of an ICMP error by what
-		// the error quotes, whoever sends it, and a quote can be of any flow.
+		// the error quotes, and does not ask who sends it: a quote can be of any flow.
 		when(ctReply(), ctStateAny(expr.CtStateBitESTABLISHED), goTo(chainAnswer)),
 		when(neighbour(135), accept()),
 		when(neighbour(136), accept()),

@@ -109,7 +109,7 @@ func (s *Slot) configureHost(h *netlink.Handle, link netlink.Link, guard func(li
 		sysctls = append(sysctls,
 			struct{ key, value string }{v6 + "accept_ra", "0"}, // a sandbox is no router
 			struct{ key, value string }{v6 + "accept_redirects", "0"},
-			struct{ key, value string }{v6 + "accept_dad", "0"}) // addresses are ours by construction; DAD would cost a second
+			struct{ key, value string }{v6 + "accept_dad", "0"}) // addresses are unique by construction; DAD would cost a second
 	} else if HaveIPv6() {
 		sysctls = append(sysctls, struct{ key, value string }{v6 + "disable_ipv6", "1"})
 	}
