@@ -208,7 +208,8 @@ func tables(before, now results) string {
 	}
 	b.WriteString("\n" + sums(before, now) + "\n")
 	for _, row := range slices.Sorted(maps.Keys(slower)) {
-		name, form, _ := strings.Cut(row, ", ")
+		at := strings.LastIndex(row, ", ")
+		name, form := row[:at], row[at+2:]
 		fmt.Fprintf(&b, "Slower than before: %s at a denied %s, %.1f s instead of %.1f s. It %s.\n", name, form, now[form][name].Seconds, before[form][name].Seconds, slower[row].why)
 	}
 	b.WriteString("\n| resolver | name denied | says | before | said |\n|---|---|---|---|---|\n")
