@@ -8,6 +8,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/policy"
 )
 
 // Another build is compared with this one row by row: both stand between clients and
@@ -32,7 +34,15 @@ func (o *Options) chose(row string) bool {
 
 // egressVersus measures what egressTables does of the other build and of this one.
 func egressVersus(ctx context.Context, r *run) error {
+	denied := proxyMeasures()
+	denied = denied[len(denied)-1:]
 	many := fmt.Sprintf("kernel path, %d sandboxes, %d CIDRs", r.Sandboxes, r.CIDRs)
+	// Builds may differ in what they say by default to a request that is denied.
+	denies := func(how policy.OnDeny) GatewayConfig {
+		in := nameRules()
+		in.OnDeny = how
+		return GatewayConfig{Policy: in}
+	}
 	for _, part := range []struct {
 		title    string
 		gateway  GatewayConfig
@@ -42,6 +52,8 @@ func egressVersus(ctx context.Context, r *run) error {
 		{"kernel path", GatewayConfig{Policy: oneRule}, kernelMeasures(), versusUpdates},
 		{many, GatewayConfig{Policy: manyRules(r.CIDRs), Slots: r.Sandboxes}, kernelMeasures()[:6], nil},
 		{"proxy path", GatewayConfig{Policy: nameRules()}, proxyMeasures(), versusIdle},
+		{"proxy path, onDeny reset", denies(policy.OnDenyReset), denied, nil},
+		{"proxy path, onDeny explain", denies(policy.OnDenyExplain), denied, nil},
 	} {
 		for i := range part.measures {
 			m := &part.measures[i]
