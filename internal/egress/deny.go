@@ -128,6 +128,9 @@ func (f *flow) whyDenied(d denial) (kind string, body []byte) {
 
 // printable makes s fit for a header: a rule may be written in any script.
 func printable(s string) string {
+	if !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' || r == '\\' }) {
+		return s // nearly always
+	}
 	quoted := strconv.QuoteToASCII(s)
 	return strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`)
 }

@@ -284,6 +284,17 @@ func TestADeniedRequestHoldsNothing(t *testing.T) {
 	}
 }
 
+func TestWhatARuleSaysFitsAHeader(t *testing.T) {
+	for in, want := range map[string]string{
+		"": "", "allow[0] *.a.example": "allow[0] *.a.example", `say "a"`: `say "a"`, `a\b`: `a\\b`, `a\"b`: `a\\"b`,
+		"a\r\nB: c": `a\r\nB: c`, "b\u00fccher": `b\u00fccher`, "\x7f": `\x7f`, "\xff": `\xff`,
+	} {
+		if got := printable(in); got != want {
+			t.Errorf("%q is written %q, want %q", in, got, want)
+		}
+	}
+}
+
 // wantForbidden sends s and asserts that a 403 comes, and the end.
 func wantForbidden(t testing.TB, c net.Conn, s string) {
 	t.Helper()
