@@ -235,7 +235,7 @@ func TestTheHostsAddressesAreFollowed(t *testing.T) {
 		if err := netlink.AddrAdd(up, slot.Address(own)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "a new address is in the floor", func() bool { return !judged() && !p.AnswerAllowed("example.com", own.Addr()) })
+		eventually(t, "a new address is always blocked", func() bool { return !judged() && !p.AnswerAllowed("example.com", own.Addr()) })
 		if err := netlink.AddrDel(up, slot.Address(own)); err != nil {
 			t.Fatal(err)
 		}

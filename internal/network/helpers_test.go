@@ -33,7 +33,7 @@ func listenIn(t testing.TB, l sandbox.Lease, addr string) net.Listener {
 		out, err = net.Listen("tcp", addr)
 		return err
 	})
-	go serveTCP(out)
+	serveTCP(t, out)
 	return out
 }
 
@@ -43,7 +43,7 @@ func listenHost(t testing.TB, addr string) net.Listener {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go serveTCP(l)
+	serveTCP(t, l)
 	return l
 }
 

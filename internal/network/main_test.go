@@ -20,6 +20,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/flowlog"
@@ -38,7 +39,8 @@ const inOwnNamespace = "NETWORK_TEST_NAMESPACE"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(inOwnNamespace) != "" || os.Geteuid() != 0 {
-		os.Exit(m.Run())
+		goleak.VerifyTestMain(m)
+		return
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
@@ -368,25 +370,56 @@ func (w *world) serve(ports ...uint16) {
 			u, err = net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
 			return err
 		})
-		w.t.Cleanup(func() { l.Close(); u.Close() })
-		go serveTCP(l)
+		w.t.Cleanup(func() { u.Close() })
+		serveTCP(w.t, l)
 		go serveUDP(u)
 	}
 }
 
-func serveTCP(l net.Listener) {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return
+// serveTCP says hello and who called, then echoes, until the test ends.
+func serveTCP(t testing.TB, l net.Listener) {
+	greet(t, l, func(c net.Conn) string {
+		host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+		return strings.TrimPrefix(host, "::ffff:")
+	})
+}
+
+// greet says hello and a word to each connection, then echoes. When the test ends it closes
+// the listener and the connections: their other ends may be gone without a word.
+func greet(t testing.TB, l net.Listener, word func(net.Conn) string) {
+	var mu sync.Mutex // guards what follows
+	var conns []net.Conn
+	var over bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			conns = append(conns, c)
+			if over {
+				c.Close()
+			}
+			mu.Unlock()
+			wg.Go(func() {
+				defer c.Close()
+				fmt.Fprintf(c, "hello %s\n", word(c))
+				_, _ = io.Copy(c, c)
+			})
 		}
-		go func() {
-			defer c.Close()
-			host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
-			fmt.Fprintf(c, "hello %s\n", strings.TrimPrefix(host, "::ffff:"))
-			_, _ = io.Copy(c, c)
-		}()
-	}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		mu.Lock()
+		over = true
+		for _, c := range conns {
+			c.Close()
+		}
+		mu.Unlock()
+		wg.Wait()
+	})
 }
 
 // serveUDP answers from the address that was asked (the internet owns them all).

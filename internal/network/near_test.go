@@ -16,7 +16,7 @@ import (
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
 
-// refusedTo demands that a destination is in the floor, in the kernel and for those who
+// refusedTo demands that a destination is always blocked, in the kernel and for those who
 // ask IsHost.
 func (w *world) refusedTo(t *testing.T, l sandbox.Lease, to string) {
 	t.Helper()
@@ -24,12 +24,12 @@ func (w *world) refusedTo(t *testing.T, l sandbox.Lease, to string) {
 	if _, err := dial(l, "tcp", dst); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("%s: %v; want refused", to, err)
 	}
-	w.flows.wait(t, "a floor denial of "+to, func(e flowEvent) bool {
+	w.flows.wait(t, "a denial of "+to, func(e flowEvent) bool {
 		return e.Dst == dst && e.Reason == policy.ReasonFloor && e.Verdict == "deny"
 	})
 }
 
-func TestWhatIsNearTheMachineIsInTheFloor(t *testing.T) {
+func TestWhatIsNearTheMachineIsAlwaysBlocked(t *testing.T) {
 	w := start(t, func(c *Config) {
 		c.PublicAddresses = []netip.Prefix{netip.MustParsePrefix("198.51.100.99/32"), netip.MustParsePrefix("2001:db8:9::/64")}
 	})
@@ -60,7 +60,7 @@ func TestWhatIsNearTheMachineIsInTheFloor(t *testing.T) {
 			}
 		}
 	})
-	t.Run("a hole", func(t *testing.T) {
+	t.Run("an exception", func(t *testing.T) {
 		open := *op
 		open.FloorOpen = []string{"198.51.100.99:7777", "203.0.113.254/32"}
 		if err := w.Apply(t.Context(), l, compiled(t, policy.Input{DenyOut: []string{"0.0.0.0/0"}}, &open)); err != nil {
@@ -72,7 +72,7 @@ func TestWhatIsNearTheMachineIsInTheFloor(t *testing.T) {
 			}
 		}
 		if _, err := dial(l, "tcp", at("198.51.100.98:7777")); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("beside the hole: %v; want refused", err)
+			t.Errorf("beside the exception: %v; want refused", err)
 		}
 	})
 }

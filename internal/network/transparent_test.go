@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"syscall"
@@ -44,20 +43,7 @@ func proxy(t testing.TB, port uint16) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { l.Close() })
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					fmt.Fprintf(c, "hello proxy for %s\n", c.LocalAddr())
-					_, _ = io.Copy(c, c)
-				}()
-			}
-		}()
+		greet(t, l, func(c net.Conn) string { return "proxy for " + c.LocalAddr().String() })
 	}
 }
 
