@@ -42,7 +42,7 @@ func (s *Sandbox) Forward(ctx context.Context, l net.Listener, port int, o Forwa
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	defer l.Close()
-	ctx, cancel := context.WithCancel(ctx)
+	carrying, cancel := context.WithCancel(ctx) // may be told of ctx's end later than l is closed
 	var open sync.WaitGroup
 	defer open.Wait()
 	defer cancel()
@@ -65,7 +65,7 @@ func (s *Sandbox) Forward(ctx context.Context, l net.Listener, port int, o Forwa
 		}
 		open.Go(func() {
 			defer func() { <-free }()
-			if err := s.carry(ctx, conn, port); err != nil && o.Failed != nil && ctx.Err() == nil {
+			if err := s.carry(carrying, conn, port); err != nil && o.Failed != nil && carrying.Err() == nil {
 				o.Failed(conn.RemoteAddr(), err)
 			}
 		})
