@@ -95,7 +95,7 @@ func TestKeptConnectionsAreBounded(t *testing.T) {
 			var d net.Dialer
 			return d.DialContext(ctx, "tcp", ln.Addr().String())
 		},
-		Limits: Limits{IdlePerPort: 2, IdleTotal: 3, IdleTimeout: 50 * time.Millisecond},
+		Limits: Limits{IdlePerPort: 2, IdleTotal: 3, IdleTimeout: time.Second},
 	})
 	defer p.Close()
 	for port := range uint16(5) {
