@@ -5,12 +5,15 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cordonhq/cordon/internal/runtime/runtimetest"
 	"github.com/cordonhq/cordon/internal/sandbox"
 	"github.com/cordonhq/cordon/internal/sandboxid"
 )
@@ -222,4 +225,57 @@ func TestTheKernelIsToldOfRanksAndOfTheirEnd(t *testing.T) {
 			t.Errorf("version 2 %t: a group is behind when its server has ended", unified)
 		}
 	}
+}
+
+// TestABusyGroupIsBehindInThisKernel has a process in a cgroup of this machine's version
+// use a CPU, and then rest.
+func TestABusyGroupIsBehindInThisKernel(t *testing.T) {
+	runtimetest.Privileged(t)
+	g, err := findCgroups(fmt.Sprintf("/cordon-rank-%d/test", os.Getpid()))
+	must(t, err)
+	id := sandboxid.New()
+	t.Cleanup(func() {
+		_ = g.remove(context.Background(), id)
+		g.removeEmpty()
+	})
+	must(t, g.enter(id, owner))
+	for _, dir := range g.dirs(id) {
+		must(t, g.makeDir(dir))
+	}
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", "while :; do :; done")
+	must(t, cmd.Start())
+	defer func() { _ = cmd.Wait() }()
+	defer func() { _ = cmd.Process.Kill() }()
+	for _, dir := range g.dirs(id) {
+		must(t, writeExisting(filepath.Join(dir, "cgroup.procs"), strconv.Itoa(cmd.Process.Pid)))
+	}
+	valueOf := func(group, v1, v2 string) string {
+		t.Helper()
+		for _, dir := range g.groupDirs(group) {
+			for _, name := range []string{v1, v2} {
+				if b, err := os.ReadFile(filepath.Join(dir, name)); err == nil {
+					return strings.TrimSpace(string(b))
+				}
+			}
+		}
+		t.Skip("this kernel has no " + v1)
+		return ""
+	}
+	k := &ranker{groups: g}
+	until := func(idle, shares, weight string) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+			k.look(time.Now(), 0.2) // so that one process on a busy machine is above its part
+			now, all := valueOf(owner, "cpu.idle", "cpu.idle"), valueOf("..", "cpu.shares", "cpu.weight")
+			if now == idle && (all == shares || all == weight) {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("cpu.idle is %s, want %s; all sandboxes weigh %s, want %s or %s", now, idle, all, shares, weight)
+			}
+		}
+	}
+	until("1", "102", "10")
+	must(t, cmd.Process.Signal(syscall.SIGSTOP))
+	until("0", "1024", "100")
 }
