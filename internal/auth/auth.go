@@ -79,10 +79,6 @@ func KeyFor(secret, name string, admin bool, now time.Time) Key {
 	}
 }
 
-// NewToken returns a token of 128 random bits as 32 hexadecimal digits: an
-// access, traffic or control token.
-func NewToken() string { return randomHex(16) }
-
 // Equal compares two secrets in a time that does not depend on where they
 // differ, nor on their lengths. An empty want equals nothing: a secret that was
 // never set is not matched by one that was never sent.

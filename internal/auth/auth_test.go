@@ -111,13 +111,6 @@ func TestEqual(t *testing.T) {
 	}
 }
 
-func TestTokens(t *testing.T) {
-	a, b := auth.NewToken(), auth.NewToken()
-	if len(a) != 32 || a == b {
-		t.Fatalf("tokens are %q and %q", a, b)
-	}
-}
-
 // The vector was computed by the SDKs' own code.
 func TestFileSignatureVector(t *testing.T) {
 	got := auth.FileAccess{Path: "hello.txt", Operation: auth.ReadFile, User: "user"}.Sign("0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0")

@@ -47,12 +47,9 @@ type Config struct {
 	// DialSelf connects to this service's own ingress, for a name under one of
 	// its domains; port is 80 or 443. Nil refuses such names.
 	DialSelf func(ctx context.Context, client netip.AddrPort, port uint16) (net.Conn, error)
-	// OriginalDst says where a connection was going. The default is the local
-	// address, which is right for TPROXY; RedirectedDst is for REDIRECT.
-	OriginalDst func(*net.TCPConn) (netip.AddrPort, error)
-	Flows       flowlog.Recorder
-	Log         *slog.Logger
-	Limits      Limits
+	Flows    flowlog.Recorder
+	Log      *slog.Logger
+	Limits   Limits
 }
 
 // Limits bound what one sandbox, and all together, can make the proxy hold. A
@@ -96,6 +93,7 @@ type Proxy struct {
 	lim   Limits
 	log   *slog.Logger
 	dial  dialFunc
+	dst   func(*net.TCPConn) (netip.AddrPort, error) // where a connection was going
 	pool  buffers
 	pipes pipes
 	conns sync.WaitGroup // goroutines that serve connections
@@ -107,10 +105,7 @@ func New(cfg Config) (*Proxy, error) {
 	if cfg.Owner == nil || cfg.Resolve == nil || cfg.Flows == nil || cfg.Log == nil {
 		return nil, errors.New("egress: Owner, Resolve, Flows and Log are required")
 	}
-	if cfg.OriginalDst == nil {
-		cfg.OriginalDst = localDst
-	}
-	p := &Proxy{cfg: cfg, lim: cfg.Limits.withDefaults(), log: cfg.Log, dial: dialTCP}
+	p := &Proxy{cfg: cfg, lim: cfg.Limits.withDefaults(), log: cfg.Log, dial: dialTCP, dst: localDst}
 	p.admission.tenants = map[string]*tenant{}
 	p.open = share.NewPool(share.ProxyConnections.Of(int64(p.lim.TotalConns), int64(p.lim.Conns)))
 	p.memory = share.NewPool(share.SniffMemory.Of(p.lim.TotalSniffByte, p.lim.SniffBytes))
@@ -196,7 +191,7 @@ func (p *Proxy) serve(ctx context.Context, c *net.TCPConn) {
 	growStack(false)
 	src := addrPortOf(c.RemoteAddr())
 	owner, known := p.cfg.Owner(src.Addr())
-	dst, err := p.cfg.OriginalDst(c)
+	dst, err := p.dst(c)
 	if !known || owner.Policy == nil || err != nil {
 		reset(c)
 		p.log.Debug("egress connection of nobody", "src", src, "dst", dst, "err", err)
@@ -249,6 +244,7 @@ func addrPortOf(a net.Addr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
+// localDst is where a connection was going: TPROXY leaves that as its local address.
 func localDst(c *net.TCPConn) (netip.AddrPort, error) { return addrPortOf(c.LocalAddr()), nil }
 
 // reset ends a connection with RST instead of FIN.

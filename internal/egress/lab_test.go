@@ -67,7 +67,7 @@ func newLab(t testing.TB, in policy.Input, tune ...func(*Config)) *lab {
 	}
 	l.apply(in)
 	cfg := Config{
-		Owner: l.owner, Resolve: l.resolve, OriginalDst: l.originalDst, Flows: l,
+		Owner: l.owner, Resolve: l.resolve, Flows: l,
 		Log:    discard,
 		Limits: Limits{SniffTimeout: 3 * time.Second, DialTimeout: 3 * time.Second},
 	}
@@ -78,7 +78,7 @@ func newLab(t testing.TB, in policy.Input, tune ...func(*Config)) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.p, p.dial = p, l.dial
+	l.p, p.dial, p.dst = p, l.dial, l.originalDst
 	var running sync.WaitGroup
 	l.t.Cleanup(func() { stop(); running.Wait(); p.conns.Wait() })
 	for _, dst := range []string{"93.184.216.1:443", "93.184.216.1:80", "93.184.216.2:443", "93.184.216.2:80", "93.184.216.66:443", "93.184.216.66:80", "192.0.0.8:443", "192.0.0.8:80", "10.0.0.1:443", "93.184.216.1:8080"} {

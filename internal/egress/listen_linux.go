@@ -2,13 +2,11 @@ package egress
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,51 +59,4 @@ func setKeepAlive(fd int) error {
 		}
 	}
 	return nil
-}
-
-// originalDst is SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST
-// (linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h).
-const originalDst = 80
-
-// RedirectedDst says where a connection was going before nftables redirected
-// it to this host, for machines without TPROXY.
-func RedirectedDst(c *net.TCPConn) (netip.AddrPort, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	four := addrPortOf(c.LocalAddr()).Addr().Is4()
-	var dst netip.AddrPort
-	var failed error
-	err = raw.Control(func(fd uintptr) {
-		if four {
-			dst, failed = originalDst4(int(fd))
-		} else {
-			dst, failed = originalDst6(int(fd))
-		}
-	})
-	if err := errors.Join(err, failed); err != nil {
-		return netip.AddrPort{}, fmt.Errorf("read SO_ORIGINAL_DST: %w", err)
-	}
-	return dst, nil
-}
-
-func originalDst4(fd int) (netip.AddrPort, error) {
-	// The kernel fills a sockaddr_in; GetsockoptIPv6Mreq is the wrapper whose
-	// buffer is large enough and has no pointers.
-	m, err := unix.GetsockoptIPv6Mreq(fd, unix.SOL_IP, originalDst)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	b := m.Multiaddr
-	return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), binary.BigEndian.Uint16(b[2:4])), nil
-}
-
-func originalDst6(fd int) (netip.AddrPort, error) {
-	m, err := unix.GetsockoptIPv6MTUInfo(fd, unix.SOL_IPV6, originalDst)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	port := (*[2]byte)(unsafe.Pointer(&m.Addr.Port)) // in network order, as the kernel wrote it
-	return netip.AddrPortFrom(netip.AddrFrom16(m.Addr.Addr), binary.BigEndian.Uint16(port[:])), nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -89,7 +88,7 @@ func internet(t *testing.T) {
 }
 
 // real is a proxy with the real dialer.
-func real(t *testing.T, originalDst func(*net.TCPConn) (netip.AddrPort, error), lns ...net.Listener) *lab {
+func real(t *testing.T, lns ...net.Listener) *lab {
 	t.Helper()
 	l := &lab{t: t, names: map[string][]netip.Addr{
 		"a.example":         {addrA, netip.MustParseAddr("2606:4700::1")},
@@ -102,7 +101,7 @@ func real(t *testing.T, originalDst func(*net.TCPConn) (netip.AddrPort, error), 
 	for _, a := range []string{"10.88.0.2", "2001:db8:88::2"} {
 		l.owners[netip.MustParseAddr(a)] = Owner{"sbx", c}
 	}
-	p, err := New(Config{Owner: l.owner, Resolve: l.resolve, Flows: l, Log: discard, OriginalDst: originalDst})
+	p, err := New(Config{Owner: l.owner, Resolve: l.resolve, Flows: l, Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,7 +172,7 @@ func TestTransparentListenersSeeWhereConnectionsWereGoing(t *testing.T) {
 		}
 		lns = append(lns, ln)
 	}
-	l := real(t, nil, lns...)
+	l := real(t, lns...)
 	for _, tt := range []struct{ src, dst, up string }{
 		{"10.88.0.2", "93.184.216.66:443", "93.184.216.1:443"},
 		{"2001:db8:88::2", "[2606:4700::66]:443", "[2606:4700::1]:443"},
@@ -199,60 +198,6 @@ func TestTransparentListenersSeeWhereConnectionsWereGoing(t *testing.T) {
 		wantAlert(t, c)
 		l.awaitDenied(policy.ReasonFloor)
 	})
-}
-
-func TestRedirectedConnectionsTellTheirDestination(t *testing.T) {
-	if !inNetns(t) {
-		return
-	}
-	internet(t)
-	redirect(t, 8443, 15001)
-	for _, tt := range []struct{ listen, src, dst string }{
-		{"127.0.0.1:15001", "10.88.0.2", "93.184.216.66:8443"},
-		{"[::1]:15001", "2001:db8:88::2", "[2606:4700::66]:8443"},
-	} {
-		ln, err := net.Listen("tcp", tt.listen)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		c := dialFrom(t, tt.src, tt.dst)
-		got, err := ln.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		dst, err := RedirectedDst(got.(*net.TCPConn))
-		if dst.String() != tt.dst || err != nil {
-			t.Errorf("got %s and %v, want %s", dst, err, tt.dst)
-		}
-		got.Close()
-		if _, err := io.ReadAll(c); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// redirect sends local connections to a port to another one, of the loopback
-// address, as a nat output rule does.
-func redirect(t *testing.T, from, to uint16) {
-	t.Helper()
-	c, err := nftables.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6} {
-		table := c.AddTable(&nftables.Table{Family: family, Name: fmt.Sprintf("t%d", family)})
-		chain := c.AddChain(&nftables.Chain{Name: "output", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest})
-		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.BigEndian.AppendUint16(nil, from)},
-			&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, to)},
-			&expr.Redir{RegisterProtoMin: 1},
-		}})
-	}
-	if err := c.Flush(); err != nil {
-		t.Fatalf("load the redirect: %v", err)
-	}
 }
 
 // tproxy hands what the sandbox addresses send to a port to the listeners on

@@ -3,7 +3,6 @@ package sandbox
 import (
 	"context"
 	"errors"
-	"io"
 	"net/netip"
 	"time"
 
@@ -37,8 +36,6 @@ type Runtime interface {
 	// Restorable says why a checkpoint cannot be restored on this machine by this
 	// runtime, without trying.
 	Restorable(dir string) error
-	// ExportUpper writes the files changed over the image as a tar stream.
-	ExportUpper(ctx context.Context, id ID, w io.Writer) error
 	// Wait blocks until the sandbox has exited and returns nil, or ErrOutOfMemory if
 	// the host's kernel ended it for the memory it used, or until ctx ends.
 	Wait(ctx context.Context, id ID) error

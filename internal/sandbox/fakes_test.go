@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net/netip"
 	"os"
@@ -189,8 +188,6 @@ func (r fakeRuntime) Restore(ctx context.Context, s RuntimeSpec, dir string) err
 	r.assign(s.ID, s.Owner)
 	return r.Start(ctx, s.ID)
 }
-
-func (fakeRuntime) ExportUpper(context.Context, ID, io.Writer) error { return nil }
 
 func (r fakeRuntime) Wait(ctx context.Context, id ID) error {
 	r.mu.Lock()

@@ -116,15 +116,6 @@ func quotas(s sandbox.RuntimeSpec) quota {
 	return quota{root: disk, bind: 1}
 }
 
-// rootQuota reads back the root's quota, in bytes.
-func rootQuota(s *specs.Spec) (int64, error) {
-	var mib int64
-	if _, err := fmt.Sscanf(s.Annotations[rootSize], "size=%dm", &mib); err != nil || mib < 1 {
-		return 0, fmt.Errorf("the sandbox's state has no disk quota: %q", s.Annotations[rootSize])
-	}
-	return mib << 20, nil
-}
-
 // ociSpec describes the sandbox in OCI's terms. A checkpoint is restored only
 // under the same args, capabilities and mounts, so nothing here depends on the
 // sandbox's ID but the cgroup's path.
@@ -183,7 +174,7 @@ func namespaces(netns string) []specs.LinuxNamespace {
 //
 // /tmp/.X11-unix is there for /tmp: gVisor puts a file system in memory, without
 // a limit, over a /tmp that is empty, and leaves alone one that has a mount
-// below it. So /tmp is on disk, under the quota, and part of what ExportUpper sees.
+// below it. So /tmp is on disk, under the quota.
 func mounts(s sandbox.RuntimeSpec) []specs.Mount {
 	shm := fmt.Sprintf("size=%dm", max(64, s.Resources.MemoryMB/2))
 	out := []specs.Mount{

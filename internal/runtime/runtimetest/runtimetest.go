@@ -4,12 +4,9 @@
 package runtimetest
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,7 +46,6 @@ func Run(t *testing.T, open func(*testing.T) sandbox.Runtime) {
 		{"users inside may become root by a set-user-ID program", s.setUID},
 		{"files carry user attributes", s.attributes},
 		{"processes run on terminals", s.terminals},
-		{"the changed files are exported as a tar stream", s.export},
 		{"wait returns when the sandbox exits", s.wait},
 		{"pause stops it and resume continues it", s.pause},
 		{"a checkpoint keeps memory and files and takes a new network", s.checkpoint},
@@ -257,45 +253,6 @@ func (s *suite) terminals(t *testing.T) {
 		t.Errorf("through the terminal: got %q", got)
 	}
 }
-
-func (s *suite) export(t *testing.T) {
-	r := s.open(t)
-	id, slot := s.sandbox(t, r, nil)
-	ask(t, slot, "write", "/home/user/new", "new")
-	ask(t, slot, "write", "/etc/image", "changed")
-	ask(t, slot, "fill", "/home/user/large", "5")
-	var b bytes.Buffer
-	must(t, r.ExportUpper(t.Context(), id, &b))
-	got := map[string]string{}
-	for tr := tar.NewReader(&b); ; {
-		h, err := tr.Next()
-		if err == io.EOF {
-			break
-		}
-		must(t, err)
-		if h.Typeflag == tar.TypeReg {
-			text, err := io.ReadAll(tr)
-			must(t, err)
-			got[strings.TrimPrefix(filepath.Clean(h.Name), "/")] = string(text)
-		}
-	}
-	if got["home/user/new"] != "new" || got["etc/image"] != "changed" || len(got["home/user/large"]) != 5<<20 {
-		t.Errorf("exported %d files, new %q, changed %q, large of %d bytes", len(got), got["home/user/new"], got["etc/image"], len(got["home/user/large"]))
-	}
-	if _, ok := got["guest"]; ok {
-		t.Error("exported an unchanged file of the image")
-	}
-	if err := r.ExportUpper(t.Context(), id, brokenWriter{}); !errors.Is(err, errBroken) {
-		t.Errorf("to a writer that fails: got %v", err)
-	}
-	ask(t, slot, "hello") // and the sandbox is none the worse
-}
-
-var errBroken = errors.New("broken")
-
-type brokenWriter struct{}
-
-func (brokenWriter) Write([]byte) (int, error) { return 0, errBroken }
 
 func (s *suite) wait(t *testing.T) {
 	r := s.open(t)
@@ -513,7 +470,7 @@ func (s *suite) unknown(t *testing.T) {
 	_, stats := r.Stats(ctx, id)
 	for what, err := range map[string]error{
 		"start": r.Start(ctx, id), "pause": r.Pause(ctx, id), "resume": r.Resume(ctx, id), "wait": r.Wait(ctx, id),
-		"checkpoint": r.Checkpoint(ctx, id, t.TempDir()), "export": r.ExportUpper(ctx, id, io.Discard), "stats": stats,
+		"checkpoint": r.Checkpoint(ctx, id, t.TempDir()), "stats": stats,
 	} {
 		kind(t, what, err, errs.NotFound)
 	}
