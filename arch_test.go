@@ -40,7 +40,7 @@ var allowed = map[string][]string{
 	"internal/store":               {"internal/share", "internal/sandbox", "internal/auth"},
 	"internal/agent":               {},
 	"internal/interpreter":         {},
-	"internal/agent/agentctl":      {"internal/agent/proof", "internal/sandbox"},
+	"internal/agent/agentctl":      {"internal/agent/proof", "internal/agent/wire", "internal/sandbox"},
 	"internal/ingress":             {"internal/share", "internal/auth", "internal/tunnel"},
 	"internal/api":                 {"internal/share", "internal/sandbox", "internal/policy", "internal/flowlog", "internal/auth"},
 	"internal/tunnel":              {},

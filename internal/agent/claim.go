@@ -16,25 +16,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/cordonhq/cordon/internal/agent/proof"
+	"github.com/cordonhq/cordon/internal/agent/wire"
 )
 
 // claim is what the host tells the agent about its sandbox. It is immutable: a
 // later claim replaces it whole.
 type claim struct {
-	SandboxID      string            `json:"sandboxID"`
-	TemplateID     string            `json:"templateID"`
-	Hostname       string            `json:"hostname"`
-	EnvVars        map[string]string `json:"envVars"`
-	AccessToken    string            `json:"accessToken"` // empty: the sandbox is open
-	DefaultUser    string            `json:"defaultUser"`
-	DefaultWorkdir string            `json:"defaultWorkdir"`
-	Time           time.Time         `json:"time"` // the host's clock; seeds randomness
-	// ControlHash is the SHA-256, in hex, of the control token from now on: copies
-	// of one checkpoint must not share one. Empty keeps the one the agent started with.
-	ControlHash string `json:"controlHash"`
+	wire.Claim
 
 	env     map[string]string // of every command: EnvVars and who the sandbox is
 	control *proof.Key        // ControlHash, decoded

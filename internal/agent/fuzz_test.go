@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cordonhq/cordon/internal/agent/wire"
 )
 
 func FuzzResolveStaysAbsolute(f *testing.F) {
@@ -36,7 +38,7 @@ func FuzzSignatureAdmitsOnlyItsOwn(f *testing.F) {
 	f.Add("hello.txt", "user", "", "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E")
 	f.Add("a:b", "c", "99999999999", "v1_")
 	f.Add("", "", "-1", "")
-	c := &claim{AccessToken: testToken}
+	c := &claim{Claim: wire.Claim{AccessToken: testToken}}
 	now := time.Unix(1_700_000_000, 0)
 	f.Fuzz(func(t *testing.T, p, name, expires, signature string) {
 		q := url.Values{"path": {p}, "username": {name}, "signature": {signature}, "signature_expiration": {expires}}
@@ -138,7 +140,7 @@ func FuzzFrames(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	a.claim.Store(&claim{DefaultUser: "nobody-here"}) // so that nothing is ever started
+	a.claim.Store(&claim{Claim: wire.Claim{DefaultUser: "nobody-here"}}) // so that nothing is ever started
 	f.Fuzz(func(t *testing.T, method, kind string, body []byte) {
 		if strings.ContainsAny(method, " ?#%/\x7f") || strings.ContainsFunc(method, func(r rune) bool { return r < ' ' || r > '~' }) {
 			return // another route

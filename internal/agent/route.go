@@ -13,6 +13,7 @@ import (
 	"github.com/cordonhq/cordon/api/gen/agent/filesystem/filesystemconnect"
 	"github.com/cordonhq/cordon/api/gen/agent/process/processconnect"
 	"github.com/cordonhq/cordon/internal/agent/proof"
+	"github.com/cordonhq/cordon/internal/agent/wire"
 )
 
 // routes builds the one handler: steady wraps every exchange with deadlines,
@@ -24,9 +25,9 @@ func (a *Agent) routes() http.Handler {
 		w.WriteHeader(http.StatusNoContent)
 	})
 	mux.HandleFunc("GET "+proof.Path, a.getChallenge)
-	mux.Handle("POST /init", a.control(a.postInit))
-	mux.Handle("POST /cordon/start", a.control(a.postStart))
-	mux.Handle("POST /cordon/ready", a.control(a.postReady))
+	mux.Handle("POST "+wire.ClaimPath, a.control(a.postInit))
+	mux.Handle("POST "+wire.StartPath, a.control(a.postStart))
+	mux.Handle("POST "+wire.ReadyPath, a.control(a.postReady))
 	mux.Handle("GET /cordon/tunnel", a.control(a.getTunnel))
 	mux.Handle("GET /cordon/kills", a.control(a.getKills))
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	pb "github.com/cordonhq/cordon/api/gen/agent/process"
+	"github.com/cordonhq/cordon/internal/agent/wire"
 )
 
 // startTag marks the template's start command among the processes.
@@ -18,19 +19,10 @@ const startTag = "start"
 // readyLimit bounds one question whether a start command is ready.
 const readyLimit = 4 * time.Second
 
-// startRequest is the host's: a template's start command, before the sandbox
-// belongs to anybody.
-type startRequest struct {
-	Args    []string          `json:"args"`
-	EnvVars map[string]string `json:"envVars"`
-	User    string            `json:"user"`
-	Workdir string            `json:"workdir"`
-}
-
 // postStart runs a template's start command. It outlives the request, and the
 // sandbox's later claims.
 func (a *Agent) postStart(w http.ResponseWriter, r *http.Request) {
-	var req startRequest
+	var req wire.Start
 	if err := readJSON(w, r, &req); err != nil {
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
@@ -50,8 +42,8 @@ func (a *Agent) postStart(w http.ResponseWriter, r *http.Request) {
 
 // asTemplate starts a command as it would start for an owner who asked for
 // nothing.
-func (a *Agent) asTemplate(req *startRequest) (*process, error) {
-	c := &claim{DefaultUser: req.User, DefaultWorkdir: req.Workdir, EnvVars: req.EnvVars}
+func (a *Agent) asTemplate(req *wire.Start) (*process, error) {
+	c := &claim{Claim: wire.Claim{DefaultUser: req.User, DefaultWorkdir: req.Workdir, EnvVars: req.EnvVars}}
 	if err := c.complete(); err != nil {
 		return nil, err
 	}
@@ -78,17 +70,10 @@ func (a *Agent) asTemplate(req *startRequest) (*process, error) {
 	return p, nil
 }
 
-// readyRequest asks whether a start command is ready: Command runs as it would.
-type readyRequest struct {
-	startRequest
-	Port    uint16 `json:"port"`
-	Command string `json:"command"`
-}
-
 // postReady answers 204 when the start command is ready and 425 with the reason
 // while it is not.
 func (a *Agent) postReady(w http.ResponseWriter, r *http.Request) {
-	var req readyRequest
+	var req wire.Ready
 	if err := readJSON(w, r, &req); err != nil {
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
@@ -102,7 +87,7 @@ func (a *Agent) postReady(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-func (a *Agent) ready(ctx context.Context, req *readyRequest) error {
+func (a *Agent) ready(ctx context.Context, req *wire.Ready) error {
 	if req.Port != 0 {
 		conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort("localhost", strconv.Itoa(int(req.Port))))
 		if err != nil {
@@ -113,7 +98,7 @@ func (a *Agent) ready(ctx context.Context, req *readyRequest) error {
 	if req.Command == "" {
 		return nil
 	}
-	check := req.startRequest
+	check := req.Start
 	check.Args = []string{"/bin/sh", "-c", req.Command}
 	p, err := a.asTemplate(&check)
 	if err != nil {

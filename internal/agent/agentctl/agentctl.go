@@ -23,6 +23,7 @@ import (
 	"unicode"
 
 	"github.com/cordonhq/cordon/internal/agent/proof"
+	"github.com/cordonhq/cordon/internal/agent/wire"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/sandbox"
 )
@@ -118,23 +119,10 @@ func (c *Client) probe(ctx context.Context, a sandbox.AgentAddr, patience time.D
 	return nil
 }
 
-// initBody is the agent's /init.
-type initBody struct {
-	SandboxID      sandbox.ID        `json:"sandboxID"`
-	TemplateID     string            `json:"templateID"`
-	Hostname       string            `json:"hostname"`
-	EnvVars        map[string]string `json:"envVars"`
-	AccessToken    string            `json:"accessToken"`
-	DefaultUser    string            `json:"defaultUser"`
-	DefaultWorkdir string            `json:"defaultWorkdir"`
-	Time           time.Time         `json:"time"`
-	ControlHash    string            `json:"controlHash,omitempty"`
-}
-
 // Init tells the agent whose sandbox it is in.
 func (c *Client) Init(ctx context.Context, a sandbox.AgentAddr, in sandbox.AgentInit) error {
-	claim := initBody{
-		SandboxID: in.SandboxID, TemplateID: in.TemplateID, Hostname: in.Hostname, EnvVars: in.EnvVars, AccessToken: in.AccessToken,
+	claim := wire.Claim{
+		SandboxID: string(in.SandboxID), TemplateID: in.TemplateID, Hostname: in.Hostname, EnvVars: in.EnvVars, AccessToken: in.AccessToken,
 		DefaultUser: in.DefaultUser, DefaultWorkdir: in.DefaultWorkdir, Time: in.Time,
 	}
 	if in.ControlToken != "" {
@@ -145,18 +133,8 @@ func (c *Client) Init(ctx context.Context, a sandbox.AgentAddr, in sandbox.Agent
 	if err != nil {
 		return fmt.Errorf("encode the claim: %w", err)
 	}
-	_, err = c.call(ctx, a, http.MethodPost, "/init", body)
+	_, err = c.call(ctx, a, http.MethodPost, wire.ClaimPath, body)
 	return err
-}
-
-// startBody is the agent's /cordon/start and, with the sign, its /cordon/ready.
-type startBody struct {
-	Args    []string          `json:"args,omitempty"`
-	EnvVars map[string]string `json:"envVars"`
-	User    string            `json:"user"`
-	Workdir string            `json:"workdir"`
-	Port    uint16            `json:"port,omitempty"`
-	Command string            `json:"command,omitempty"`
 }
 
 // readyPause is how long Start waits before it asks again.
@@ -164,19 +142,21 @@ const readyPause = 50 * time.Millisecond
 
 // Start implements sandbox.Agents.
 func (c *Client) Start(ctx context.Context, a sandbox.AgentAddr, s sandbox.AgentStart) error {
-	body, err := json.Marshal(startBody{Args: s.Args, EnvVars: s.EnvVars, User: s.User, Workdir: s.Workdir})
+	start := wire.Start{Args: s.Args, EnvVars: s.EnvVars, User: s.User, Workdir: s.Workdir}
+	body, err := json.Marshal(start)
 	if err != nil {
 		return fmt.Errorf("encode the start command: %w", err)
 	}
-	if _, err := c.call(ctx, a, http.MethodPost, "/cordon/start", body); err != nil {
+	if _, err := c.call(ctx, a, http.MethodPost, wire.StartPath, body); err != nil {
 		return fmt.Errorf("start command: %w", err)
 	}
-	body, err = json.Marshal(startBody{EnvVars: s.EnvVars, User: s.User, Workdir: s.Workdir, Port: s.Ready.Port, Command: s.Ready.Command})
+	start.Args = nil
+	body, err = json.Marshal(wire.Ready{Start: start, Port: s.Ready.Port, Command: s.Ready.Command})
 	if err != nil {
 		return fmt.Errorf("encode the ready command: %w", err)
 	}
 	for {
-		_, err := c.call(ctx, a, http.MethodPost, "/cordon/ready", body)
+		_, err := c.call(ctx, a, http.MethodPost, wire.ReadyPath, body)
 		if err == nil {
 			return nil
 		}
