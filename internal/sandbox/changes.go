@@ -1,5 +1,13 @@
 package sandbox
 
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/cordonhq/cordon/internal/sandboxid"
+)
+
 // Change is what happened to a sandbox, for the parts of the server that keep something
 // about it.
 type Change string
@@ -28,5 +36,22 @@ func (m *Manager) Subscribe(f func(ID, Change)) {
 func (c *changes) publish(id ID, what Change) {
 	for _, f := range c.subscribers {
 		f(id, what)
+	}
+}
+
+// events is the record of steps in sandboxes' lives.
+type events struct {
+	store Store
+	log   *slog.Logger
+}
+
+// add records a step; a lost event is worth a warning, not a failed call.
+func (s *events) add(ctx context.Context, rec *Record, ev Event) {
+	ev.ID, ev.Time, ev.Sandbox, ev.Owner, ev.Template = sandboxid.NewToken(), time.Now().UTC(), rec.ID, rec.Owner, rec.Template
+	if ev.State == "" {
+		ev.State = rec.State
+	}
+	if err := s.store.AppendEvent(ctx, ev); err != nil {
+		s.log.Warn("lifecycle event not kept", "sandbox", rec.ID, "err", err)
 	}
 }

@@ -21,14 +21,16 @@ import (
 	"github.com/cordonhq/cordon/internal/share"
 )
 
-// This file is the way of a sandbox from a request to its first command, from top to
-// bottom: check, reserve, origin, boot, claim, record, publish. Copies, resumes and resets
-// go the same way from their origin on.
+// This file is the way of a sandbox from a request to its record, from top to bottom:
+// check, reserve, origin, boot, claim, record, and then publish. Copies, resumes and
+// resets go the same way from their origin on.
 
 // Create starts a sandbox and returns when its agent answers, its policy is in
 // force and its record is on disk. Nothing is left behind by a failed one.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, err error) {
 	began := time.Now()
+
+	// Check.
 	lifetime, err := m.cfg.check(&req)
 	if err != nil {
 		return Record{}, err
@@ -37,6 +39,8 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	if err != nil {
 		return Record{}, err
 	}
+
+	// Reserve.
 	room, err := m.reserve(req.Owner, Running)
 	if err != nil {
 		return Record{}, err
@@ -45,11 +49,15 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 	if err := m.launch.space.Check(req.Owner); err != nil {
 		return Record{}, err
 	}
+
+	// Origin.
 	o, err := m.origin(ctx, req.Owner, req.Template)
 	if err != nil {
 		return Record{}, err
 	}
 	defer o.close()
+
+	// Boot, if no spare is waiting.
 	var undo Cleanup
 	defer undo.OnError(ctx, &err)
 	up, err := m.spares.take(ctx, o)
@@ -60,14 +68,20 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (rec Record, er
 		return Record{}, err
 	}
 	undo.Add("sandbox", up.discard)
+
+	// Claim.
 	rec = newRecord(req, o, up)
 	rec.Timeout, rec.Expires = lifetime, began.Add(lifetime).UTC()
 	if err := up.claim(ctx, &rec, compiled); err != nil {
 		return Record{}, err
 	}
+
+	// Record.
 	if err := m.record(ctx, &rec, compiled, room); err != nil {
 		return Record{}, err
 	}
+
+	// Publish.
 	if up.spare {
 		m.spawn(func(ctx context.Context) { m.host.assign(ctx, rec.ID, rec.Owner) })
 	}
@@ -111,25 +125,6 @@ func (c *Config) lifetime(d time.Duration) (time.Duration, error) {
 		return 0, errs.New(errs.Invalid, "timeout is %d seconds, this server allows at most %d", int64(d.Seconds()), int64(c.MaxTimeout.Seconds()))
 	}
 	return d, nil
-}
-
-// Reserve.
-
-// reserve keeps room for a sandbox that is about to run or to be paused: a paused one
-// leaves the memory, and goes to the disk.
-func (m *Manager) reserve(owner string, in State) (*reservation, error) {
-	allowed := m.cfg.Allowance(owner)
-	most := limits{
-		server: m.cfg.MaxSandboxes, serverFull: "this server runs its limit of %d sandboxes: kill one, or raise sandboxes.max in the server's configuration",
-		owner: allowed.Sandboxes, ownerFull: "this API key runs its limit of %d sandboxes: kill or pause one, or use a key that may have more (cordon key create --max-sandboxes)",
-	}
-	if in == Paused {
-		most = limits{
-			server: m.cfg.MaxPaused, serverFull: "this server keeps its limit of %d paused sandboxes: kill one, or raise sandboxes.max_paused in the server's configuration",
-			owner: allowed.Paused, ownerFull: "this API key keeps its limit of %d paused sandboxes: kill one, or use a key that may have more (cordon key create --max-paused)",
-		}
-	}
-	return m.table.reserve(owner, in, most)
 }
 
 // Origin.
@@ -446,7 +441,7 @@ const provenPrefix = "proven_"
 // is not to be sent it. Agents of older versions are.
 func ProvenToken(token string) bool { return strings.HasPrefix(token, provenPrefix) }
 
-// Record and publish.
+// Record.
 
 // record stores the record of a claimed sandbox and makes it found, in the room that was
 // reserved for it.
@@ -457,12 +452,4 @@ func (m *Manager) record(ctx context.Context, rec *Record, p *policy.Compiled, r
 	m.domains.add(rec)
 	m.table.add(*rec, p, room)
 	return nil
-}
-
-// announce tells that a recorded sandbox runs from now on, by what step, and watches it.
-func (m *Manager) announce(ctx context.Context, rec *Record, step Event) {
-	id := rec.ID
-	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
-	m.changes.publish(id, Started)
-	m.events.add(ctx, rec, step)
 }

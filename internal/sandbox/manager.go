@@ -13,7 +13,6 @@ import (
 	"github.com/cordonhq/cordon/internal/checkpoint"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/policy"
-	"github.com/cordonhq/cordon/internal/sandboxid"
 	"github.com/cordonhq/cordon/internal/share"
 )
 
@@ -189,6 +188,14 @@ func (m *Manager) spawn(task func(context.Context)) {
 	}
 }
 
+// announce tells that a recorded sandbox runs from now on, by what step, and watches it.
+func (m *Manager) announce(ctx context.Context, rec *Record, step Event) {
+	id := rec.ID
+	m.spawn(func(ctx context.Context) { m.watch(ctx, id) })
+	m.changes.publish(id, Started)
+	m.events.add(ctx, rec, step)
+}
+
 // watch waits for a sandbox to end by itself and then clears away what is left.
 func (m *Manager) watch(ctx context.Context, id ID) {
 	v, err := m.table.find("", id)
@@ -288,21 +295,4 @@ func (m *Manager) restate(ctx context.Context, e *entry, v view) error {
 		}
 	}
 	return nil
-}
-
-// events is the record of steps in sandboxes' lives.
-type events struct {
-	store Store
-	log   *slog.Logger
-}
-
-// add records a step; a lost event is worth a warning, not a failed call.
-func (s *events) add(ctx context.Context, rec *Record, ev Event) {
-	ev.ID, ev.Time, ev.Sandbox, ev.Owner, ev.Template = sandboxid.NewToken(), time.Now().UTC(), rec.ID, rec.Owner, rec.Template
-	if ev.State == "" {
-		ev.State = rec.State
-	}
-	if err := s.store.AppendEvent(ctx, ev); err != nil {
-		s.log.Warn("lifecycle event not kept", "sandbox", rec.ID, "err", err)
-	}
 }
