@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 // cas is the directory of unpacked images:
@@ -174,7 +175,7 @@ func (c cas) sweep(key string) error {
 
 // remove deletes an image nobody uses.
 func (c cas) remove(key string) error {
-	f, err := c.tryLock(key, unix.LOCK_EX)
+	f, err := c.tryLock(key, false)
 	if err != nil {
 		return err
 	}
@@ -193,7 +194,7 @@ func (c cas) remove(key string) error {
 // lock waits for the exclusive lock of key.
 func (c cas) lock(ctx context.Context, key string, p *progress) (*os.File, error) {
 	for {
-		f, err := c.tryLock(key, unix.LOCK_EX)
+		f, err := c.tryLock(key, false)
 		if f != nil || err != nil {
 			return f, err
 		}
@@ -213,29 +214,16 @@ func (c cas) lock(ctx context.Context, key string, p *progress) (*os.File, error
 
 // share takes the lock that keeps others from removing an image.
 func (c cas) share(key string) (*os.File, error) {
-	f, err := c.tryLock(key, unix.LOCK_SH)
+	f, err := c.tryLock(key, true)
 	if err == nil && f == nil {
 		return nil, errs.New(errs.Conflict, "image %s is being removed or rebuilt: try again", key)
 	}
 	return f, err
 }
 
-// tryLock returns nil without an error when the lock is taken. Lock files stay:
-// removing one would let two processes lock different files of one name.
-func (c cas) tryLock(key string, how int) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(c.dir, "."+key+".lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open image lock: %w", err)
-	}
-	err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
-	if err == nil {
-		return f, nil
-	}
-	f.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, nil
-	}
-	return nil, fmt.Errorf("lock image: %w", err)
+// tryLock returns nil without an error when the lock is taken.
+func (c cas) tryLock(key string, shared bool) (*os.File, error) {
+	return statefile.TryLock(filepath.Join(c.dir, "."+key+".lock"), shared)
 }
 
 // removeTree deletes dir, but refuses when something is mounted below it: a
@@ -335,21 +323,4 @@ func capability(path string) string {
 		return ""
 	}
 	return string(b[:n])
-}
-
-// replaceFile writes a file so that readers see the old or the new one.
-func replaceFile(path string, text []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
 }

@@ -108,7 +108,7 @@ func TestOneBuildsOthersWait(t *testing.T) {
 
 func TestWaitingEndsWithTheContext(t *testing.T) {
 	l := library(t, t.TempDir())
-	f, err := l.cas.tryLock(tinyKey, unix.LOCK_EX)
+	f, err := l.cas.tryLock(tinyKey, false)
 	if err != nil || f == nil {
 		t.Fatal(f, err)
 	}

@@ -31,6 +31,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 const (
@@ -78,7 +79,7 @@ func (l *Library) Import(ctx context.Context, ref, as string) (Manifest, error) 
 		return Manifest{}, fmt.Errorf("name image: %w", err)
 	}
 	l.cfg.Log.Info("image imported", "template", as, "source", man.Source, "bytes", man.Bytes)
-	return man, step("name image", replaceFile(l.nameFile(as), []byte(man.Key+"\n"), 0o644))
+	return man, step("name image", statefile.Replace(l.nameFile(as), []byte(man.Key+"\n"), 0o644))
 }
 
 // open finds the image for this machine's platform behind ref.

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -20,6 +19,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 const (
@@ -200,19 +200,14 @@ func (e *engine) markReady(parts ...string) error {
 // lockDir takes the exclusive lock of a state directory. The lock goes with the
 // process, however it ends.
 func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := statefile.TryLock(filepath.Join(dir, lockFile), false)
 	if err != nil {
-		return nil, fmt.Errorf("open lock: %w", err)
+		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		defer f.Close()
-		if !errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("lock %s: %w", dir, err)
-		}
-		holder := make([]byte, 32)
-		n, _ := f.ReadAt(holder, 0)
+	if f == nil {
+		holder, _ := os.ReadFile(filepath.Join(dir, lockFile))
 		return nil, errs.New(errs.Conflict, "state directory %s is in use by another cordon server (process %s): stop it first, or give this one a directory of its own",
-			dir, strings.TrimSpace(string(holder[:n])))
+			dir, strings.TrimSpace(string(holder[:min(len(holder), 32)])))
 	}
 	if err := f.Truncate(0); err != nil {
 		return nil, errors.Join(fmt.Errorf("write lock: %w", err), f.Close())
@@ -265,7 +260,7 @@ func initFormat(dir string) (stateFormat, error) {
 		return stateFormat{}, fmt.Errorf("read state directory: %w", err)
 	}
 	for _, e := range entries {
-		if n := e.Name(); n != lockFile && n != formatFile+".tmp" {
+		if n := e.Name(); n != lockFile && !strings.Contains(n, formatFile+".") { // of a write that a crash cut short
 			return stateFormat{}, errs.New(errs.Invalid, "%s is not a cordon state directory: it has no %s but holds %q: choose an empty directory", dir, formatFile, n)
 		}
 	}
@@ -274,33 +269,12 @@ func initFormat(dir string) (stateFormat, error) {
 }
 
 // writeFormat replaces format.json so that a crash leaves the old or the new one.
-func writeFormat(dir string, st stateFormat) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("write state format: %w", err)
-		}
-	}()
+func writeFormat(dir string, st stateFormat) error {
 	b, err := json.Marshal(st)
 	if err != nil {
-		return err
+		return fmt.Errorf("encode the state format: %w", err)
 	}
-	tmp := filepath.Join(dir, formatFile+".tmp")
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, werr := f.Write(append(b, '\n'))
-	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, filepath.Join(dir, formatFile)); err != nil {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return statefile.Replace(filepath.Join(dir, formatFile), append(b, '\n'), 0o600)
 }
 
 // engineLog hands the engine's lines to slog and remembers the last complaints:
