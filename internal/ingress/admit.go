@@ -108,7 +108,7 @@ func (t *Target) agentAdmits(r *http.Request, target string) bool {
 	if healthPoll(r.Method, path) || r.Method == http.MethodOptions {
 		return false
 	}
-	if t.AccessToken == "" || equalSecret(r.Header.Get("X-Access-Token"), t.AccessToken) {
+	if t.AccessToken == "" || auth.Equal(r.Header.Get("X-Access-Token"), t.AccessToken) {
 		return true
 	}
 	if path != "/files" || r.Header.Get("X-Access-Token") != "" {

@@ -145,9 +145,6 @@ func (i *Interpreter) Warm(ctx context.Context) error {
 	return nil
 }
 
-// Handler answers all of the interpreter's routes.
-func (i *Interpreter) Handler() http.Handler { return i.http }
-
 // Run serves ln until ctx ends, and then ends the kernels. It closes ln.
 func (i *Interpreter) Run(ctx context.Context, ln net.Listener) (err error) {
 	defer func() { err = errors.Join(err, i.Close()) }()
