@@ -217,6 +217,9 @@ func TestAWarmCopyReplacesItsTemplatesOthers(t *testing.T) {
 	if name, ok := w.Find("base 2"); !ok || name != "new" {
 		t.Errorf("found %q, %v", name, ok)
 	}
+	if name, ok := w.Find("base 1"); ok {
+		t.Errorf("a replaced one is found: %s", name)
+	}
 	if err := w.Forget("web 1", other); err != nil {
 		t.Fatal(err)
 	}
