@@ -1,6 +1,5 @@
-// Package sandbox hides a sandbox's life: what states it may be in, what must
-// happen in which order when it changes, and what is undone when a step fails.
-// It owns the interfaces that runtimes, networks, images and stores implement.
+// Package sandbox makes, changes and ends sandboxes: the states they may be in, the order
+// of steps when one changes, and what is undone when a step fails. It owns the interfaces that runtimes, networks, images and stores implement.
 package sandbox
 
 import (
