@@ -1,5 +1,5 @@
-// Package flowlog hides how verdicts are kept and handed out: a bounded ring per
-// sandbox, followers, and counters. Recording never blocks and never fails;
+// Package flowlog keeps verdicts and hands them out: in a bounded ring for each sandbox, to
+// followers, and as counters. Recording never blocks and never fails;
 // under pressure entries are lost and counted.
 package flowlog
 

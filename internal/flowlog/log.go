@@ -196,7 +196,7 @@ func (l *Log) drop(r *ring) {
 // more than its part of its key's, which needs no search.
 func (l *Log) keep(e *Event) {
 	if _, gone := l.gone[e.Sandbox]; gone {
-		return // nobody would ever drop it
+		return // nothing would ever drop it
 	}
 	r := l.ring(e.Sandbox)
 	for r.len() >= l.cfg.PerSandbox || (l.kept >= l.cfg.Total && r.of.kept > l.cfg.Total/len(l.owners) && r.len() > r.of.kept/r.of.rings) {

@@ -48,7 +48,7 @@ func floor4() []FloorRange {
 // floor6 lists whole transition mechanisms where nothing that is reachable is
 // lost: they are not routed, and an embedded address in their low bits cannot be
 // told by a prefix. NAT64 and 6to4 carry public addresses, so only the forms of
-// always blocked ranges are always blocked (Floor, embedded).
+// always blocked ranges are blocked too (Floor, embedded).
 func floor6() []FloorRange {
 	return []FloorRange{
 		{netip.MustParsePrefix("::/128"), "unspecified, RFC 4291"},
@@ -66,7 +66,7 @@ func floor6() []FloorRange {
 }
 
 // floorTable has the always blocked ranges as a trie, made once because every policy shares it
-// and nobody writes to it.
+// and it is never written to.
 var floorTable = sync.OnceValue(func() *bart.Table[Rule] {
 	t := new(bart.Table[Rule])
 	for _, r := range append(floor4(), floor6()...) {

@@ -24,9 +24,9 @@ import "net/netip"
 type KernelRules struct {
 	Generation    uint64
 	Service       bool         // a name shown at ServiceAddr4 may be allowed
-	FloorOpen     []PrefixPort // what holes open of Floor
+	FloorOpen     []PrefixPort // the exceptions to Floor
 	HostOpen      []PrefixPort // what they may open of the host's addresses beside
-	FloorNames    bool         // a hole is a name for a proxy port: only the proxy can tell
+	FloorNames    bool         // an exception is a name for a proxy port: only the proxy can tell
 	OperatorDeny  []PrefixPort
 	OperatorExact bool // the operator denies an exact name
 	OperatorNames bool // the operator denies a name on ProxyPorts: nothing passes there but by the proxy
@@ -66,7 +66,7 @@ func (c *Compiled) deriveKernel() {
 		k.Deny = merge(translated(c.deny.prefixes))
 	}
 	k.Observe = c.input.Mode == ModeObserve
-	// Whoever observes wants to know the names, so the proxy has a look at them.
+	// ModeObserve reports names as well, so the proxy has a look at them.
 	k.NameRules = c.allow.proxied() || c.opAllow.proxied() || k.Observe
 	k.ProxyPorts = []uint16{80, 443}
 	k.Service = k.NameRules || !k.DenyAll

@@ -94,7 +94,7 @@ func (op *Operator) DeniedNames() (out []DeniedName) {
 }
 
 // ServiceAddr4 is the address under which a sandbox sees this service's own
-// public URLs. Nobody owns it (RFC 6890 reserves 192.0.0.0/24) and no packet for
+// public URLs. It has no owner (RFC 6890 reserves 192.0.0.0/24) and no packet for
 // it leaves the host: the kernel hands TCP 80 and 443 to the egress proxy, which
 // judges the name and dials the ingress.
 var ServiceAddr4 = netip.AddrFrom4([4]byte{192, 0, 0, 8})
@@ -134,7 +134,7 @@ type Reason string
 // "bad-hello"), documented where they are defined.
 const (
 	ReasonFloor        Reason = "floor"         // a range no sandbox may reach
-	ReasonFloorOpen    Reason = "floor-open"    // a hole the operator opened
+	ReasonFloorOpen    Reason = "floor-open"    // an exception that the operator made
 	ReasonOperator     Reason = "operator"      // AlwaysAllow or AlwaysDeny
 	ReasonAllowAddr    Reason = "allow-address" // an allowed IP or CIDR
 	ReasonAllowName    Reason = "allow-name"    // an allowed domain

@@ -174,7 +174,7 @@ func floored(a netip.Addr) bool {
 }
 
 // widened replaces names with a common parent by a wildcard, where the parent is a
-// registrable domain or below one: "*.co.uk" is nobody's.
+// registrable domain or below one: "*.co.uk" has no single owner.
 func widened(names []string) []string {
 	children := map[string][]string{}
 	for _, n := range names {

@@ -18,7 +18,7 @@ import (
 
 // Budget limits what one sandbox may ask for. Zero fields have defaults. What a
 // sandbox asks for beyond the rate or beyond Concurrent waits for a while before it is
-// refused; answers that are kept, or given without asking anyone, cost nothing.
+// refused; answers that are kept, or given without asking a server, cost nothing.
 type Budget struct {
 	// QueriesPerSecond is the lasting rate, Burst what may come at once; 100 and 300.
 	// The A and the AAAA record of a name are one query.

@@ -381,10 +381,7 @@ func TestNamesShownToTheProxyAreCharged(t *testing.T) {
 		if _, err := f.Resolve(t.Context(), "s1", "z.wild.test"); !errs.Is(err, errs.Exhausted) || !strings.Contains(err.Error(), "2 different names") {
 			t.Errorf("the third name: %v", err)
 		}
-		if err := f.Charge(t.Context(), "s1", "z.wild.test"); !errs.Is(err, errs.Exhausted) {
-			t.Errorf("the third name, shown only: %v", err)
-		}
-		if err := f.Charge(t.Context(), "s1", "a.test"); err != nil {
+		if _, err := f.Resolve(t.Context(), "s1", "a.test"); err != nil {
 			t.Errorf("a name that is listed itself: %v", err)
 		}
 		if r := f.send(t, ask("z.wild.test", dns.TypeA)); r.Rcode != dns.RcodeRefused {
@@ -398,9 +395,6 @@ func TestNamesShownToTheProxyAreCharged(t *testing.T) {
 		}
 		if _, err := f.Resolve(t.Context(), "s1", "b.test"); !errs.Is(err, errs.Exhausted) {
 			t.Errorf("got %v", err)
-		}
-		if err := f.Charge(t.Context(), "s1", "c.test"); !errs.Is(err, errs.Exhausted) {
-			t.Errorf("shown only: %v", err)
 		}
 	})
 }

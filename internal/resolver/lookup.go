@@ -60,7 +60,7 @@ func (r *Resolver) join(ctx context.Context, q asking) (*call, error) {
 	}
 	c := &call{done: make(chan struct{})}
 	r.calls[q.question] = c
-	// The call outlives whoever began it: others may be waiting.
+	// The call outlives the one that began it: others may be waiting.
 	ctx = context.WithoutCancel(ctx)
 	go func() {
 		c.found, c.err = r.run(ctx, b, q)
@@ -177,7 +177,7 @@ func noData(a *answers) *answers {
 
 // budgetRule returns the rule below which distinct names are counted, or "" for none: a
 // wildcard that the name matched, or any rule when the name has attribute labels, which
-// whoever asks can choose freely. "*" lists every name, so nothing is smuggled past it.
+// the sandbox can choose freely. "*" lists every name, so nothing is smuggled past it.
 func budgetRule(p *policy.Compiled, owner string, attribute bool, listed policy.Rule) string {
 	if p.DNS() != policy.DNSStrict || p.Mode() == policy.ModeObserve {
 		return ""
@@ -210,25 +210,8 @@ func exhausted(err error) error {
 	return err
 }
 
-// Charge counts a name that a sandbox's connection shows to its destination like a
-// question for it, below the same rules and at the same rate, unless the sandbox asked
-// for it a moment ago. Resolve does so itself; Charge is for names that are shown
-// without being resolved. It waits for its turn. The error is of kind errs.Exhausted
-// and names the limit.
-func (r *Resolver) Charge(ctx context.Context, sandbox, name string) error {
-	p, ok := r.cfg.Policy(sandbox)
-	if !ok {
-		return errs.New(errs.NotFound, "sandbox %s is not known to the resolver", sandbox)
-	}
-	if err := r.chargeShown(ctx, p, sandbox, name); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, maxWait)
-	defer cancel()
-	return exhausted(r.budgets.pay(ctx, r.budgets.of(sandbox), name, dns.TypeA))
-}
-
-// chargeShown counts a name that leaves the host in a connection below its wildcard.
+// chargeShown counts a name that leaves the host in a connection below its wildcard, like a
+// question for it, unless the sandbox asked for it a moment ago.
 func (r *Resolver) chargeShown(ctx context.Context, p *policy.Compiled, sandbox, name string) error {
 	rule := budgetRule(p, name, false, policy.Rule{})
 	if rule == "" {

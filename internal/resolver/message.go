@@ -146,7 +146,7 @@ func isLDH(s string) bool {
 	return true
 }
 
-// local answers without asking anyone.
+// local answers without asking a server.
 func (q *query) local(rcode int) outcome {
 	m := q.reply(rcode)
 	m.Ns = []dns.RR{&dns.SOA{
@@ -214,8 +214,8 @@ func (q *query) kind() string {
 }
 
 // privateReverse reports whether a reverse name (RFC 1035 section 3.5, RFC 3596
-// section 2.5) is of an address, or of a range, that no sandbox may reach: who
-// asks gets an answer at once, and nobody outside learns of the address.
+// section 2.5) is of an address, or of a range, that no sandbox may reach: the
+// question is answered at once, and no server outside learns of the address.
 func privateReverse(name string) bool {
 	p, ok := reversePrefix(name)
 	if !ok {

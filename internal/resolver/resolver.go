@@ -1,5 +1,5 @@
-// Package resolver hides how the names a sandbox asks for become answers: the
-// only DNS server that a sandbox can reach. It judges the one question of each
+// Package resolver answers the DNS queries of sandboxes: it is the only DNS server that
+// they can reach. It judges the one question of each
 // message, asks the operator's servers with a fresh message of its own, removes
 // from the answer what would lead a sandbox astray, pins addresses for rules that
 // name a port, and keeps every sandbox within a budget.
@@ -29,7 +29,7 @@ import (
 
 // The reasons the resolver adds to those of package policy.
 const (
-	ReasonLocal       policy.Reason = "local"             // answered without asking anyone
+	ReasonLocal       policy.Reason = "local"             // answered without asking a server
 	ReasonQueryType   policy.Reason = "query-type"        // a type, class or opcode that is not served
 	ReasonBadName     policy.Reason = "bad-name"          // not a name that a host can have
 	ReasonMalformed   policy.Reason = "malformed"         // not one well-formed question
@@ -205,7 +205,7 @@ type outcome struct {
 func (r *Resolver) answer(ctx context.Context, t transport, wire []byte) []byte {
 	sandbox, p, ok := r.cfg.Owner(t.src.Addr().Unmap())
 	if !ok {
-		r.cfg.Log.Debug("dns query from nobody", "src", t.src, "dst", t.dst)
+		r.cfg.Log.Debug("dns query from an address of no sandbox", "src", t.src, "dst", t.dst)
 		return nil
 	}
 	q := &query{transport: t, sandbox: sandbox, policy: p, began: time.Now(), size: len(wire)}

@@ -93,7 +93,7 @@ func (r *Resolver) roundTrip(ctx context.Context, network string, server netip.A
 const maxReply = 4096
 
 // readReply waits for the reply to a query. Over UDP, what does not match is
-// somebody else's, and is passed over.
+// the reply to another query, or forged, and is passed over.
 func readReply(c net.Conn, network string, id uint16, q question) (*dns.Msg, error) {
 	size := maxReply
 	if network == "tcp" {
