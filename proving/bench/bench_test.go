@@ -73,6 +73,9 @@ func TestAnotherBuildIsCompared(t *testing.T) {
 	if strings.Contains(out, "not measured") {
 		t.Error("a row was not measured")
 	}
+	if strings.Contains(out, "path: ") || strings.Contains(out, "reset: ") {
+		t.Error("a row repeats the name of a table")
+	}
 	for _, title := range []string{"kernel path", "kernel path, 3 sandboxes, 100 CIDRs", "proxy path", "proxy path, onDeny reset", "proxy path, onDeny explain"} {
 		if !strings.Contains(out, "\n"+title+"  ") {
 			t.Errorf("no table %q", title)

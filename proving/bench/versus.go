@@ -55,6 +55,7 @@ func egressVersus(ctx context.Context, r *run) error {
 		{"proxy path, onDeny reset", denies(policy.OnDenyReset), denied, nil},
 		{"proxy path, onDeny explain", denies(policy.OnDenyExplain), denied, nil},
 	} {
+		part.measures = slices.Clone(part.measures) // tables may share them
 		for i := range part.measures {
 			m := &part.measures[i]
 			m.unless, m.reads = nil, slices.Clone(m.reads)
