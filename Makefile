@@ -11,7 +11,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")
 FUZZTIME ?= 60s
 FUZZ ?= .
 
-.PHONY: help build setup demo test check programs devservers lint fuzz bench gen clean
+.PHONY: help build setup demo test check programs devservers lint fuzz bench gen release clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,5 +56,8 @@ bench: build ## Go benchmarks of the hot paths
 gen: ## regenerate what is generated from api/
 	@scripts/gen
 
+release: setup ## packages for amd64 and arm64 in dist/: tar.gz, .deb, bill of materials, checksums
+	@scripts/release
+
 clean: ## remove what build made
-	rm -rf bin cmd/cordon/embedded/cordon-agent cmd/cordon-lab/embedded/cordon-probe
+	rm -rf bin dist cmd/cordon/embedded/cordon-agent cmd/cordon-lab/embedded/cordon-probe

@@ -53,6 +53,7 @@ var allowed = map[string][]string{
 	"cmd/cordon":                   {"internal/cli", "internal/runtime/gvisor"},
 	"cmd/cordon-agent":             {"internal/agent", "internal/agent/proof", "internal/interpreter"},
 	"cmd/cordon-lab":               {"internal/cli/usage", "internal/image", "proving/demo", "proving/conformance", "proving/bench"},
+	"packaging/man":                {"internal/cli"},
 	"examples/go":                  {"client"},
 	"proving/lab":                  {},
 	"proving/stand":                {"proving/lab", "client"},

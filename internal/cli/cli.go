@@ -39,6 +39,12 @@ func Main(programs fs.FS) int {
 	return 0
 }
 
+// Command returns the tree of verbs, for what describes them: man pages. Its verbs have
+// no agent to install and no environment.
+func Command() *cobra.Command {
+	return newRoot(&app{in: os.Stdin, out: os.Stdout, errOut: os.Stderr})
+}
+
 // app is what every verb shares.
 type app struct {
 	programs   fs.FS
