@@ -19,9 +19,13 @@ import (
 	_ "gvisor.dev/gvisor/pkg/sentry/platform/systrap" // registers the platform that is looked up
 )
 
+// sentryTable is where gVisor looks for a sentry's filters; it has no function to add one.
+//
 //go:linkname sentryTable gvisor.dev/gvisor/runsc/boot/filter.precompiledPrograms
 var sentryTable map[string]precompiledseccomp.Program
 
+// goferTable is the same of a gofer's filters.
+//
 //go:linkname goferTable gvisor.dev/gvisor/runsc/fsgofer/filter.precompiledPrograms
 var goferTable map[string]precompiledseccomp.Program
 

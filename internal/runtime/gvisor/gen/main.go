@@ -27,12 +27,14 @@ import (
 	_ "unsafe" // for go:linkname
 )
 
-// bootRules and goferRules are the rule builders that take stand-ins for the
-// values known only when a sandbox starts (its PID, its control socket).
-
+// bootRules builds a sentry's rules from stand-ins for the values that are known only
+// when a sandbox starts (its PID, its control socket); the exported one takes the values.
+//
 //go:linkname bootRules gvisor.dev/gvisor/runsc/boot/filter/config.rules
 func bootRules(opt boot.Options, vars precompiledseccomp.Values) (seccomp.SyscallRules, seccomp.SyscallRules)
 
+// goferRules is the same of a gofer's rules.
+//
 //go:linkname goferRules gvisor.dev/gvisor/runsc/fsgofer/filter/config.rules
 func goferRules(opt gofer.Options, vars precompiledseccomp.Values) (seccomp.SyscallRules, seccomp.SyscallRules)
 

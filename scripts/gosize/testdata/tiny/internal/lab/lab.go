@@ -1,0 +1,5 @@
+// Package lab proves.
+package lab
+
+//go:linkname unexplained runtime.unexplained
+func unexplained()

@@ -1,0 +1,4 @@
+package test
+
+// Only is the only line.
+const Only = 1
