@@ -11,7 +11,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")
 FUZZTIME ?= 60s
 FUZZ ?= .
 
-.PHONY: help build setup demo test check programs devservers lint fuzz bench gen release clean
+# Root runs the quick tests as a user without rights, in a user namespace.
+UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),unshare --user --map-user=1000 --map-group=1000)
+
+.PHONY: help build setup demo test check race programs devservers lint vuln arm64 size fuzz bench gen release clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,10 +36,15 @@ demo: setup build ## run the main job: a server, a small internet, the documenta
 test: setup build ## all tests: unit, kernel, gVisor, SDKs; needs root
 	$(SUDO) scripts/test
 
-check: ## what must hold before every commit: quick, no root
-	@test -z "$$($(GO) fmt ./... )" || { echo 'gofmt changed files: commit them'; exit 1; }
+check: ## what must hold before every commit: format, vet, quick tests; no root, changes no file
+	@scripts/go >/dev/null
+	@bad=$$(find . \( -name '.?*' -o -name node_modules \) -prune -o -name '*.go' -print0 | xargs -0 "$$($(GO) env GOROOT)/bin/gofmt" -l); \
+		test -z "$$bad" || { printf 'not formatted by gofmt:\n%s\n' "$$bad"; exit 1; }
 	$(GO) vet ./...
-	$(GO) test -short . ./internal/errs/... ./internal/policy/... ./internal/auth/... ./internal/api/... ./internal/sandbox/... ./internal/flowlog/...
+	env -u REQUIRE_PRIVILEGED $(UNPRIVILEGED) $(GO) test -short ./...
+
+race: setup ## the race detector over all that runs without gVisor; needs root and gcc
+	$(SUDO) scripts/test race
 
 programs: build ## real package managers and HTTP clients: presets, denials, names; root, a quarter of an hour
 	$(SUDO) env TEST_PROGRAMS=1 REQUIRE_PRIVILEGED=1 $(GO) test -count=1 -timeout 40m -v ./test/programs
@@ -46,6 +54,15 @@ devservers: build ## development servers at their public URLs in Chromium; root,
 
 lint: ## golangci-lint, pinned in tools/go.mod
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
+
+vuln: ## known vulnerabilities of what is linked, by govulncheck; VULNDB names another database
+	@scripts/vuln
+
+arm64: ## all commands build for arm64
+	GOARCH=arm64 $(GO) build ./...
+
+size: ## lines, functions and methods of this tree
+	@scripts/size
 
 fuzz: ## every fuzz target, or those that match FUZZ, for FUZZTIME each
 	@scripts/fuzz '$(FUZZTIME)' '$(FUZZ)'
