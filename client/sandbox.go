@@ -107,8 +107,7 @@ func (a agentClient) Do(req *http.Request) (*http.Response, error) {
 		req.Header.Set("X-Access-Token", a.sandbox.AccessToken)
 	}
 	resp, err := a.sandbox.client.http.Do(req)
-	var outer *url.Error
-	if errors.As(err, &outer) {
+	if outer, ok := errors.AsType[*url.Error](err); ok {
 		err = outer.Err // the RPC library would cut it out with all around it
 	}
 	if err != nil {

@@ -29,8 +29,7 @@ func (e httpError) Error() string { return e.text }
 
 // fail answers with err's status, by the same classification as the RPCs.
 func fail(w http.ResponseWriter, err error) {
-	var h httpError
-	if errors.As(err, &h) {
+	if h, ok := errors.AsType[httpError](err); ok {
 		writeError(w, h.status, h.text)
 		return
 	}
@@ -57,8 +56,7 @@ func fail(w http.ResponseWriter, err error) {
 // fileUser is whom a request on /files acts as.
 func (a *Agent) fileUser(c *claim, name string) (user, error) {
 	u, err := a.userOrDefault(c, name)
-	var unknown unknownUser
-	if errors.As(err, &unknown) {
+	if _, ok := errors.AsType[unknownUser](err); ok {
 		return user{}, httpError{http.StatusUnauthorized, err.Error()}
 	}
 	return u, err

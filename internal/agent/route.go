@@ -109,8 +109,7 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 func readJSON(w http.ResponseWriter, r *http.Request, into any) error {
 	body := http.MaxBytesReader(w, r.Body, maxJSON)
 	if err := json.NewDecoder(body).Decode(into); err != nil {
-		var large *http.MaxBytesError
-		if errors.As(err, &large) {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 			return errors.New("the request body is over 1 MiB")
 		}
 		return errors.New("the request body is not the expected JSON: " + err.Error())

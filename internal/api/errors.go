@@ -52,8 +52,7 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 // describe turns what request met into what the caller may see. A fault of ours
 // becomes an ID that is in the log beside the cause.
 func (s *server) describe(ctx context.Context, request string, err error) control.Error {
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
+	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return control.Error{
 			Code:    http.StatusRequestEntityTooLarge,
 			Message: fmt.Sprintf("the body is over %d bytes", tooLarge.Limit),
@@ -124,8 +123,7 @@ func (s *server) refuse(what string) http.HandlerFunc {
 
 // badParameter answers a path, query or header parameter of the wrong form.
 func (s *server) badParameter(w http.ResponseWriter, r *http.Request, err error) {
-	var form *control.InvalidParamFormatError
-	if errors.As(err, &form) {
+	if form, ok := errors.AsType[*control.InvalidParamFormatError](err); ok {
 		err = errs.New(errs.Invalid, "parameter %s is not valid: %s", form.ParamName, rootOf(form.Err))
 	} else {
 		err = errs.New(errs.Invalid, "%s", err.Error())
@@ -141,8 +139,7 @@ func rootOf(err error) error {
 		if inner == nil {
 			return err
 		}
-		var number *strconv.NumError
-		if errors.As(err, &number) {
+		if number, ok := errors.AsType[*strconv.NumError](err); ok {
 			return fmt.Errorf("%q is not a number in range", number.Num)
 		}
 		err = inner

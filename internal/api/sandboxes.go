@@ -182,7 +182,7 @@ func (s *server) connect(ctx context.Context, rawID string, body *control.Connec
 
 // unchanged refuses settings beside a connect or reset that differ from what
 // the sandbox has, rather than ignoring them.
-func unchanged(rec *sandbox.Record, secure, public *bool, n *control.Network) error {
+func unchanged(rec *sandbox.Record, secure, public *bool, n *control.Network) error { //nolint:gocyclo // one setting after the other
 	if secure != nil && *secure != (rec.AccessToken != "") {
 		return errs.New(errs.Unimplemented, "secure is set when the sandbox is created and cannot be changed")
 	}

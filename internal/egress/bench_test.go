@@ -133,9 +133,7 @@ func forward(b *testing.B, addr string) string {
 	}
 	var running sync.WaitGroup
 	b.Cleanup(func() { ln.Close(); running.Wait() })
-	running.Add(1)
-	go func() {
-		defer running.Done()
+	running.Go(func() {
 		c, err := ln.Accept()
 		if err != nil {
 			return
@@ -146,10 +144,9 @@ func forward(b *testing.B, addr string) string {
 			return
 		}
 		defer up.Close()
-		running.Add(1)
-		go func() { defer running.Done(); _, _ = io.Copy(up, c) }()
+		running.Go(func() { ; _, _ = io.Copy(up, c) })
 		_, _ = io.Copy(c, up)
-	}()
+	})
 	return ln.Addr().String()
 }
 

@@ -224,14 +224,12 @@ func (f *flow) unreached(r ruling, err error) {
 	if killed != "" {
 		return
 	}
-	var refused *refusedError
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*refusedError](err); ok {
 		f.deny(r.policy, denial{rule: refused.Rule, reason: refused.Reason, name: r.name, detail: "the name leads to " + refused.addr.String()})
 		return
 	}
 	e := event{policy: r.policy, name: r.name, rule: r.Rule, reason: ReasonUpstream, detail: err.Error()}
-	var unresolved *resolveError
-	if errors.As(err, &unresolved) {
+	if _, ok := errors.AsType[*resolveError](err); ok {
 		e.reason = ReasonResolve
 	}
 	verdict := flowlog.Failed

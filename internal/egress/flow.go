@@ -294,8 +294,7 @@ func (f *flow) unreadable(ctx context.Context, err error) bool {
 		return false
 	}
 	d := denial{rule: proxyRule, reason: ReasonBadRequest}
-	var bad *sniffError
-	if errors.As(err, &bad) {
+	if bad, ok := errors.AsType[*sniffError](err); ok {
 		d.reason, d.detail = bad.reason, bad.detail
 		if d.reason == ReasonBudget && f.overcharged != "" {
 			d.detail = f.overcharged

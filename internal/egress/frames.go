@@ -253,7 +253,7 @@ func (c *call) add(f hpack.HeaderField) {
 
 // take reads what routing depends on, and refuses what another reader, or HTTP/1 behind
 // it, might read differently (RFC 9113 section 8.2). It returns what is wrong.
-func (c *call) take(f hpack.HeaderField) string {
+func (c *call) take(f hpack.HeaderField) string { //nolint:gocyclo // one header field after the other
 	c.fields++
 	c.size += len(f.Name) + len(f.Value)
 	if c.fields > maxFields || c.size > maxBlock { // the table makes much of few octets

@@ -182,7 +182,7 @@ func parseField(line []byte) (field, error) {
 }
 
 // readFields takes from the fields what framing and routing depend on.
-func (q *request) readFields() (hosts [][]byte, err error) {
+func (q *request) readFields() (hosts [][]byte, err error) { //nolint:gocyclo // one header field after the other
 	lengths, codings, offers := 0, 0, false
 	for _, f := range q.fields {
 		switch {

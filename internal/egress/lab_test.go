@@ -53,7 +53,7 @@ var (
 // onlyA allows a.example and nothing else.
 var onlyA = policy.Input{AllowOut: []string{"a.example", "*.sub.example"}, DenyOut: []string{"0.0.0.0/0"}, OnDeny: policy.OnDenyReset}
 
-var discard = slog.New(slog.NewTextHandler(io.Discard, nil))
+var discard = slog.New(slog.DiscardHandler)
 
 var operator = &policy.Operator{SelfDomains: []string{"cordon.localhost"}}
 
@@ -88,13 +88,11 @@ func newLab(t testing.TB, in policy.Input, tune ...func(*Config)) *lab {
 		}
 		l.lns[netip.MustParseAddrPort(dst)] = ln
 		l.dsts[addrPortOf(ln.Addr())] = netip.MustParseAddrPort(dst)
-		running.Add(1)
-		go func() {
-			defer running.Done()
+		running.Go(func() {
 			if err := p.Run(ctx, ln); err != nil {
 				t.Error(err)
 			}
-		}()
+		})
 	}
 	return l
 }
@@ -245,24 +243,20 @@ func (l *lab) host(handle func(net.Conn), addrs ...string) *upstream {
 		handle = func(c net.Conn) { _, _ = io.Copy(io.Discard, c) }
 	}
 	var running sync.WaitGroup
-	running.Add(1)
-	go func() {
-		defer running.Done()
+	running.Go(func() {
 		for {
 			c, err := u.Accept()
 			if err != nil {
 				return
 			}
-			running.Add(1)
-			go func() {
-				defer running.Done()
+			running.Go(func() {
 				stop := context.AfterFunc(l.ctx, func() { c.Close() })
 				defer stop()
 				defer c.Close()
 				handle(c)
-			}()
+			})
 		}
-	}()
+	})
 	l.t.Cleanup(func() { ln.Close(); l.p.cut("", ReasonShutdown); running.Wait() })
 	l.mu.Lock()
 	defer l.mu.Unlock()

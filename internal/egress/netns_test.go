@@ -108,13 +108,11 @@ func real(t *testing.T, lns ...net.Listener) *lab {
 	l.p = p
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Add(1)
-	go func() {
-		defer running.Done()
+	running.Go(func() {
 		if err := p.Run(ctx, lns...); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
 	t.Cleanup(func() { stop(); running.Wait() })
 	return l
 }
@@ -130,18 +128,15 @@ func serveAt(t *testing.T, addrs ...string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		running.Add(1)
-		go func() {
-			defer running.Done()
+		running.Go(func() {
 			for {
 				c, err := ln.Accept()
 				if err != nil {
 					return
 				}
-				running.Add(1)
-				go func() { defer running.Done(); defer c.Close(); echo(c) }()
+				running.Go(func() { defer c.Close(); echo(c) })
 			}
-		}()
+		})
 		t.Cleanup(func() { ln.Close() })
 	}
 }

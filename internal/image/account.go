@@ -129,6 +129,7 @@ func (t tree) addUser(numbers *login) error {
 		return err
 	}
 	uid, gid := userID, userID
+	//nolint:nestif // two ways to the same two numbers
 	if line, ok := entry(passwd, userName); ok {
 		if uid, err = number(line[2]); err == nil && len(line) > 3 {
 			gid, err = number(line[3])

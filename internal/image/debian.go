@@ -329,7 +329,7 @@ func parseOneLine(text string) []source {
 			if opts, rest, ok = strings.Cut(opts, "]"); !ok {
 				continue
 			}
-			for _, o := range strings.Fields(opts) {
+			for o := range strings.FieldsSeq(opts) {
 				switch k, v, _ := strings.Cut(o, "="); strings.ToLower(k) {
 				case "signed-by":
 					s.signedBy = v
@@ -415,8 +415,8 @@ func cleanSources(rootfs string, sources []source) error {
 			u.User = nil
 			clean[i].uris[j] = u.String()
 		}
-		if strings.HasPrefix(s.signedBy, "/") {
-			if _, err := root.Stat(strings.TrimPrefix(s.signedBy, "/")); err != nil {
+		if key, ok := strings.CutPrefix(s.signedBy, "/"); ok {
+			if _, err := root.Stat(key); err != nil {
 				clean[i].signedBy = ""
 			}
 		}

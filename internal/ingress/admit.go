@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,8 +27,8 @@ func (v *visit) caller() caller {
 		return c
 	}
 	hops := strings.Split(strings.Join(v.r.Header["X-Forwarded-For"], ","), ",")
-	for i := len(hops) - 1; i >= 0; i-- {
-		hop := strings.TrimSpace(hops[i])
+	for _, hop := range slices.Backward(hops) {
+		hop = strings.TrimSpace(hop)
 		if hop == "" && len(hops) == 1 {
 			return c // it forwards for itself
 		}

@@ -12,7 +12,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"runtime"
-	"sort"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
@@ -163,7 +163,7 @@ func BenchmarkAddedLatency(b *testing.B) {
 		}
 	}
 	for i := range sides {
-		sort.Slice(sides[i].took, func(x, y int) bool { return sides[i].took[x] < sides[i].took[y] })
+		slices.Sort(sides[i].took)
 	}
 	at := func(i int, q float64) float64 {
 		return float64(sides[i].took[int(q*float64(len(sides[i].took)-1))].Microseconds())

@@ -278,7 +278,7 @@ func (p passage) check(t *testing.T, c *wire, w *scribe, host string) {
 		return out
 	}
 	if p.arrives == nil {
-		p.arrives = append(p.request[:len(p.request):len(p.request)], "X-Forwarded-For: 127.0.0.1", "X-Forwarded-Proto: https")
+		p.arrives = append(slices.Clip(p.request), "X-Forwarded-For: 127.0.0.1", "X-Forwarded-Proto: https")
 	}
 	if p.returns == nil {
 		p.returns = p.answer

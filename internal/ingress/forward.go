@@ -118,8 +118,7 @@ func (v *visit) explain(c *call, err error) *refusal {
 	if errors.Is(err, relay.ErrBody) {
 		return badRequest("The request's body is malformed or stopped coming.")
 	}
-	var dial *relay.DialError
-	if errors.As(err, &dial) {
+	if _, ok := errors.AsType[*relay.DialError](err); ok {
 		b.forget(to.port)
 		return portClosed(to.id, to.port)
 	}

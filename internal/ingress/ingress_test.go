@@ -176,7 +176,7 @@ func TestServiceSeesRequestAsItWas(t *testing.T) {
 			"X-Real-Ip", "6.6.6.6", "Cookie", "a=1; __Host-cordon-token=zzz; b=2", "E2b-Traffic-Access-Token", "tok",
 			"Proxy-Authorization", "x", "Te", "trailers")
 		got := map[string]bool{}
-		for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
+		for line := range strings.SplitSeq(strings.TrimSpace(body), "\n") {
 			got[line] = true
 		}
 		want := map[string]bool{}

@@ -180,9 +180,7 @@ func (s *sandbox) listenRaw(f func(c net.Conn)) int {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var open []net.Conn
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
+	wg.Go(func() {
 		for {
 			c, err := ln.Accept()
 			if err != nil {
@@ -191,10 +189,9 @@ func (s *sandbox) listenRaw(f func(c net.Conn)) int {
 			mu.Lock()
 			open = append(open, c)
 			mu.Unlock()
-			wg.Add(1)
-			go func() { defer wg.Done(); defer c.Close(); f(c) }()
+			wg.Go(func() { defer c.Close(); f(c) })
 		}
-	}()
+	})
 	s.lab.t.Cleanup(func() {
 		ln.Close()
 		mu.Lock()

@@ -373,6 +373,6 @@ func (s *server) close() {
 	}
 	s.mu.Unlock()
 	if s.http1 != nil {
-		s.http1.Close() //nolint:errcheck // its connections are closed
+		s.http1.Close() // its connections are closed
 	}
 }

@@ -362,14 +362,14 @@ func (f *framing) headLine(text []byte) {
 		f.lose("a field of it goes on in a second line")
 		return
 	}
-	i := bytes.IndexByte(text, ':')
-	if i < 0 {
+	name, value, ok := bytes.Cut(text, []byte{':'})
+	if !ok {
 		return // net/http refuses it
 	}
-	switch name := bytes.TrimRight(text[:i], " \t"); {
+	switch name = bytes.TrimRight(name, " \t"); {
 	case bytes.EqualFold(name, []byte("Content-Length")):
 		h.lengths++
-		h.length = string(bytes.Trim(text[i+1:], " \t"))
+		h.length = string(bytes.Trim(value, " \t"))
 	case bytes.EqualFold(name, []byte("Transfer-Encoding")):
 		h.codings++
 	case bytes.EqualFold(name, []byte("Upgrade")):

@@ -138,8 +138,7 @@ func (in *Ingress) wake(ctx context.Context, t *Target, by Waker) (*Target, *ref
 
 // sentence is the part of an error that users may see.
 func sentence(err error) string {
-	var known *errs.Error
-	if errors.As(err, &known) {
+	if known, ok := errors.AsType[*errs.Error](err); ok {
 		return known.Msg
 	}
 	return "a limit is reached"

@@ -232,8 +232,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, into any, most int64) erro
 		}
 		return nil
 	}
-	var large *http.MaxBytesError
-	if errors.As(err, &large) {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return fault{http.StatusRequestEntityTooLarge, fmt.Sprintf("the request body is over %d bytes", most)}
 	}
 	return fault{http.StatusBadRequest, "the request body is not the expected JSON: " + err.Error()}

@@ -22,8 +22,6 @@ func mustCompile(t testing.TB, in Input, op *Operator) *Compiled {
 	return c
 }
 
-func ptr[T any](v T) *T { return &v }
-
 func many(n int) []string {
 	out := make([]string, n)
 	for i := range out {
@@ -49,7 +47,7 @@ func TestCompileRefusesWhatCannotBe(t *testing.T) {
 		{"a domain with only part of the net denied", Input{AllowOut: []string{"example.com"}, DenyOut: []string{"0.0.0.0/1", "128.0.0.0/1"}}, needsDenyAll},
 		{"a domain with only IPv6 denied", Input{AllowOut: []string{"example.com"}, DenyOut: []string{"::/0"}}, needsDenyAll},
 		{"a domain with one port denied", Input{AllowOut: []string{"example.com"}, DenyOut: []string{"0.0.0.0/0:443"}}, needsDenyAll},
-		{"a domain with internet access explicitly on", Input{AllowOut: []string{"example.com"}, AllowInternetAccess: ptr(true)}, needsDenyAll},
+		{"a domain with internet access explicitly on", Input{AllowOut: []string{"example.com"}, AllowInternetAccess: new(true)}, needsDenyAll},
 		{"a star without deny-all", Input{AllowOut: []string{"*"}}, needsDenyAll},
 		{"a domain with port without deny-all", Input{AllowOut: []string{"example.com:5432"}}, needsDenyAll},
 		{"10,001 allowed entries", Input{AllowOut: many(10_001)}, "network.allowOut has 10001 entries, the most is 10000: merge CIDRs or use wildcards"},
@@ -161,7 +159,7 @@ func TestCanonicalNameRefusesWhatIsNoDomainName(t *testing.T) {
 }
 
 func TestCompileKeepsItsOwnCopyOfTheInput(t *testing.T) {
-	in := Input{AllowOut: []string{"1.2.3.4"}, DenyOut: []string{"0.0.0.0/0"}, AllowInternetAccess: ptr(false)}
+	in := Input{AllowOut: []string{"1.2.3.4"}, DenyOut: []string{"0.0.0.0/0"}, AllowInternetAccess: new(false)}
 	want := clone(in)
 	c := mustCompile(t, in, nil)
 	in.AllowOut[0], *in.AllowInternetAccess = "5.6.7.8", true

@@ -67,17 +67,17 @@ func TestDecideFollowsTheTable(t *testing.T) {
 			"tcp 1.1.1.1:443 whatever.com":   "allow default default",
 			"tcp 169.254.169.254:80 meta.io": "deny floor floor",
 		}},
-		{"internet access off", Input{AllowInternetAccess: ptr(false)}, checks{
+		{"internet access off", Input{AllowInternetAccess: new(false)}, checks{
 			"tcp 1.1.1.1:443":           "deny deny-address deny[internet]",
 			"udp 8.8.8.8:53":            "deny deny-address deny[internet]",
 			"tcp [2606:4700::1111]:443": "deny deny-address deny[internet]",
 			"icmp6 2606:4700::1111":     "deny deny-address deny[internet]",
 		}},
-		{"internet access on changes nothing", Input{AllowInternetAccess: ptr(true), DenyOut: []string{"1.1.1.1"}}, checks{
+		{"internet access on changes nothing", Input{AllowInternetAccess: new(true), DenyOut: []string{"1.1.1.1"}}, checks{
 			"tcp 1.1.1.1:443": "deny deny-address deny[0]",
 			"tcp 1.1.1.2:443": "allow default default",
 		}},
-		{"allow wins over internet access off", Input{AllowInternetAccess: ptr(false), AllowOut: []string{"1.1.1.1", "a.com"}}, checks{
+		{"allow wins over internet access off", Input{AllowInternetAccess: new(false), AllowOut: []string{"1.1.1.1", "a.com"}}, checks{
 			"tcp 1.1.1.1:443":         "allow allow-address allow[0]",
 			"tcp 9.9.9.9:443 a.com":   "allow allow-name allow[1]",
 			"tcp 9.9.9.9:443":         "deny no-name deny[internet]",
@@ -325,7 +325,7 @@ func TestDNSModeFollowsTheRules(t *testing.T) {
 		{"nothing", Input{}, nil, DNSOpen},
 		{"deny all, nothing allowed", Input{DenyOut: all}, nil, DNSOpen},
 		{"the nameserver came with a domain", Input{DenyOut: all, AllowOut: []string{"a.com"}}, nil, DNSStrict},
-		{"internet access off and a domain", Input{AllowInternetAccess: ptr(false), AllowOut: []string{"a.com"}}, nil, DNSStrict},
+		{"internet access off and a domain", Input{AllowInternetAccess: new(false), AllowOut: []string{"a.com"}}, nil, DNSStrict},
 		{"a domain, and the nameserver by address", Input{DenyOut: all, AllowOut: []string{"a.com", "8.8.8.8"}}, nil, DNSOpen},
 		{"a domain, and the nameserver by CIDR", Input{DenyOut: all, AllowOut: []string{"8.0.0.0/8", "a.com"}}, nil, DNSOpen},
 		{"a domain, and the nameserver by CIDR and port", Input{DenyOut: all, AllowOut: []string{"8.8.8.8:53", "a.com"}}, nil, DNSOpen},

@@ -85,7 +85,7 @@ func TestKernelRules(t *testing.T) {
 		want KernelRules
 	}{
 		{"nothing", Input{}, nil, KernelRules{}},
-		{"deny all", Input{AllowInternetAccess: ptr(false), DenyOut: []string{"1.2.3.4"}}, nil,
+		{"deny all", Input{AllowInternetAccess: new(false), DenyOut: []string{"1.2.3.4"}}, nil,
 			KernelRules{Deny: prefixes(t, "0.0.0.0/0", "::/0"), DenyAll: true}},
 		{"denials carry their IPv6 forms", Input{DenyOut: []string{"1.2.3.4", "2001:db8::/32"}}, nil,
 			KernelRules{Deny: prefixes(t, "1.2.3.4", "64:ff9b::102:304", "2001:db8::/32", "2002:102:304::/48")}},

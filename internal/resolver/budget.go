@@ -76,8 +76,7 @@ func (e *refusal) Error() string { return "dns budget: " + e.limit }
 // asRefusal makes a refusal of what a gate, a pool or a wait returned; other errors,
 // which are the context's, stay what they are.
 func asRefusal(reason policy.Reason, err error) error {
-	var full *share.Full
-	if errors.As(err, &full) {
+	if full, ok := errors.AsType[*share.Full](err); ok {
 		return &refusal{reason, full.Error()}
 	}
 	return err

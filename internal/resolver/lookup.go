@@ -203,8 +203,7 @@ func cutPort(rule string) string {
 
 // exhausted is err as callers outside the package see it.
 func exhausted(err error) error {
-	var over *refusal
-	if errors.As(err, &over) {
+	if over, ok := errors.AsType[*refusal](err); ok {
 		return errs.Wrap(errs.Exhausted, err, "%s", over.Error())
 	}
 	return err

@@ -299,12 +299,10 @@ func (r *Resolver) ask(ctx context.Context, q *query, b *budget, v policy.Verdic
 		look = r.lookupAddress
 	}
 	found, err := look(ctx, about)
-	var over *refusal
-	if errors.As(err, &over) {
+	if over, ok := errors.AsType[*refusal](err); ok {
 		return r.refuseBudget(q, b, v.Rule, over)
 	}
-	var denied *deniedError
-	if errors.As(err, &denied) {
+	if _, ok := errors.AsType[*deniedError](err); ok {
 		return r.denyName(q, r.verdictNow(q, about.owner))
 	}
 	if err != nil {

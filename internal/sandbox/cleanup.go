@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Cleanup is the list of things to undo, pushed as soon as something is
@@ -26,9 +27,9 @@ func (c *Cleanup) Add(name string, undo func(context.Context) error) {
 // freed is freed. It empties the list.
 func (c *Cleanup) Run(ctx context.Context) error {
 	var errs []error
-	for i := len(c.steps) - 1; i >= 0; i-- {
-		if err := c.steps[i].undo(ctx); err != nil {
-			errs = append(errs, fmt.Errorf("undo %s: %w", c.steps[i].name, err))
+	for _, step := range slices.Backward(c.steps) {
+		if err := step.undo(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("undo %s: %w", step.name, err))
 		}
 	}
 	c.steps = nil

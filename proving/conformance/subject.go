@@ -94,7 +94,7 @@ func (s *Subject) Addr(ctx context.Context) (netip.Addr, error) {
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("ask for the sandbox's address: %w", err)
 	}
-	for _, word := range strings.Fields(r.Stdout) {
+	for word := range strings.FieldsSeq(r.Stdout) {
 		a, err := netip.ParseAddr(word)
 		switch {
 		case err != nil:

@@ -279,8 +279,7 @@ func (c *Cmd) Output() ([]byte, error) {
 		c.Stderr = &errOut
 	}
 	err := c.Run()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		exit.Stderr = errOut.Bytes()
 	}
 	return out.Bytes(), err

@@ -64,8 +64,6 @@ type step struct {
 	want  []check
 }
 
-func off(b bool) *bool { return &b }
-
 // steps is the life of one sandbox's rules; each replaces the one before.
 func steps() []step {
 	net := func(deny []string, allow ...string) client.Network {
@@ -135,14 +133,14 @@ func steps() []step {
 			{ask8(nameB), "NOERROR", open, addrB}, refuses(tcp("10.0.0.5"), floor), refuses(get("169.254.169.254", ""), floor),
 		}},
 		{"applied again", net(all, nameA), domainOnly()},
-		{"no internet", client.Network{AllowInternetAccess: off(false)}, []check{
+		{"no internet", client.Network{AllowInternetAccess: new(false)}, []check{
 			refuses(tcp(addrA), offline), refuses(udp("["+addrA6+"]"), offline), {ask8(nameA), "NODATA", offline, ""},
 		}},
-		{"no internet, but an address and a domain", client.Network{AllowInternetAccess: off(false), AllowOut: []string{addrB, nameA}}, []check{
+		{"no internet, but an address and a domain", client.Network{AllowInternetAccess: new(false), AllowOut: []string{addrB, nameA}}, []check{
 			passes(tcp(addrB), allow0), refuses(tcp(addrA), offline),
 			{web(nameA, nameA), "ok", verdict{"allow", "allow[1]", "allow-name"}, addrA + ":443"},
 		}},
-		{"internet access true changes nothing", client.Network{AllowInternetAccess: off(true), DenyOut: []string{addrB}}, []check{
+		{"internet access true changes nothing", client.Network{AllowInternetAccess: new(true), DenyOut: []string{addrB}}, []check{
 			passes(tcp(addrA), open), refuses(tcp(addrB), denied),
 		}},
 		{"internet access left out clears it", client.Network{}, []check{passes(tcp(addrB), open)}},

@@ -127,7 +127,7 @@ func (s *live) guestWith(t *testing.T, o client.CreateOptions) *guest {
 func (g *guest) locate() {
 	g.t.Helper()
 	out := g.sh("hostname -I")
-	for _, a := range strings.Fields(out) {
+	for a := range strings.FieldsSeq(out) {
 		if ip := net.ParseIP(a); ip != nil && ip.To4() != nil {
 			g.addr = net.JoinHostPort(a, fmt.Sprint(proberPort))
 		}

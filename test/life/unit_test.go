@@ -62,7 +62,7 @@ func TestTheServerNeedsNoMoreThanItsUnitGives(t *testing.T) {
 	}
 	_, settings := unit(t)
 	bounding := "-all"
-	for _, c := range strings.Fields(settings["CapabilityBoundingSet"]) {
+	for c := range strings.FieldsSeq(settings["CapabilityBoundingSet"]) {
 		bounding += ",+" + strings.ToLower(strings.TrimPrefix(c, "CAP_"))
 	}
 	under := []string{"setpriv", "--bounding-set", bounding, "--inh-caps", "-all"}

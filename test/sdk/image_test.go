@@ -144,7 +144,7 @@ func programs(t *testing.T) map[string][]byte {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, field := range strings.Fields(string(libraries)) {
+		for field := range strings.FieldsSeq(string(libraries)) {
 			if filepath.IsAbs(field) {
 				from[strings.TrimPrefix(field, "/")] = field
 			}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"syscall"
 	"time"
 
@@ -65,7 +66,7 @@ func readHead(conn net.Conn) ([]byte, error) {
 			return nil, err
 		}
 		take := n
-		if i := bytes.Index(append(have[:len(have):len(have)], window[:n]...), headEnd); i >= 0 {
+		if i := bytes.Index(append(slices.Clip(have), window[:n]...), headEnd); i >= 0 {
 			take = i + len(headEnd) - len(have)
 		}
 		if _, err := io.ReadFull(conn, window[:take]); err != nil {

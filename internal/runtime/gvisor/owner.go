@@ -203,7 +203,7 @@ func (g cgroups) makeGroup(group string) error {
 	for _, m := range g.mounts {
 		dir := m
 		g.control(dir)
-		for _, part := range strings.Split(strings.Trim(filepath.Join(g.parent, group), "/"), "/") {
+		for part := range strings.SplitSeq(strings.Trim(filepath.Join(g.parent, group), "/"), "/") {
 			dir = filepath.Join(dir, part)
 			if err := g.makeDir(dir); err != nil {
 				return err

@@ -135,7 +135,7 @@ func (r *Runtime) ociSpec(s sandbox.RuntimeSpec) *specs.Spec {
 			Env:          s.Env,
 			Cwd:          "/",
 			Capabilities: caps(s),
-			OOMScoreAdj:  ptr(oomScore),
+			OOMScoreAdj:  new(oomScore),
 			Rlimits: []specs.POSIXRlimit{
 				{Type: "RLIMIT_NOFILE", Hard: openFiles, Soft: softFiles},
 				{Type: "RLIMIT_NPROC", Hard: uint64(processes(s.Resources)), Soft: uint64(processes(s.Resources))},
@@ -201,7 +201,7 @@ func limits(r sandbox.Resources) *specs.LinuxResources {
 	memory := r.MemoryMB << 20
 	res := &specs.LinuxResources{
 		Memory: &specs.LinuxMemory{Limit: &memory},
-		CPU:    &specs.LinuxCPU{Quota: ptr(int64(r.CPUs) * cpuPeriod), Period: ptr(uint64(cpuPeriod))},
+		CPU:    &specs.LinuxCPU{Quota: new(int64(r.CPUs) * cpuPeriod), Period: new(uint64(cpuPeriod))},
 		Pids:   &specs.LinuxPids{Limit: threads(r)},
 	}
 	if hasSwap() {
@@ -235,5 +235,3 @@ func hasSwap() bool {
 	b, err := os.ReadFile("/proc/swaps")
 	return err == nil && strings.Count(string(b), "\n") > 1
 }
-
-func ptr[T any](v T) *T { return &v }
