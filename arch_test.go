@@ -15,7 +15,7 @@ import (
 const module = "github.com/cordonhq/cordon"
 
 // allowed is the import map: which of our packages each of our packages may
-// import. A new arrow is a deliberate edit here. Packages under cmd, test and scripts see
+// import. A new arrow is a deliberate edit here. Packages under test and scripts see
 // everything; api/gen, errs and sandboxid are importable by all.
 var allowed = map[string][]string{
 	"internal/errs":                {},
