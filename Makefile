@@ -77,4 +77,4 @@ release: setup ## packages for amd64 and arm64 in dist/: tar.gz, .deb, bill of m
 	@scripts/release
 
 clean: ## remove what build made
-	rm -rf bin dist cmd/cordon/embedded/cordon-agent cmd/cordon-lab/embedded/cordon-probe
+	rm -rf bin dist cmd/*/embedded/cordon-*

@@ -1,7 +1,7 @@
 // Package client is the Go client of cordon: it starts sandboxes, runs commands
 // and moves files in them, reaches their ports, and reads what their network
-// rules decided. It hides the two protocols behind that: the control API and
-// the agent's RPCs.
+// rules decided. It speaks two protocols for that: the control API and the
+// agent's RPCs.
 //
 //	c, err := client.New(client.Options{APIURL: "http://127.0.0.1:3000", APIKey: key})
 //	...

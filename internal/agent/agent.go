@@ -1,7 +1,6 @@
-// Package agent hides what happens inside a sandbox: how commands are started as
-// a user, followed and reaped, how files are read, written and watched for that
-// user, and how the sandbox is told who it is. The host and the SDKs
-// only see an HTTP port.
+// Package agent serves the host and the SDKs inside a sandbox, on one HTTP port: it
+// starts commands as a user, follows and reaps them, reads, writes and watches files for
+// that user, and takes in the identity that the host gives the sandbox.
 //
 // The wire format is that of the published novita-sandbox and e2b SDKs (agent
 // version 0.6.13): two Connect services, process.Process and

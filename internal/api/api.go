@@ -1,6 +1,5 @@
-// Package api hides HTTP from the rest of the server: it decodes requests of the
-// control API, authenticates them, calls the sandbox manager and encodes what it
-// returns. Status codes exist only here. The API itself is api/openapi.yaml.
+// Package api serves the control API over HTTP: it decodes requests, authenticates
+// them, calls the sandbox manager and encodes what it returns. Status codes exist only here. The API itself is api/openapi.yaml.
 package api
 
 import (

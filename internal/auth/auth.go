@@ -1,4 +1,4 @@
-// Package auth hides what secrets look like and how they are compared: API keys
+// Package auth makes, checks and compares secrets: API keys
 // that are stored as hashes only, tokens of sandboxes, signatures of files and
 // of public URLs. It keeps nothing and does no I/O but reading randomness.
 package auth

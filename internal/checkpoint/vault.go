@@ -1,6 +1,6 @@
 // Package checkpoint keeps the memory and files of sandboxes on disk: the folder of
 // checkpoints and what makes them whole, the copies of images whose start command
-// is ready, and the disk space that all of them share. It hides the files' form.
+// is ready, and the disk space that all of them share.
 package checkpoint
 
 import (

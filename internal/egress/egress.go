@@ -1,6 +1,6 @@
-// Package egress hides how a sandbox's TCP connection becomes a verdict and then
-// a stream of bytes: whose it is, which name its first bytes show, what the
-// policy says to that, which address is dialled, and how it is cut again.
+// Package egress is the transparent proxy for sandboxes' TCP connections: it finds the
+// sandbox, reads the name that the first bytes show, asks the policy, dials an address of
+// the name, passes bytes on, and cuts the connection when the rules change.
 //
 // Nothing a sandbox sends is believed but the name it shows, and that only binds
 // it: the proxy resolves the name itself and dials what it found, so a borrowed

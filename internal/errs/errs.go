@@ -1,4 +1,4 @@
-// Package errs hides how an error's kind travels from where it is known to
+// Package errs gives errors a kind, which travels with them from where it is known to
 // where it is shown: every package classifies, only the API knows status codes.
 package errs
 

@@ -1,7 +1,7 @@
-// Package image hides where a sandbox's root file system comes from: Debian
-// packages, the machine's own /usr or an OCI image; and how the result is kept:
-// unpacked once in a content-addressed directory that servers on one machine
-// share, locked while it is made, verified, and never written again.
+// Package image makes the root file systems of sandboxes from Debian packages, the
+// machine's own /usr or an OCI image, and keeps them: each is unpacked once in a
+// content-addressed directory that servers on one machine share, locked while it is
+// made, verified, and never written again.
 package image
 
 import (

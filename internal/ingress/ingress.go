@@ -1,6 +1,6 @@
-// Package ingress hides how a request from outside finds its way to a port of a
-// sandbox: which host names which sandbox, who may pass, what the service gets
-// to see of the request, and what the client is told when nobody is there.
+// Package ingress takes requests from outside to a port of a sandbox: it knows which host
+// name leads to which sandbox, who may pass, what the service sees of the request, and
+// what the client is told when no service answers.
 //
 // Clients are served by net/http (HTTP/1, watched by strict.go) and x/net/http2
 // (http2.go). The way of a request: route (host.go, route.go) → admit (admit.go, token.go) → the

@@ -1,5 +1,5 @@
 // Package interpreter runs the code of the code-interpreter SDKs inside a sandbox.
-// It hides the kernels: how each is started, spoken to, interrupted and replaced
+// It has the kernels: how each is started, spoken to, interrupted and replaced
 // (ipykernel in Jupyter's protocol over ZeroMQ, Node and bash by drivers of ours
 // over pipes), how the variables and the randomness of a sandbox reach a kernel
 // that is older than the sandbox, and how output that may be endless becomes a

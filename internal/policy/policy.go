@@ -1,4 +1,4 @@
-// Package policy hides what a network rule means: it parses and validates what
+// Package policy decides what a network rule means: it parses and validates what
 // a user wrote, compiles it once, and decides flows against the result. It is
 // pure: it imports nothing of ours but errs, does no I/O and keeps no state.
 package policy

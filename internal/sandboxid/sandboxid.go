@@ -1,5 +1,5 @@
 // Package sandboxid makes and checks the names of sandboxes, and the random texts
-// that name or open anything else. It hides their alphabet and length.
+// that name or open anything else.
 package sandboxid
 
 import (

@@ -1,6 +1,6 @@
 // Package share divides what a server has among the API keys that use it, so that
-// one key cannot use up what the others need. It hides how the shares are computed
-// and counted.
+// one key cannot use up what the others need. It computes the shares and counts what is
+// used.
 //
 // The rule is the dynamic threshold of shared-buffer switches (Choudhury and Hahne,
 // IEEE/ACM Transactions on Networking 6(2), 1998): a key may take one more as long as it

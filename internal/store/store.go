@@ -1,6 +1,6 @@
-// Package store hides how records become durable: an embedded NATS JetStream
-// server without a listener, its files and their lock, compare-and-set by
-// revision, and the in-memory view that answers every read. Callers see typed
+// Package store keeps records durably in an embedded NATS JetStream server without a
+// listener: it has its files and their lock, compare-and-set by revision, and the
+// in-memory view that answers every read. Callers see typed
 // records and errs kinds; nothing outside this package knows of NATS.
 package store
 

@@ -1,4 +1,4 @@
-// Package tunnel hides how a TCP connection travels in a WebSocket: its bytes are
+// Package tunnel carries a TCP connection in a WebSocket: its bytes are
 // binary messages, the end of one direction is the text message "end", and the
 // end of both is a normal closure. Any other end is a reset, and becomes one.
 package tunnel

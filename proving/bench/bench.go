@@ -1,4 +1,4 @@
-// Package bench hides what it takes to measure cordon fairly: everything that is
+// Package bench measures cordon beside other programs: everything that is
 // compared runs side by side, in turns, in one run, on the same wires, against
 // the same servers and under the same load, and is shown as a ratio with its
 // spread. Absolute figures of a shared machine mean little.

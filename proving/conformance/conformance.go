@@ -1,6 +1,6 @@
-// Package conformance hides how an evasion is staged: a small internet, a
-// throw-away server in it, a program of bytes inside its sandboxes, and the
-// recorder on the wire that has the last word. What it shows is a list of
+// Package conformance tries every known evasion of the network rules: in a small
+// internet, with a throw-away server in it, a program that sends given bytes inside its
+// sandboxes, and a recorder on the wire that has the last word. It is a list of
 // numbered cases, each a function one can read, and a table of what was tried,
 // what arrived and what the flow log said.
 //

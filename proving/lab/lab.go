@@ -1,4 +1,4 @@
-// Package lab hides a small internet: public web servers, name servers, mail,
+// Package lab makes a small internet: public web servers, name servers, mail,
 // echo and attackers at real-looking addresses, and a machine connected to it, all
 // inside network namespaces without any link to the world. Tests, the conformance
 // suite and the demo run against it.

@@ -1,6 +1,6 @@
-// Package stand hides how tests get a live server: the built binary in the host of
-// a lab, with folders, a name and a configuration of its own, and nothing left of
-// it when the test ends.
+// Package stand starts a live server for a test: the built binary in the host of a lab,
+// with folders, a name and a configuration of its own, and nothing left of it when the
+// test ends.
 package stand
 
 import (

@@ -1,4 +1,4 @@
-// Package pebble hides how tests get a real ACME server: Let's Encrypt's pebble, built
+// Package pebble starts a real ACME server for tests: Let's Encrypt's pebble, built
 // from a module of its own, the name server it asks, which takes signed updates
 // (RFC 2136), and the files both need. Everything is on loopback.
 package pebble

@@ -1,5 +1,5 @@
-// Package agentctl hides how the host speaks to the agents inside its sandboxes:
-// the routes, the control token, and the patience a starting sandbox needs.
+// Package agentctl is the host's client of the agents inside its sandboxes: it knows the
+// routes, the control token, and how long a starting sandbox may take.
 //
 // Every answer comes from inside a sandbox and is not to be trusted: sizes and
 // times are bounded, redirects are not followed, connections are not reused, so

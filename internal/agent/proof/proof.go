@@ -1,6 +1,6 @@
-// Package proof hides how the host and a sandbox's agent show each other that both
-// know the control key, without either sending it: whoever else may listen on the
-// agent's port learns nothing and is told nothing.
+// Package proof lets the host and a sandbox's agent show each other that both know the
+// control key, without either sending it: another program that listens on the agent's
+// port learns nothing and is told nothing.
 //
 // The host opens with a nonce of its own (GET Path with Nonce). The agent answers
 // with a nonce and what Agent computes from both. Only when that is right does the

@@ -1,5 +1,5 @@
-// Package apitest hides a control plane without sandboxes: fakes that keep state
-// as the real manager and key store do, for tests of what talks to the API.
+// Package apitest makes a control plane without sandboxes, for tests of what talks to
+// the API: its fakes keep state as the real manager and key store do.
 package apitest
 
 import (

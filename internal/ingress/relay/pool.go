@@ -1,4 +1,4 @@
-// Package relay hides HTTP/1.1 towards the services of one sandbox: connections
+// Package relay speaks HTTP/1.1 to the services of one sandbox: connections
 // and their reuse, interim answers, upgrades, and what must happen to both ends when
 // either side, or the sandbox itself, goes away. Answers are read by net/http.
 //

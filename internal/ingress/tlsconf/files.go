@@ -1,5 +1,5 @@
-// Package tlsconf hides where certificates come from and how they are replaced
-// while connections are being accepted: files that are read again when they
+// Package tlsconf provides certificates and replaces them while connections are being
+// accepted. They come from files that are read again when they
 // change, a certificate authority of this machine's own, or an ACME server.
 package tlsconf
 

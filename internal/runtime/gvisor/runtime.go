@@ -1,7 +1,6 @@
-// Package gvisor hides how a sandbox is made of gVisor's processes: which
-// configuration they run in, how they are created without lending them anything
-// of the server, how they are found again by a later server, and what they leave
-// on the host and must be cleaned up.
+// Package gvisor runs sandboxes as gVisor's processes: it configures and creates them
+// without giving them anything of the server, finds them again in a later server, and
+// cleans up what they leave on the host.
 //
 // A sandbox is two processes that belong to nobody: the sentry, an
 // application kernel in user space that runs the sandbox's processes, and the

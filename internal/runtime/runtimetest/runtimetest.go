@@ -1,6 +1,6 @@
-// Package runtimetest hides what a test of a sandbox runtime needs on the host
-// (an image, a program inside it, network namespaces with a cable between them)
-// and holds the contract every runtime passes.
+// Package runtimetest holds the contract that every sandbox runtime passes, and makes
+// what a test of one needs on the host: an image, a program inside it, network
+// namespaces with a cable between them.
 package runtimetest
 
 import (

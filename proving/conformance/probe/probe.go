@@ -1,6 +1,6 @@
-// Package probe hides the sockets of the conformance suite: it carries out
-// orders on the network from wherever it runs, inside a sandbox or in its place,
-// and reports what it saw without judging it. Orders say which bytes leave in
+// Package probe carries out the orders of the conformance suite on the network, from
+// wherever it runs, inside a sandbox or in its place, and reports what it saw without
+// judging it. Orders say which bytes leave in
 // which portions; nothing here decides what is an evasion.
 package probe
 

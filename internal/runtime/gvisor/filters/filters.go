@@ -1,5 +1,5 @@
-// Package filters hides how a sandbox's processes get their seccomp filters
-// without compiling them at each start, which would take 65 of 140 ms: the
+// Package filters gives a sandbox's processes their seccomp filters without compiling
+// them at each start, which would take 65 of 140 ms: the
 // programs are compiled once by internal/runtime/gvisor/gen, are committed
 // here, and are put into gVisor's table, which its Go module ships empty.
 package filters

@@ -2,8 +2,8 @@
 // runs gVisor in, and writes them as Go source. Run it by `go generate` after
 // each change of the gVisor version, on each architecture.
 //
-// It hides that gVisor's own generator insists on all of its 400 variants and
-// takes minutes: it compiles two, in seconds.
+// gVisor's own generator compiles all of its 400 variants, which takes minutes; this one
+// compiles two, in seconds.
 package main
 
 import (

@@ -1,6 +1,5 @@
-// Command cordon-probe hides nothing but its standard streams: orders come in
-// by one and outcomes leave by the other, a line of JSON each. `cordon
-// conformance` puts it into sandboxes.
+// Command cordon-probe reads orders from its standard input and writes outcomes to its
+// standard output, a line of JSON each. `cordon-lab conformance` puts it into sandboxes.
 package main
 
 import (
