@@ -19,8 +19,8 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/cordonhq/cordon/internal/atomicfile"
 	"github.com/cordonhq/cordon/internal/server"
+	"github.com/cordonhq/cordon/internal/statefile"
 	"github.com/spf13/cobra"
 
 	"github.com/cordonhq/cordon/internal/errs"
@@ -181,7 +181,7 @@ func (t *trust) place(file string) (changed bool, err error) {
 	if t.dryRun {
 		return true, nil
 	}
-	return true, atomicfile.Write(file, t.cert, 0o644)
+	return true, statefile.Replace(file, t.cert, 0o644)
 }
 
 // update makes the system read its store again. Another root is another system.

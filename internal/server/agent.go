@@ -11,7 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/cordonhq/cordon/internal/agent"
-	"github.com/cordonhq/cordon/internal/atomicfile"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 // guestAgent is where sandboxes find the agent.
@@ -47,7 +47,7 @@ func installAgent(programs fs.FS, stateDir string, cas certificates) (string, er
 		if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, f.content) {
 			continue
 		}
-		if err := atomicfile.Write(path, f.content, f.mode); err != nil {
+		if err := statefile.Replace(path, f.content, f.mode); err != nil {
 			return "", fmt.Errorf("install agent: %w", err)
 		}
 	}

@@ -13,9 +13,9 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/cordonhq/cordon/internal/atomicfile"
 	"github.com/cordonhq/cordon/internal/errs"
 	"github.com/cordonhq/cordon/internal/ingress/tlsconf"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 // systemBundle is the CA bundle of a Debian system.
@@ -151,7 +151,7 @@ func sandboxCAs(c *Config, log *slog.Logger) (out certificates, err error) {
 			return out, err
 		}
 		parts = append(parts, bytes.TrimSpace(own))
-		if err := atomicfile.Write(c.HostBundle(), join(append([][]byte{bytes.TrimSpace(out.machine)}, parts...)), 0o644); err != nil {
+		if err := statefile.Replace(c.HostBundle(), join(append([][]byte{bytes.TrimSpace(out.machine)}, parts...)), 0o644); err != nil {
 			return out, err
 		}
 	}

@@ -9,8 +9,8 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/cordonhq/cordon/internal/atomicfile"
 	"github.com/cordonhq/cordon/internal/sandbox"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 // domainProof is what binding a custom domain demands. Its secret is made at the
@@ -20,7 +20,7 @@ func (c *Config) domainProof() (*sandbox.DomainProof, error) {
 	secret, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		secret = []byte(rand.Text() + rand.Text())
-		err = atomicfile.Write(file, secret, 0o600)
+		err = statefile.Replace(file, secret, 0o600)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("secret of domain proofs: %w", err)

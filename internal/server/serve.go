@@ -17,9 +17,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/cordonhq/cordon/internal/atomicfile"
 	"github.com/cordonhq/cordon/internal/auth"
 	"github.com/cordonhq/cordon/internal/errs"
+	"github.com/cordonhq/cordon/internal/statefile"
 )
 
 // Options are what Serve is given besides the configuration. All are required.
@@ -215,7 +215,7 @@ func (s *server) adminKey(ctx context.Context) (first bool, err error) {
 	}
 	if first {
 		_, secret = auth.NewKey("admin", true, time.Now())
-		if err := atomicfile.Write(s.cfg.AdminKeyFile(), []byte(secret+"\n"), 0o600); err != nil {
+		if err := statefile.Replace(s.cfg.AdminKeyFile(), []byte(secret+"\n"), 0o600); err != nil {
 			return false, fmt.Errorf("keep admin key: %w", err)
 		}
 	}
