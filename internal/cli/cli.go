@@ -26,8 +26,7 @@ func Main(programs fs.FS) int {
 	root := newRoot(&app{programs: programs, environ: environMap(os.Environ()), in: os.Stdin, out: os.Stdout, errOut: os.Stderr})
 	root.SetArgs(os.Args[1:])
 	if err := root.ExecuteContext(ctx); err != nil {
-		var exit exitError
-		if errors.As(err, &exit) { // of a command in a sandbox, which said what it had to say
+		if exit, ok := errors.AsType[exitError](err); ok { // of a command in a sandbox, which said what it had to say
 			return int(exit)
 		}
 		fmt.Fprintln(os.Stderr, "cordon:", err)

@@ -131,7 +131,7 @@ func start(t testing.TB, change ...func(*Config)) *world {
 	w := &world{t: t, flows: &recorder{}}
 	w.cfg = Config{
 		Name: "t", RunDir: t.TempDir(), IPv6: IPv6On, ProxyPort: 15001, DNSPort: 15053, PoolSize: 2,
-		Quarantine: time.Millisecond, SourcePorts: DefaultSourcePorts, Flows: w.flows, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Quarantine: time.Millisecond, SourcePorts: DefaultSourcePorts, Flows: w.flows, Log: slog.New(slog.DiscardHandler),
 	}
 	if testing.Verbose() {
 		w.cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))

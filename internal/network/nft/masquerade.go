@@ -21,7 +21,7 @@ import (
 
 // beforeOthers is a step ahead of the usual place: the first table that translates a
 // flow decides about its port, and a machine's own rules often masquerade everything.
-var beforeOthers = nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource - 1)
+var beforeOthers = new(*nftables.ChainPriorityNATSource - 1)
 
 // SourcePortRules replace the rules of the chain hide, where a flow gets the host's address
 // and a port. The library that writes all other rules cannot write these: of a range and a

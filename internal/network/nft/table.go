@@ -187,7 +187,7 @@ func (t Table) chain(name string) *nftables.Chain {
 }
 
 // Set names a set that exists; what it holds is needed to encode elements.
-func (t Table) Set(name string) *nftables.Set {
+func (t Table) Set(name string) *nftables.Set { //nolint:gocyclo // one set after the other
 	s := &nftables.Set{Table: t.Table(), Name: name, KeyType: nftables.TypeIFIndex, KeyByteOrder: binaryutil.NativeEndian}
 	switch name {
 	case setSlots: // of a known size, which makes a quicker table
