@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"net/url"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -18,11 +19,11 @@ func domainCommand(a *app) *cobra.Command {
   cordon domain remove i2v8k… app.example.com`,
 	}
 	at := func(id string, more ...string) string {
-		p := "/sandboxes/" + url.PathEscape(id) + "/domains"
+		steps := []string{"/sandboxes", url.PathEscape(id), "domains"}
 		for _, m := range more {
-			p += "/" + url.PathEscape(m)
+			steps = append(steps, url.PathEscape(m))
 		}
-		return p
+		return strings.Join(steps, "/")
 	}
 	cmd.AddCommand(
 		&cobra.Command{

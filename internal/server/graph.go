@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -114,8 +115,8 @@ func (f closer) Close() error { return f() }
 // Close gives back what the process holds; sandboxes and their rules stay.
 func (s *server) Close() error {
 	var failed []error
-	for i := len(s.closers) - 1; i >= 0; i-- {
-		if err := s.closers[i].Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+	for _, c := range slices.Backward(s.closers) {
+		if err := c.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			failed = append(failed, err)
 		}
 	}
