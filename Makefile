@@ -14,7 +14,7 @@ FUZZ ?= .
 # Root runs the quick tests as a user without rights, in a user namespace.
 UNPRIVILEGED := $(if $(filter 0,$(shell id -u)),unshare --user --map-user=1000 --map-group=1000)
 
-.PHONY: help build setup demo test check race programs devservers lint vuln arm64 size fuzz bench gen release clean
+.PHONY: help build setup demo test check race programs devservers lint vuln arm64 size fuzz bench gen release test-deb test-vm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,12 @@ gen: ## regenerate what is generated from api/
 
 release: setup ## packages for amd64 and arm64 in dist/: tar.gz, .deb, bill of materials, checksums
 	@scripts/release
+
+test-deb: setup build ## the Debian package, installed and purged in a clean root; after make release
+	$(SUDO) scripts/test-deb
+
+test-vm: setup build ## Debian 12 and 13 under qemu: systemd, cgroup v2, the unit itself; half an hour
+	$(SUDO) scripts/test-vm
 
 clean: ## remove what build made
 	rm -rf bin dist cmd/*/embedded/cordon-*
