@@ -63,11 +63,7 @@ type process struct {
 	stderr *bytes.Buffer
 }
 
-// start starts one of the bench's own processes in a namespace.
-func (r *run) start(ns *lab.Netns, role string) (*process, error) {
-	return startProcess(ns, r.Self, role)
-}
-
+// startProcess starts one of the bench's own processes in a namespace.
 func startProcess(ns *lab.Netns, command []string, role string) (*process, error) {
 	p := &process{cmd: exec.Command(command[0], append(append([]string{}, command[1:]...), role, "")...), stderr: &bytes.Buffer{}}
 	p.cmd.Stderr = p.stderr
