@@ -120,14 +120,6 @@ var commands = map[string]func(a []string) (string, error){
 	"fill": func(a []string) (string, error) { // path, MiB: writes until it is full
 		return fill(arg(a, 0), num(a, 1))
 	},
-	"truncate": func(a []string) (string, error) { // path, bytes: a file of holes
-		f, err := os.Create(arg(a, 0))
-		if err != nil {
-			return "", err
-		}
-		defer f.Close()
-		return "", f.Truncate(int64(num(a, 1)))
-	},
 	"terminal": func(a []string) (string, error) {
 		return terminal()
 	},
