@@ -237,8 +237,10 @@ func (t Table) addDenied(b *Batch) {
 		when(ported(), daddrInSet(setDeniedPorts6, true, true), no))
 }
 
-// RememberWait and RememberClosed are the seconds that the tracker remembers a TCP connection after its end.
-const RememberWait, RememberClosed = 5, 2
+// RememberWait and RememberClosed are the seconds that the tracker remembers a TCP connection
+// after its end. As long its source port is taken towards that destination, so the range of
+// source ports over these is how many connections in a second one destination can have.
+const RememberWait, RememberClosed = 1, 1
 
 // rememberLive is the kernel's own default for one that is silent, five days.
 const rememberLive = 5 * 24 * 3600

@@ -12,7 +12,6 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,8 +20,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/seccomp/precompiledseccomp"
 	bootfilter "gvisor.dev/gvisor/runsc/boot/filter"
-	"gvisor.dev/gvisor/runsc/config"
-	"gvisor.dev/gvisor/runsc/container"
 	goferfilter "gvisor.dev/gvisor/runsc/fsgofer/filter"
 
 	"github.com/cordonhq/cordon/internal/errs"
