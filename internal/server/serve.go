@@ -148,24 +148,16 @@ func (l nameLock) Close() error { return errors.Join(os.Remove(l.Name()), l.File
 
 // lockFile returns nil without an error when another process has the lock.
 func lockFile(path string) (io.Closer, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open the lock of the server's name: %w", err)
+	f, err := statefile.TryLock(path, false)
+	if f == nil || err != nil {
+		return nil, err
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if err == nil {
-		opened, openErr := f.Stat()
-		named, nameErr := os.Stat(path)
-		if openErr == nil && nameErr == nil && os.SameFile(opened, named) {
-			return nameLock{f}, nil
-		}
-		err = unix.EWOULDBLOCK // it was removed between opening and locking: again
+	opened, openErr := f.Stat()
+	named, nameErr := os.Stat(path)
+	if openErr == nil && nameErr == nil && os.SameFile(opened, named) {
+		return nameLock{f}, nil
 	}
-	f.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, nil
-	}
-	return nil, fmt.Errorf("lock the server's name: %w", err)
+	return nil, f.Close() // it was removed between opening and locking: again
 }
 
 // run serves until ctx ends or a part fails. The parts that end others' flows

@@ -1,5 +1,4 @@
-// Package statefile replaces files as a whole and locks them between processes. It hides the
-// order of writing, flushing and renaming that this takes.
+// Package statefile replaces files as a whole and locks them between processes.
 package statefile
 
 import (
