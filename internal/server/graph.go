@@ -124,8 +124,11 @@ func (s *server) Close() error {
 	return errors.Join(failed...)
 }
 
+// storeDir is the store's folder in state_dir.
+const storeDir = "store"
+
 func (s *server) makeStore(ctx context.Context) (err error) {
-	s.store, err = store.Open(ctx, store.Config{Dir: filepath.Join(s.cfg.StateDir, "store"), Log: s.log})
+	s.store, err = store.Open(ctx, store.Config{Dir: filepath.Join(s.cfg.StateDir, storeDir), Log: s.log})
 	if err == nil {
 		s.closers = append(s.closers, s.store)
 	}

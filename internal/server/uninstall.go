@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"github.com/cordonhq/cordon/internal/flowlog"
 	"github.com/cordonhq/cordon/internal/network"
 	"github.com/cordonhq/cordon/internal/runtime/gvisor"
+	"github.com/cordonhq/cordon/internal/store"
 )
 
 // Uninstall removes what a server made in the kernel, and the folders. It ends the
@@ -32,6 +34,14 @@ func Uninstall(ctx context.Context, cfg Config, folders []string, out io.Writer)
 	}
 	defer os.Remove(locksDir) // refused while another server has a lock there
 	defer name.Close()
+	// The folders may be a running server's of another name: it is not this one's to end.
+	state, err := store.Lock(filepath.Join(cfg.StateDir, storeDir))
+	switch {
+	case err == nil:
+		defer state.Close()
+	case !errors.Is(err, fs.ErrNotExist): // no store: it never started, or was uninstalled before
+		return err
+	}
 	if err := endSandboxes(ctx, &cfg); err != nil {
 		return fmt.Errorf("end the sandboxes: %w", err)
 	}
@@ -91,24 +101,36 @@ func removeNetwork(ctx context.Context, cfg *Config) error {
 }
 
 // unmountBelow takes away the mounts in a folder, the latest first, so that removing it
-// cannot reach into them.
+// cannot reach into them. The list has paths without links, so dir is resolved first.
 func unmountBelow(dir string) error {
+	dir, err := filepath.EvalSymlinks(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
 	f, err := os.Open("/proc/self/mounts")
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	var points []string
-	for lines := bufio.NewScanner(f); lines.Scan(); {
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20) // an overlay mount names all its layers
+	for lines.Scan() {
 		// proc(5): the second field, with octal escapes for space, tab, newline and backslash.
 		fields := strings.Fields(lines.Text())
 		if len(fields) < 2 {
 			continue
 		}
 		point := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(fields[1])
-		if rel, err := filepath.Rel(dir, point); err == nil && rel != "." && !strings.HasPrefix(rel, "..") {
+		if rel, err := filepath.Rel(dir, point); err == nil && rel != "." && filepath.IsLocal(rel) {
 			points = append(points, point)
 		}
+	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("read the list of mounts: %w", err)
 	}
 	for _, point := range slices.Backward(points) {
 		if err := unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {

@@ -64,7 +64,7 @@ func startEngine(ctx context.Context, cfg Config) (e *engine, err error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return e, fmt.Errorf("create state directory: %w", err)
 	}
-	if e.lock, err = lockDir(cfg.Dir); err != nil {
+	if e.lock, err = Lock(cfg.Dir); err != nil {
 		return e, err
 	}
 	if e.state, err = readFormat(cfg.Dir); err != nil {
@@ -197,9 +197,10 @@ func (e *engine) markReady(parts ...string) error {
 	return writeFormat(e.dir, stateFormat{Format: format, Parts: parts})
 }
 
-// lockDir takes the exclusive lock of a state directory. The lock goes with the
-// process, however it ends.
-func lockDir(dir string) (*os.File, error) {
+// Lock takes the exclusive lock of a state directory, as an open store has it. It is an
+// [errs.Conflict] while another process has it. The lock ends when the file is closed, or
+// with the process.
+func Lock(dir string) (*os.File, error) {
 	f, err := statefile.TryLock(filepath.Join(dir, lockFile), false)
 	if err != nil {
 		return nil, err

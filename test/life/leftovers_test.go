@@ -284,6 +284,11 @@ func TestUninstallRemovesEverything(t *testing.T) {
 	if out, err := uninstall("--yes"); err == nil || !strings.Contains(out, "the server "+s.Name+" runs: stop it first") {
 		t.Fatalf("with the server running: %v\n%s", err, out)
 	}
+	other := s.Command(t.Context(), "uninstall", "--yes") // the same folders under another name
+	other.Env = append(os.Environ(), "CORDON_CACHE_DIR="+cache, "CORDON_NAME=two")
+	if out, err := other.CombinedOutput(); err == nil || !strings.Contains(string(out), "is in use by another cordon server") {
+		t.Fatalf("with the folders of a running server: %v\n%s", err, out)
+	}
 	s.Stop(t, syscall.SIGTERM)
 	running := look(t, s)
 	if out, err := uninstall(); err != nil || !strings.Contains(out, "Add --yes") {
